@@ -1,0 +1,267 @@
+"""Implicit Q-learning (IQL): offline RL that never asks for the value of an action outside the data.
+
+Expectile regression draws V(s) towards the value of the best actions that the data holds at s; Q(s, a) is fitted to
+r + gamma V(s'), which needs no action at s' at all; the policy imitates the data's actions, each weighted by how much
+better than V(s) it is. With Q' the target critic (a slow copy of Q) and A(s, a) = min_i Q'_i(s, a) - V(s):
+
+    L_V  = E[ |expectile - 1(A < 0)| A^2 ]                                        (eq. 5)
+    L_Q  = E[ sum_i (r + gamma (1 - termination) V(s') - Q_i(s, a))^2 ]           (eq. 6)
+    L_pi = E[ -min(exp(beta A), clip) log pi(a | s) ]                             (eq. 7)
+
+Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021, arXiv 2110.06169.
+Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
+authors update V first, then pi and Q with the new V); rewards are rescaled only if --reward-scale asks for it.
+
+Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "iql"
+
+    gamma: float = 0.99
+    """discount (paper, table 3)"""
+    expectile: float = 0.7
+    """0.5 makes V the mean of Q over the data's actions, towards 1 the maximum (paper: 0.7 locomotion, 0.9 antmaze)"""
+    beta: float = 3.0
+    """inverse temperature of the policy's weights: 0 is behaviour cloning (paper: 3 locomotion, 10 antmaze)"""
+    weight_clip: float = 100.0
+    """largest weight of a transition in L_pi (authors' code)"""
+    tau: float = 0.005
+    """rate at which the target critic follows the critic (authors' code)"""
+    actor_learning_rate: float = 3e-4
+    """authors' code"""
+    cosine_decay: bool = True
+    """the actor's learning rate falls to 0 over the run (authors' code); off for what is the start of a longer run"""
+    critic_learning_rate: float = 3e-4
+    """authors' code"""
+    value_learning_rate: float = 3e-4
+    """authors' code"""
+    reward_scale: float | Literal["return-range"] = 1.0
+    """multiplies rewards; return-range: 1000 / (best - worst episode return), as the authors do in locomotion tasks"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (paper)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "expectile", 0 < self.expectile < 1, "must be in (0, 1)")
+        check_argument(self, "beta", 0 <= self.beta < math.inf, "must not be negative")
+        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+        if self.reward_scale != "return-range":
+            check_argument(self, "reward_scale", 0 < self.reward_scale < math.inf, "must be positive")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The mean action, which is the deterministic policy: [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a | s), [batch]."""
+        log_std = self.log_std.clamp(-5, 2)  # the authors' range
+        z = (actions - self(observations)) * torch.exp(-log_std)
+        return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
+class Value(nn.Module):
+    """V(s)."""
+
+    def __init__(self, observation_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, 1))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations).squeeze(-1)  # [batch]
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    value: Value
+    optimizer: torch.optim.Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    value = Value(observation_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+        {"params": value.parameters(), "lr": args.value_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, value, torch.optim.Adam(groups, fused=True))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def advantage(value: Value, target_critic: Critic, batch: Batch) -> Tensor:
+    """A(s, a) = min_i Q'_i(s, a) - V(s), [batch]. Its gradient reaches V alone."""
+    with torch.no_grad():
+        q = (
+            target_critic(batch.observations, batch.actions).min(dim=0).values
+        )  # the twins' minimum: the more careful estimate
+    return q - value(batch.observations)
+
+
+def value_loss(u: Tensor, expectile: float) -> tuple[Tensor, Metrics]:
+    """L_V = E[ |expectile - 1(u < 0)| u^2 ],  u = A(s, a)        (eq. 5)"""
+    weight = torch.where(
+        u > 0, expectile, 1 - expectile
+    )  # V too low costs more than V too high: V rises above the mean
+    return (weight * u.square()).mean(), {"value/advantage": u.detach().mean()}
+
+
+def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (r + gamma (1 - termination) V(s') - Q_i(s, a))^2 ]        (eq. 6)"""
+    with torch.no_grad():
+        next_value = value(batch.next_observations)
+        target = (
+            batch.rewards + gamma * (1 - batch.terminations) * next_value
+        )  # a truncated episode goes on: it bootstraps
+    q = critic(batch.observations, batch.actions)  # [2, batch]
+    return (q - target).square().mean(dim=1).sum(), {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -min(exp(beta u), clip) log pi(a | s) ],  u = A(s, a), a constant here        (eq. 7)"""
+    weight = torch.exp(beta * u.detach()).clamp(max=weight_clip)
+    log_prob = actor.log_prob(batch.observations, batch.actions)
+    return -(weight * log_prob).mean(), {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+    """L_V + L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves all three."""
+    actor, critic, target_critic, value, _ = learner
+    u = advantage(value, target_critic, batch)
+    loss_v, metrics_v = value_loss(u, args.expectile)
+    loss_q, metrics_q = critic_loss(critic, value, batch, args.gamma)
+    loss_pi, metrics_pi = actor_loss(actor, u, batch, args.beta, args.weight_clip)
+    losses = {"value/loss": loss_v.detach(), "critic/loss": loss_q.detach(), "actor/loss": loss_pi.detach()}
+    return loss_v + loss_q + loss_pi, losses | metrics_v | metrics_q | metrics_pi
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+    """One gradient step of the three networks, then the target critic follows the critic. `step` counts from 1."""
+    if args.cosine_decay:
+        rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
+        learner.optimizer.param_groups[0]["lr"] = rate
+
+    loss, metrics = total_loss(learner, batch, args)
+    learner.optimizer.zero_grad()
+    loss.backward()
+    learner.optimizer.step()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    returns = buffer.episode_returns
+    scale = 1000 / float(returns.max() - returns.min()) if args.reward_scale == "return-range" else args.reward_scale
+    buffer.transitions.rewards.mul_(scale)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

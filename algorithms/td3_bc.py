@@ -1,0 +1,236 @@
+"""TD3+BC: the smallest change that makes an online actor-critic work offline.
+
+The critic is TD3's: clipped double Q-learning, its targets smoothed by noise on the target actor's actions. The actor
+maximises Q_1 while a squared error holds it to the data's actions; dividing Q by its own mean magnitude makes one alpha
+fit every scale of rewards. With Q' and pi' the target networks:
+
+    y    = r + gamma (1 - termination) min_i Q'_i(s', clip(pi'(s') + clip(noise, -c, c), -1, 1))
+    L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
+    L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3 to 5)
+
+Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
+arXiv 1802.09477.
+Differences: none in the losses. (pi(s) - a)^2 is averaged over the action's dimensions, as in the authors' code.
+
+Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "td3_bc"
+
+    gamma: float = 0.99
+    """discount (paper, table 3)"""
+    alpha: float = 2.5
+    """weight of Q against imitation in L_pi: 0 is behaviour cloning (paper)"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on the target actor's actions (paper, table 3)"""
+    noise_clip: float = 0.5
+    """largest noise (paper, table 3)"""
+    policy_every: int = 2
+    """critic updates per update of the actor and the target networks (paper, table 3)"""
+    tau: float = 0.005
+    """rate at which the target networks follow (paper, table 3)"""
+    actor_learning_rate: float = 3e-4
+    """paper, table 3"""
+    critic_learning_rate: float = 3e-4
+    """paper, table 3"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (paper, table 3)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data (paper, section 5)"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "alpha", 0 <= self.alpha < math.inf, "must not be negative")
+        check_argument(self, "policy_noise", 0 <= self.policy_noise < math.inf, "must not be negative")
+        check_argument(self, "noise_clip", 0 <= self.noise_clip < math.inf, "must not be negative")
+        check_argument(self, "policy_every", self.policy_every >= 1, "must be at least 1")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(s): a deterministic policy."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The action: [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        twins = len(inputs)  # 1: the first alone
+        return torch.baddbmm(self.bias[:twins], inputs, self.weight[:twins])
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor, twins: int = 2) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(twins, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [twins, batch]
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_actor: Actor
+    target_critic: Critic
+    optimizer: torch.optim.Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    target_actor = copy.deepcopy(actor).requires_grad_(False)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_actor, target_critic, torch.optim.Adam(groups, fused=True))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) min_i Q'_i(s', a')
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        clipped_noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        next_actions = (learner.target_actor(batch.next_observations) + clipped_noise).clamp(-1, 1)  # a', smoothed
+        next_q = (
+            learner.target_critic(batch.next_observations, next_actions).min(dim=0).values
+        )  # [batch], the twins' minimum
+        target = (
+            batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+        )  # a truncated episode goes on: it bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = (q - target).square().mean(dim=1).sum()
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3 to 5)"""
+    actions = learner.actor(batch.observations)
+    q = learner.critic(batch.observations, actions, twins=1)  # Q_1 alone
+    lambda_ = args.alpha / q.detach().abs().mean()  # a constant of the loss: no gradient
+    imitation = (actions - batch.actions).square().mean()
+    loss = -lambda_ * q.mean() + imitation
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean(), "actor/imitation": imitation.detach()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def update(
+    learner: Learner,
+    batch: Batch,
+    step: int,
+    args: Args,
+    *,
+    critic_loss: Callable = critic_loss,
+    actor_loss: Callable = actor_loss,
+) -> Metrics:
+    """One gradient step of the critic; every `policy_every`-th, also of actor and targets. `step` counts from 1."""
+    actor, critic, target_actor, target_critic, optimizer = learner
+    loss, metrics = critic_loss(learner, batch, torch.randn_like(batch.actions), args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()  # the actor has no gradient, so Adam passes it over
+
+    if step % args.policy_every == 0:
+        loss, metrics_pi = actor_loss(learner, batch, args)
+        optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))  # through the critic, but not into it
+        optimizer.step()
+        with torch.no_grad():  # target <- target + tau (network - target)
+            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.tau)
+            torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+        metrics |= metrics_pi
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,145 @@
+"""Acting: a policy as a function of NumPy arrays, its evaluation in environments, and loading it from a run folder."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import SyncVectorEnv
+from torch import Tensor, nn
+
+from common.datasets import BadInput, Dataset, check, flat_observation_dim, flatten_observations, one_line
+
+EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
+
+
+class Policy:
+    """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], both as the environment
+    has them. `actor` maps normalised observations to actions in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        actor: nn.Module,
+        observation_mean: Tensor,
+        observation_std: Tensor,
+        action_low: np.ndarray,
+        action_high: np.ndarray,
+    ):
+        self.actor = actor
+        self.observation_mean, self.observation_std = observation_mean, observation_std
+        self.action_low, self.action_high = action_low, action_high
+
+    @torch.no_grad()
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        expected = len(self.observation_mean)
+        if np.ndim(observations) != 2 or np.shape(observations)[1] != expected:
+            raise ValueError(f"observations must have shape [N, {expected}], not {list(np.shape(observations))}")
+        inputs = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+        actions = self.actor((inputs - self.observation_mean) / self.observation_std).cpu().numpy()
+        center, half_range = (self.action_high + self.action_low) / 2, (self.action_high - self.action_low) / 2
+        return np.clip(center + half_range * actions, self.action_low, self.action_high)
+
+
+def save_policy(path: Path, policy: Policy) -> None:
+    """Writes all that acting needs: the weights of `policy.actor.net` (an MLP with ReLU between layers and tanh at its
+    end), the observation normalisation, the action range. The file loads with `torch.load(weights_only=True)`.
+    """
+    weights = policy.actor.get_submodule("net").state_dict()
+    state = {
+        "actor": {name: weight.cpu() for name, weight in weights.items()},
+        "observation_mean": policy.observation_mean.cpu(),
+        "observation_std": policy.observation_std.cpu(),
+        "action_low": torch.from_numpy(policy.action_low),
+        "action_high": torch.from_numpy(policy.action_high),
+    }
+    torch.save(state, path)
+
+
+def load_policy(run_dir: str | Path) -> Policy:
+    """The trained policy of a run folder, ready to act on the CPU: `actions = load_policy("runs/...")(observations)`.
+
+    Observations [N, observation_dim] are in the environment's own scale (Dicts flattened by `flatten_observations`),
+    actions [N, action_dim] in its range. Raises BadInput if the folder holds no readable policy.pt.
+    """
+    path = Path(run_dir) / "policy.pt"
+    check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # unpickling raises many kinds
+        raise BadInput(f"cannot read {path}: {one_line(error)}") from None
+    weights = state["actor"]
+    layers: list[nn.Module] = []
+    for name in (name for name in weights if name.endswith("weight")):
+        layers += [nn.Linear(*weights[name].shape[::-1]), nn.ReLU()]
+    actor = nn.Sequential(*layers[:-1], nn.Tanh())
+    actor.load_state_dict(weights)
+    return Policy(
+        actor,
+        state["observation_mean"],
+        state["observation_std"],
+        state["action_low"].numpy(),
+        state["action_high"].numpy(),
+    )
+
+
+def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | None:
+    """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
+
+    The id is looked up in Gymnasium's registry; an entry point that a dataset names is never imported. Raises BadInput
+    if the environment's observations or actions are not of the dataset's size.
+    """
+
+    def make() -> gym.Env:
+        assert dataset.env_id is not None
+        kwargs: dict[str, Any] = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
+        if dataset.max_episode_steps is not None:
+            kwargs["max_episode_steps"] = dataset.max_episode_steps
+        return gym.make(dataset.env_id, disable_env_checker=True, **kwargs)
+
+    if dataset.env_id is None:
+        _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
+        return None
+    if dataset.env_id not in gym.registry:  # a "module:Name" id would be imported: that is code execution by data
+        _skip(f"environment {dataset.env_id!r} is not installed")
+        return None
+    try:
+        environments = SyncVectorEnv([make] * num_episodes)
+    except Exception as error:  # a missing simulator raises whatever its binding raises
+        _skip(f"environment {dataset.env_id!r} cannot be made ({one_line(error)})")
+        return None
+    observation_space, action_space = environments.single_observation_space, environments.single_action_space
+    found = flat_observation_dim(observation_space), *(action_space.shape or ())
+    expected = dataset.observation_dim, len(dataset.action_low)
+    check(
+        found == expected,
+        f"{dataset.env_id} has observation and action sizes {found}, {dataset.dataset_id} has {expected}",
+    )
+    return environments
+
+
+def _skip(reason: str) -> None:
+    print(f"warning: {reason}: training goes on without evaluation", file=sys.stderr, flush=True)
+
+
+def evaluate(policy: Policy, environments: SyncVectorEnv) -> np.ndarray:
+    """Undiscounted returns [num_envs], one episode of each environment copy, reset with a fixed seed of its own."""
+    num_envs = environments.num_envs
+    observations, _ = environments.reset(seed=[EVALUATION_SEED + index for index in range(num_envs)])
+    returns, running = np.zeros(num_envs), np.ones(num_envs, dtype=bool)
+    while running.any():
+        actions = policy(flatten_observations(observations, environments.single_observation_space))
+        observations, rewards, terminations, truncations, _ = environments.step(actions)
+        returns += rewards * running  # a copy that has finished starts over, and counts no more
+        running &= ~(terminations | truncations)
+    return returns
+
+
+def normalized_score(returns: float, dataset: Dataset) -> float | None:
+    """100 * (return - reference minimum) / (maximum - minimum), as D4RL defines it; None without reference scores."""
+    if dataset.reference_returns is None:
+        return None
+    minimum, maximum = dataset.reference_returns
+    return 100 * (returns - minimum) / (maximum - minimum)

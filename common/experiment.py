@@ -1,0 +1,452 @@
+"""The course of an experiment: the arguments every script shares, the run folder, logging, checkpoints and progress."""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+from common.datasets import BUILT_IN_ID, BadInput, check, one_line
+from common.evaluation import Policy, evaluate, make_environments, normalized_score, save_policy
+from common.replay_buffer import ReplayBuffer
+
+Args = TypeVar("Args", bound="ExperimentArgs")
+
+
+@dataclass
+class ExperimentArgs:
+    """Arguments that are not science; each script adds its own."""
+
+    algorithm: ClassVar[str]  # the script's name
+
+    dataset_id: str = BUILT_IN_ID
+    """built-in id, Minari id (local first, else downloaded), or path of an HDF5 file in D4RL's layout"""
+    env_id: str | None = None
+    """evaluation environment; default: the one in the dataset's metadata"""
+    seed: int = 0
+    """seed of networks, batches and noise"""
+    num_updates: int = 10_000
+    """gradient steps; papers take 1,000,000 on MuJoCo tasks"""
+    batch_size: int = 256
+    """transitions per update"""
+    eval_every: int = 1_000
+    """updates between evaluations"""
+    eval_episodes: int = 10
+    """episodes per evaluation, one per environment copy"""
+    log_every: int = 100
+    """updates between rows of metrics.csv"""
+    checkpoint_every: int = 5_000
+    """updates between checkpoints"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    compile: bool = False
+    """compile the losses with torch.compile; with CUDA graphs on a GPU"""
+    run_dir: Path | None = None
+    """folder of the run; default: runs/<algorithm>/<dataset>/<seed>-<time>"""
+    resume: bool = False
+    """go on from the checkpoint in --run-dir, with the arguments of that run"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline needs no account)"""
+    wandb_project: str = "anchorl"
+    """W&B project"""
+    wandb_group: str | None = None
+    """W&B group"""
+    wandb_entity: str | None = None
+    """W&B user or team"""
+
+    def validate(self) -> None:
+        """Raises BadInput for values that make no sense. Scripts extend it."""
+        for name in ("num_updates", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
+            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
+        check_argument(self, "seed", 0 <= self.seed < 2**63, "must not be negative")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("learning_rate"):
+                check_argument(self, field.name, 0 < getattr(self, field.name) < math.inf, "must be positive")
+        if self.device == "cuda":
+            check_argument(self, "device", torch.cuda.is_available(), "PyTorch finds no CUDA device; take cpu or auto")
+        check(
+            not self.resume or self.run_dir is not None, "--resume needs --run-dir: the folder of the run to go on with"
+        )
+
+
+def check_argument(args: ExperimentArgs, name: str, condition: bool, rule: str) -> None:
+    """Raises BadInput, naming the argument as typed and its value, unless `condition` holds."""
+    check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
+
+
+class Diverged(RuntimeError):
+    """A loss or a weight is no longer finite; the last checkpoint is from before."""
+
+
+def launch(main: Callable[[Any], None], args_class: type[ExperimentArgs]) -> None:
+    """Runs a script. Exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted; one line on stderr says why."""
+    try:
+        main(parse_args(args_class))
+    except BadInput as error:
+        _exit(2, f"error: {error}")
+    except Diverged as error:
+        _exit(1, f"error: {error}")
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def parse_args(args_class: type[Args], command_line: list[str] | None = None) -> Args:
+    """The command line as `args_class`; with --resume, what it leaves open is as in the run of --run-dir.
+
+    Raises BadInput for a command line that cannot be read, and for a --resume that would change what is learned.
+    """
+    args = _parse(args_class, command_line, default=args_class())
+    path = (args.run_dir or Path()) / "args.json"
+    if not args.resume or args.run_dir is None or not path.is_file():
+        return args
+    saved = json.loads(path.read_text())
+    found = saved["algorithm"]
+    check(found == args.algorithm, f"--resume: {args.run_dir} is a run of {found}, not of {args.algorithm}")
+    names = {field.name for field in dataclasses.fields(args_class)} & saved.keys()
+    before = args_class()
+    for name in names:
+        setattr(before, name, tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
+    args = _parse(args_class, command_line, default=before)
+    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {"dataset_id", "seed", "batch_size"}
+    for name in sorted(names - plumbing):
+        value = getattr(before, name)
+        rule = f"the run in {args.run_dir} has {value}; start a new run to change it"
+        check_argument(args, name, getattr(args, name) == value, rule)
+    return args
+
+
+def _parse(args_class: type[Args], command_line: list[str] | None, default: Args) -> Args:
+    description = sys.modules[args_class.__module__].__doc__
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(args_class, args=command_line, description=description, default=default)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]  # tyro frames what it says
+        end = next((index for index, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        raise BadInput(" ".join(lines[:end]) + " (--help lists the arguments)") from None
+
+
+def set_up(args: ExperimentArgs) -> torch.device:
+    """Checks the arguments, seeds every random number of the run, and returns its device. Raises BadInput."""
+    args.validate()
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Callable:
+    """`update` as it is, or with --compile its losses (its keyword-only arguments) each as one compiled graph.
+
+    The optimiser's step stays outside, one fused kernel as it is: inside, it breaks the graph or, worse, does nothing.
+    """
+    if not args.compile:
+        return update
+    parameters = inspect.signature(update).parameters.values()
+    losses = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    mode = "reduce-overhead" if device.type == "cuda" else None  # on a GPU: CUDA graphs
+    graphs = {name: torch.compile(loss, fullgraph=True, mode=mode) for name, loss in losses.items()}
+    return functools.partial(update, **graphs)
+
+
+class Run:
+    """A run folder: args.json, metrics.csv, checkpoint.pt, policy.pt, result.json and learning_curve.png.
+
+    `learner` is a NamedTuple of everything that training changes, networks and optimiser; its `actor` is the policy. A
+    checkpoint holds their state_dicts and the random state, so that a resumed run goes on to the same bits.
+
+    Raises BadInput if the folder holds a run already or, with --resume, no checkpoint of this algorithm and dataset.
+    """
+
+    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
+        self.args, self.buffer, self.learner, self.dataset = args, buffer, learner, buffer.dataset
+        self.device = buffer.storage.device
+        default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.dir = args.run_dir or Path("runs", args.algorithm, default)
+        bounds = self.dataset.action_low, self.dataset.action_high
+        self.policy = Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
+        self.step, self.interrupted = 0, False
+        self.evaluations: list[dict[str, float]] = []
+        self.columns: list[str] = []
+        self.seconds_before, self.started = 0.0, time.perf_counter()
+        self.update_seconds, self.pause_seconds, self.num_timed = 0.0, 0.0, 0
+        wandb_id = self._restore() if args.resume else None
+        self.environments = make_environments(self.dataset, args.eval_episodes)
+        self._create_dir()
+        self.tracker = _Tracker(args, self.dir, wandb_id)
+        facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
+        self._write_json("args.json", _plain(args) | facts)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the updates still to do, under a progress bar. Ctrl-C ends them, with a checkpoint."""
+        previous = None
+        with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
+            previous = signal.signal(signal.SIGINT, self._interrupt)
+        interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
+        total = self.args.num_updates
+        try:
+            with tqdm(total=total, initial=self.step, desc=self.args.algorithm, mininterval=interval) as self.progress:
+                for step in range(self.step + 1, total + 1):
+                    began, self.pause_seconds = time.perf_counter(), 0.0
+                    yield step
+                    self.update_seconds += time.perf_counter() - began - self.pause_seconds
+                    self.num_timed += 1
+                    self.progress.update()
+                    if self.interrupted:
+                        self.save_checkpoint(step)
+                        self.progress.close()
+                        _exit(130, f"interrupted at update {step}; go on with --resume --run-dir {self.dir}")
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGINT, previous)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """True every `every` updates and after the last one."""
+        return step % every == 0 or step == self.args.num_updates
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean and standard deviation of the deterministic policy's returns, and its score; no environment, nothing."""
+        if self.environments is None:
+            return {}
+        began = time.perf_counter()
+        returns = evaluate(self.policy, self.environments)
+        metrics = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
+        score = normalized_score(metrics["eval/return_mean"], self.dataset)
+        if score is not None:
+            metrics["eval/score"] = score
+        self.evaluations.append({"step": step} | metrics)
+        self.progress.set_postfix_str(_headline(metrics))
+        self.pause_seconds += time.perf_counter() - began
+        return metrics
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds a row to metrics.csv (and W&B). Raises Diverged on a metric that is not finite."""
+        row = {"step": step, "seconds": round(self._seconds(), 2)}
+        row |= {name: float(value) for name, value in metrics.items()}
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value} at update {step}; the last checkpoint in {self.dir} is kept")
+        evaluation = [] if self.environments is None else ["eval/return_mean", "eval/return_std", "eval/score"]
+        with (self.dir / "metrics.csv").open("a", newline="") as file:
+            writer = csv.writer(file)
+            if not self.columns:
+                self.columns = [*dict.fromkeys(["step", "seconds", *evaluation, *row])]
+                writer.writerow(self.columns)
+            writer.writerow([row.get(name, "") for name in self.columns])
+        self.tracker.log(row, step)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if a weight is not finite."""
+        parts = self.learner._asdict()
+        for name, part in parts.items():
+            if isinstance(part, nn.Module) and not all(bool(weight.isfinite().all()) for weight in part.parameters()):
+                raise Diverged(
+                    f"weights of {name} are not finite at update {step}; the last checkpoint in {self.dir} is kept"
+                )
+        metrics = self.dir / "metrics.csv"
+        checkpoint = {
+            "algorithm": self.args.algorithm,
+            "dataset_fingerprint": self.buffer.fingerprint,
+            "step": step,
+            "seconds": self._seconds(),
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "evaluations": self.evaluations,
+            "learner": {name: part.state_dict() for name, part in parts.items()},
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "wandb_id": self.tracker.id,
+        }
+        self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        self._replace("policy.pt", lambda path: save_policy(path, self.policy))
+
+    def finish(self) -> None:
+        """Writes result.json and the learning curve, and says on the last line how the run went."""
+        dataset_return = self.buffer.mean_return
+        dataset_score = normalized_score(dataset_return, self.dataset)
+        average = {"eval/return_mean": dataset_return} | (
+            {} if dataset_score is None else {"eval/score": dataset_score}
+        )
+        final = self.evaluations[-1] if self.evaluations else {}
+        scores = [evaluation["eval/score"] for evaluation in self.evaluations if "eval/score" in evaluation]
+        result = {
+            "algorithm": self.args.algorithm,
+            "dataset_id": self.args.dataset_id,
+            "seed": self.args.seed,
+            "num_updates": self.args.num_updates,
+            "final_return_mean": final.get("eval/return_mean"),
+            "final_return_std": final.get("eval/return_std"),
+            "final_score": final.get("eval/score"),
+            "last_5_score": float(np.mean(scores[-5:])) if scores else None,
+            "best_score": max(scores, default=None),
+            "dataset_return_mean": dataset_return,
+            "dataset_score": dataset_score,
+            "updates_per_second": self.num_timed / self.update_seconds if self.num_timed else None,
+            "wall_seconds": self._seconds(),
+            "device": str(self.device),
+            "versions": _versions(),
+        }
+        self._write_json("result.json", result)
+        if final:
+            self._replace("learning_curve.png", lambda path: _plot(path, self.args, self.evaluations, average))
+        if self.environments is not None:
+            self.environments.close()
+        self.tracker.finish(result)
+        outcome = f"{_headline(final) if final else 'not evaluated'}, dataset average {_headline(average)}"
+        print(
+            f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
+            flush=True,
+        )
+
+    def _create_dir(self) -> None:
+        taken = (self.dir / "args.json").exists() and not self.args.resume
+        check(
+            not taken,
+            f"--run-dir {self.dir}: holds a run already; add --resume to go on with it, or name another folder",
+        )
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--run-dir {self.dir}: cannot be made: {error.strerror}") from None
+
+    def _restore(self) -> str | None:
+        """Puts learner, random state and metrics.csv back to the checkpoint; returns the id of the W&B run."""
+        path = self.dir / "checkpoint.pt"
+        check(path.is_file(), f"--resume: no checkpoint at {path}; start the run without --resume")
+        try:
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # unpickling raises many kinds
+            raise BadInput(f"--resume: cannot read {path}: {one_line(error)}") from None
+        found, expected = checkpoint["algorithm"], self.args.algorithm
+        check(found == expected, f"--resume: {path} is a checkpoint of {found}, not of {expected}")
+        same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
+        check(same_data, f"--resume: {path} was trained on other data than {self.args.dataset_id} holds")
+        for name, part in self.learner._asdict().items():
+            part.load_state_dict(checkpoint["learner"][name])
+        torch.set_rng_state(checkpoint["random_state"].cpu())
+        if self.device.type == "cuda" and checkpoint["cuda_random_state"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_random_state"]])
+        self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
+        self.evaluations = checkpoint["evaluations"]
+        if (metrics := self.dir / "metrics.csv").exists():
+            os.truncate(metrics, checkpoint["metrics_bytes"])  # the rows after the checkpoint will be written again
+            with metrics.open(newline="") as file:
+                self.columns = next(csv.reader(file), [])
+        return checkpoint["wandb_id"]
+
+    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
+        scratch = self.dir / f".{name}"
+        write(scratch)
+        os.replace(scratch, self.dir / name)
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self._replace(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _interrupt(self, *_: object) -> None:
+        if self.interrupted:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+
+class _Tracker:
+    """Weights & Biases, if --track asks for it. Its first failure is one line and ends tracking, never training."""
+
+    def __init__(self, args: ExperimentArgs, directory: Path, run_id: str | None) -> None:
+        self.run: Any = None
+        self.id = run_id
+        if args.track:
+            self._attempt(lambda: self._start(args, directory))
+
+    def _start(self, args: ExperimentArgs, directory: Path) -> None:
+        import wandb  # slow to import, and most runs do without
+
+        self.run = wandb.init(
+            project=args.wandb_project,
+            group=args.wandb_group,
+            entity=args.wandb_entity,
+            name=directory.name,
+            dir=directory,
+            config=_plain(args),
+            id=self.id,
+            resume="allow" if self.id else None,
+        )
+        self.id = self.run.id
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.log(row, step=step))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self.run is not None:
+            self._attempt(lambda: (self.run.summary.update(result), self.run.finish()))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.run = None
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            print(f"warning: W&B failed ({reason}): training goes on without it", file=sys.stderr, flush=True)
+
+
+def _plain(args: ExperimentArgs) -> dict[str, Any]:
+    values = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()
+    }
+    return {"algorithm": args.algorithm} | values
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "numpy", "gymnasium", "minari")
+    }
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    return (
+        f"score {metrics['eval/score']:.1f}" if "eval/score" in metrics else f"return {metrics['eval/return_mean']:.1f}"
+    )
+
+
+def _plot(path: Path, args: ExperimentArgs, evaluations: list[dict[str, float]], average: dict[str, float]) -> None:
+    name = "eval/score" if "eval/score" in average else "eval/return_mean"
+    label = "normalised score" if name == "eval/score" else "return"
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    steps, values = [row["step"] for row in evaluations], [row[name] for row in evaluations]
+    axes.plot(steps, values, marker=".", label=f"{args.algorithm}, seed {args.seed}")
+    axes.axhline(average[name], color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
+    axes.set(xlabel="updates", ylabel=f"{label}, {args.eval_episodes} episodes", title=args.dataset_id)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150, format="png")

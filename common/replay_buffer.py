@@ -1,0 +1,94 @@
+"""The replay buffer: every transition of a dataset as one tensor on the device, sampled by index."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.datasets import Dataset, check
+
+
+class Batch(NamedTuple):
+    """Transitions, float32, on the buffer's device."""
+
+    observations: Tensor  # [batch, observation_dim], normalised as the buffer is
+    actions: Tensor  # [batch, action_dim], scaled to [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim]
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
+
+
+class ReplayBuffer:
+    """All transitions of a dataset. A row of `storage` is one transition, so that a batch is a single gather.
+
+    Attributes (N transitions, E episodes): `transitions`, a Batch of views [N, ...] on the storage; `episode_starts`
+    and `episode_lengths` [E], in rows; `episode_returns` [E], undiscounted, in the environment's units; `mean_return`,
+    that of the whole dataset; `observation_mean`, `observation_std` [observation_dim]; `fingerprint`, a hash of it all.
+
+    Raises BadInput if the dataset is empty or an episode holds a non-finite number or arrays of different lengths.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
+        self.dataset = dataset
+        self.observation_dim, self.action_dim = dataset.observation_dim, len(dataset.action_low)
+        # a row is observation | action | reward | next observation | termination
+        storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
+        lengths, returns = self._fill(storage, dataset)
+        self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
+        self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
+        self.episode_returns = torch.tensor(returns, dtype=torch.float64)
+        self.mean_return = float(self.episode_returns.mean())
+        storage = storage[: sum(lengths)]  # a view: D4RL files yield fewer transitions than rows
+        self.fingerprint = hashlib.blake2b(storage.numpy().data, digest_size=16).hexdigest()
+
+        self.storage = storage.to(device)
+        self.transitions = self._split(self.storage)
+        self.observation_mean = torch.zeros(self.observation_dim, device=device)
+        self.observation_std = torch.ones(self.observation_dim, device=device)
+        if normalize_observations:
+            std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
+            self.observation_mean, self.observation_std = mean, std + 1e-3  # a constant entry stays near zero
+            for observations in (self.transitions.observations, self.transitions.next_observations):
+                observations.sub_(self.observation_mean).div_(self.observation_std)
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of transitions drawn uniformly with replacement."""
+        index = torch.randint(len(self.storage), (batch_size,), device=self.storage.device)
+        return self._split(self.storage.index_select(0, index))
+
+    def keep_episodes(self, keep: Tensor) -> None:
+        """Drops the transitions of episodes outside the mask `keep` [E]. The normalisation stays the whole data's."""
+        rows = torch.repeat_interleave(keep, self.episode_lengths)
+        self.storage = self.storage[rows.to(self.storage.device)]
+        self.transitions = self._split(self.storage)
+        self.episode_lengths, self.episode_returns = self.episode_lengths[keep], self.episode_returns[keep]
+        self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
+
+    def _split(self, rows: Tensor) -> Batch:
+        observations, actions, rewards, next_observations, terminations = rows.split(
+            [self.observation_dim, self.action_dim, 1, self.observation_dim, 1], dim=1
+        )
+        return Batch(observations, actions, rewards.squeeze(1), next_observations, terminations.squeeze(1))
+
+    def _fill(self, storage: Tensor, dataset: Dataset) -> tuple[list[int], list[float]]:
+        """Copies the episodes, actions mapped from the environment's range to [-1, 1]. Gives lengths and returns."""
+        rows = self._split(storage)
+        center = (dataset.action_high + dataset.action_low) / 2
+        half_range = (dataset.action_high - dataset.action_low) / 2
+        lengths, returns, end = [], [], 0
+        for episode in dataset.read_episodes():
+            start, end = end, end + len(episode.rewards)
+            check(
+                end <= len(storage),
+                f"{dataset.dataset_id}: holds more steps than its metadata says ({dataset.num_steps})",
+            )
+            # an action beyond the bounds acted as if it were on them: environments clip
+            actions = np.clip((episode.actions - center) / half_range, -1, 1)
+            for column, values in zip(rows, episode._replace(actions=actions), strict=True):
+                column[start:end] = torch.as_tensor(values)
+            lengths.append(end - start)
+            returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
+        check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
+        return lengths, returns

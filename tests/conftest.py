@@ -1,0 +1,125 @@
+"""What the tests share: a private datasets folder, datasets made on the spot, NumPy networks, scripts as processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+from common.datasets import BUILT_IN_ID, load_dataset
+from common.replay_buffer import Batch, ReplayBuffer
+
+ROOT = Path(__file__).resolve().parents[1]
+ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
+sys.path.append(str(ROOT / "algorithms"))
+
+# one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order
+os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every test sees a datasets folder of this session alone."""
+    path = tmp_path_factory.mktemp("datasets")
+    previous = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(path)
+    yield path
+    os.environ.pop("MINARI_DATASETS_PATH")
+    if previous is not None:
+        os.environ["MINARI_DATASETS_PATH"] = previous
+
+
+@pytest.fixture(scope="session")
+def pendulum(datasets_path: Path) -> ReplayBuffer:
+    return ReplayBuffer(load_dataset(BUILT_IN_ID), torch.device("cpu"))
+
+
+@pytest.fixture
+def make_dataset(datasets_path: Path) -> Iterator[Callable[..., str]]:
+    """A function that writes a local Minari dataset of the given episodes; they are deleted after the test."""
+    made = []
+
+    def make(dataset_id: str = "test/data-v0", episodes: list[dict[str, Any]] | None = None, **kwargs: Any) -> str:
+        spaces = {
+            "observation_space": gym.spaces.Box(-np.inf, np.inf, (3,)),
+            "action_space": gym.spaces.Box(-2, 2, (1,)),
+        }
+        fields = [random_episode(seed) for seed in range(4)] if episodes is None else episodes
+        made.append(dataset_id)
+        with warnings.catch_warnings(action="ignore"):  # Minari wants authors and permalinks
+            buffers = [EpisodeBuffer(**episode) for episode in fields]
+            minari.create_dataset_from_buffers(dataset_id, buffers, **(spaces | kwargs))
+        return dataset_id
+
+    yield make
+    for dataset_id in made:
+        shutil.rmtree(datasets_path / dataset_id)
+
+
+def random_episode(
+    seed: int, length: int = 30, observation_dim: int = 3, action_dim: int = 1, **fields: Any
+) -> dict[str, Any]:
+    """The fields of an episode of noise that is cut by a time limit."""
+    rng = np.random.default_rng(seed)
+    truncations = np.zeros(length, dtype=bool)
+    truncations[-1:] = True
+    episode = {
+        "observations": rng.normal(size=(length + 1, observation_dim)).astype(np.float32),
+        "actions": rng.uniform(-2, 2, size=(length, action_dim)).astype(np.float32),
+        "rewards": rng.normal(size=length),
+        "terminations": np.zeros(length, dtype=bool),
+        "truncations": truncations,
+    }
+    return episode | fields
+
+
+def random_batch(batch_size: int = 8, observation_dim: int = 3, action_dim: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    terminations = (torch.arange(batch_size) % 3 == 0).float()
+    observations, actions = normal(batch_size, observation_dim), normal(batch_size, action_dim).tanh()
+    return Batch(observations, actions, normal(batch_size), normal(batch_size, observation_dim), terminations)
+
+
+def numpy_mlp(net: torch.nn.Sequential, inputs: np.ndarray) -> np.ndarray:
+    """The layers of `net` without torch: ReLU between them, none (or the caller's tanh) after the last."""
+    layers = [layer for layer in net if isinstance(layer, torch.nn.Linear)]
+    x = np.asarray(inputs, dtype=np.float64)
+    for index, layer in enumerate(layers):
+        x = x @ layer.weight.detach().numpy().T.astype(np.float64) + layer.bias.detach().numpy()
+        if index < len(layers) - 1:
+            x = np.maximum(x, 0)
+    return x
+
+
+def numpy_twins(critic: torch.nn.Module, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Q_1 and Q_2, [2, batch], each twin as a network of its own."""
+    values = []
+    for twin in range(2):
+        x = np.concatenate([observations, actions], axis=1).astype(np.float64)
+        for index, layer in enumerate(critic.layers):
+            x = x @ layer.weight[twin].detach().numpy().astype(np.float64) + layer.bias[twin].detach().numpy()
+            if index < len(critic.layers) - 1:
+                x = np.maximum(x, 0)
+        values.append(x[:, 0])
+    return np.stack(values)
+
+
+def run_script(algorithm: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user would, in a process of its own."""
+    command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)

@@ -1,0 +1,222 @@
+"""Where data comes from, and what is said when it cannot be had."""
+
+import json
+import os
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import random_episode
+
+from common.datasets import BUILT_IN_ID, BadInput, load_dataset
+from common.evaluation import make_environments, normalized_score
+from common.replay_buffer import ReplayBuffer
+
+CPU = torch.device("cpu")
+
+
+# --- Built in ---
+
+
+def test_the_built_in_dataset_is_a_minari_dataset_of_good_weak_and_random_episodes(pendulum):
+    dataset = minari.load_dataset(BUILT_IN_ID)
+    assert (dataset.total_episodes, dataset.total_steps) == (150, 30_000)
+    assert dataset.env_spec.id == pendulum.dataset.env_id == "Pendulum-v1"
+    scores = [normalized_score(float(value), pendulum.dataset) for value in pendulum.episode_returns]
+    good, weak, random = np.mean(scores[:30]), np.mean(scores[30:90]), np.mean(scores[90:])
+    assert good == pytest.approx(100, abs=10)
+    assert random == pytest.approx(0, abs=10)
+    assert 25 < weak < 75
+
+
+def test_the_built_in_dataset_has_the_same_bits_each_time(pendulum, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    again = ReplayBuffer(load_dataset(BUILT_IN_ID), CPU)
+    assert again.fingerprint == pendulum.fingerprint
+    assert again.dataset.reference_returns == pendulum.dataset.reference_returns
+    assert sorted(os.listdir(tmp_path)) == ["anchorl"]  # nothing half-made is left
+
+
+def test_unknown_built_in_id():
+    with pytest.raises(BadInput, match=BUILT_IN_ID):
+        load_dataset("anchorl/pendulum/expert-v0")
+
+
+def test_a_datasets_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")  # the tests may run as root, whom no permission stops
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(BadInput, match="MINARI_DATASETS_PATH"):
+        load_dataset(BUILT_IN_ID)
+
+
+# --- Minari ---
+
+
+def test_reference_scores_and_environment_come_from_the_metadata(make_dataset):
+    dataset = load_dataset(make_dataset(env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=-200.0))
+    assert (dataset.env_id, dataset.max_episode_steps) == ("Pendulum-v1", 200)
+    assert normalized_score(-600, dataset) == pytest.approx(50)
+    without = load_dataset(make_dataset("test/logs-v0"))
+    assert (without.env_id, normalized_score(-600, without)) == (None, None)
+
+
+@pytest.mark.parametrize("dataset_id", ["mujoco/hopper/medium-v0", "D4RL/pen/human-v2", "D4RL/pointmaze/umaze-v2"])
+def test_an_id_that_is_not_local_reaches_minaris_download(dataset_id, monkeypatch, datasets_path):
+    asked = []
+
+    def download(dataset_id, force_download=False):
+        asked.append(dataset_id)
+        (datasets_path / dataset_id / "data").mkdir(parents=True)  # as a download that breaks off leaves it
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    with pytest.raises(BadInput, match=rf"{dataset_id} .*Name or service not known.*network") as caught:
+        load_dataset(dataset_id)
+    assert "\n" not in str(caught.value)
+    assert asked == [dataset_id]
+    assert not (datasets_path / dataset_id).exists()
+
+
+def test_a_downloaded_dataset_is_used(make_dataset, monkeypatch, datasets_path):
+    local = make_dataset("test/remote-v0")
+    aside = datasets_path / "aside"
+    (datasets_path / local).rename(aside)
+    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: aside.rename(datasets_path / dataset_id))
+    assert load_dataset(local).num_steps == 120
+
+
+@pytest.mark.parametrize("dataset_id", ["nonsense", "no/version", "../../etc/passwd", "http://x/y-v0", ""])
+def test_malformed_id(dataset_id):
+    with pytest.raises(BadInput, match="no dataset"):
+        load_dataset(dataset_id)
+
+
+def test_damaged_dataset(make_dataset, datasets_path):
+    path = datasets_path / make_dataset() / "data" / "metadata.json"
+    path.write_text("{")
+    with pytest.raises(BadInput, match="cannot read dataset test/data-v0"):
+        load_dataset("test/data-v0")
+
+
+IMAGE = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
+REFUSED = {
+    "discrete": ({"action_space": gym.spaces.Discrete(3)}, {"actions": np.zeros(30, np.int64)}, "actions must be"),
+    "unbounded": ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, {}, "finite bounds"),
+    "image": ({"observation_space": IMAGE}, {"observations": np.zeros((31, 32, 32, 3), np.uint8)}, "images"),
+    "discrete observations": (
+        {"observation_space": gym.spaces.Discrete(3)},
+        {"observations": np.zeros(31, np.int64)},
+        "observations must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_spaces_it_cannot_train_on(make_dataset, name):
+    spaces, fields, message = REFUSED[name]
+    dataset_id = make_dataset(episodes=[random_episode(0, **fields)], **spaces)
+    with pytest.raises(BadInput, match=rf"test/data-v0: .*{message}"):
+        load_dataset(dataset_id)
+
+
+def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_path, monkeypatch, capsys):
+    """Neither an entry point, nor a module in the environment's id, nor a missing space may run code."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = datasets_path / make_dataset(env="Pendulum-v1") / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    spec = json.loads(metadata["env_spec"])
+    for change in ({"id": "evil:Env-v0"}, {"id": "Evil-v0", "entry_point": "evil:Env"}):
+        path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | change)}))
+        assert make_environments(load_dataset("test/data-v0"), 1) is None
+        assert "not installed" in capsys.readouterr().err
+    del metadata["observation_space"]
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | {"entry_point": "evil:Env"})}))
+    with pytest.raises(BadInput, match="lacks the spaces"):
+        load_dataset("test/data-v0")
+
+
+# --- D4RL files ---
+
+
+@pytest.fixture
+def d4rl_file(tmp_path):
+    """Three episodes of 4, 3 and 3 rows: a termination, a time limit, and one the file breaks off."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(10, 3)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(10, 1)).astype(np.float32),
+        "rewards": np.arange(10, dtype=np.float32),
+        "terminals": np.arange(10) == 3,
+        "timeouts": np.arange(10) == 6,
+    }
+
+    def write(**changes):
+        with h5py.File(tmp_path / "logs.hdf5", "w") as file:
+            for name, values in (arrays | changes).items():
+                if values is not None:
+                    file[name] = values
+        return str(tmp_path / "logs.hdf5"), arrays
+
+    return write
+
+
+def test_d4rl_file_without_next_observations(d4rl_file):
+    path, arrays = d4rl_file()
+    buffer = ReplayBuffer(load_dataset(path), CPU, normalize_observations=False)
+    assert buffer.transitions.rewards.tolist() == [0, 1, 2, 3, 4, 5, 7, 8]  # what followed 6 and 9 is not known
+    assert buffer.transitions.terminations.tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert buffer.episode_lengths.tolist() == [4, 2, 2]
+    np.testing.assert_array_equal(buffer.transitions.next_observations[4], arrays["observations"][5])
+    np.testing.assert_array_equal(buffer.transitions.actions[:, 0], arrays["actions"][[0, 1, 2, 3, 4, 5, 7, 8], 0])
+
+
+def test_d4rl_file_with_next_observations(d4rl_file):
+    following = np.random.default_rng(1).normal(size=(10, 3)).astype(np.float32)
+    path, _ = d4rl_file(next_observations=following)
+    buffer = ReplayBuffer(load_dataset(path), CPU, normalize_observations=False)
+    np.testing.assert_array_equal(buffer.transitions.next_observations, following)
+    assert buffer.episode_lengths.tolist() == [4, 3, 3]
+
+
+def test_d4rl_file_takes_action_bounds_from_the_environment(d4rl_file):
+    path, arrays = d4rl_file()
+    dataset = load_dataset(path, "Pendulum-v1")
+    assert (dataset.env_id, dataset.action_high.tolist()) == ("Pendulum-v1", [2])
+    np.testing.assert_allclose(ReplayBuffer(dataset, CPU).transitions.actions[0], arrays["actions"][0] / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": None}, "lacks rewards"),
+        ({"rewards": np.zeros(9)}, "do not match in length"),
+        ({"actions": np.zeros(10, np.int64)}, "continuous vectors"),
+        ({"observations": np.zeros((10, 8, 8))}, "must be vectors"),
+    ],
+)
+def test_d4rl_file_in_another_layout(d4rl_file, changes, message):
+    with pytest.raises(BadInput, match=message):
+        load_dataset(d4rl_file(**changes)[0])
+
+
+def test_d4rl_file_with_a_number_that_is_not_finite(d4rl_file):
+    rewards = np.arange(10, dtype=np.float32)
+    rewards[5] = np.nan
+    path, _ = d4rl_file(rewards=rewards)
+    with pytest.raises(BadInput, match="episode 1, step 1: rewards hold nan"):
+        ReplayBuffer(load_dataset(path), CPU)
+
+
+def test_file_that_is_missing_or_not_hdf5(tmp_path):
+    with pytest.raises(BadInput, match="no file"):
+        load_dataset(str(tmp_path / "absent.hdf5"))
+    (tmp_path / "text.hdf5").write_text("not HDF5")
+    with pytest.raises(BadInput, match="as HDF5"):
+        load_dataset(str(tmp_path / "text.hdf5"))

@@ -1,0 +1,165 @@
+"""Evaluation counts one episode per environment copy; a saved policy acts as the trained one did."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import gymnasium as gym
+import iql
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_episode
+
+from common.datasets import BadInput, load_dataset
+from common.evaluation import Policy, evaluate, load_policy, make_environments, normalized_score, save_policy
+from common.replay_buffer import ReplayBuffer
+
+
+class Countdown(gym.Env):
+    """Copy i ends after 2 + (seed % 4) steps, each with reward 1, by termination or, for even seeds, by truncation."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+    seeds: ClassVar[list[int]] = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.even = 100, False  # an episode after the first would be long, and must not count
+        if seed is not None:
+            self.left, self.even = 2 + seed % 4, seed % 2 == 0
+            self.seeds.append(seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(3, np.float32), 1.0, self.left == 0 and not self.even, self.left == 0 and self.even, {}
+
+
+class Goal(gym.Env):
+    """One step with a goal-conditioned observation."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "observation": gym.spaces.Box(-9, 9, (2,), np.float32),
+            "achieved_goal": gym.spaces.Box(-9, 9, (2,), np.float32),
+            "desired_goal": gym.spaces.Box(-9, 9, (1,), np.float32),
+        }
+    )
+    action_space = Countdown.action_space
+
+    def reset(self, *, seed=None, options=None):
+        ones = np.ones(2, np.float32)
+        return {"observation": ones, "achieved_goal": 0 * ones, "desired_goal": 5 * ones[:1]}, {}
+
+    def step(self, action):
+        return self.reset()[0], 1.0, True, False, {}
+
+
+@pytest.fixture(autouse=True)
+def environments():
+    gym.register("Countdown-v0", "test_evaluation:Countdown")
+    gym.register("Goal-v0", "test_evaluation:Goal")
+    yield
+    del gym.registry["Countdown-v0"], gym.registry["Goal-v0"]
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    actor = iql.Actor(3, 1, (16, 16))
+    return Policy(
+        actor,
+        torch.tensor([0.5, 0.0, 1.0]),
+        torch.tensor([1.0, 2.0, 3.0]),
+        np.array([-2.0], np.float32),
+        np.array([2.0], np.float32),
+    )
+
+
+def test_counts_exactly_one_episode_per_copy(make_dataset, policy):
+    environments = make_environments(load_dataset(make_dataset(env="Countdown-v0")), 6)
+    for _ in range(2):  # the same seeds each time
+        Countdown.seeds.clear()
+        returns = evaluate(policy, environments)
+        assert Countdown.seeds == [10_000, 10_001, 10_002, 10_003, 10_004, 10_005]
+        assert returns.tolist() == [2 + seed % 4 for seed in Countdown.seeds]
+
+
+def test_evaluation_is_the_episode_played_by_hand(make_dataset, policy):
+    environments = make_environments(load_dataset(make_dataset(env="Pendulum-v1")), 2)
+    returns = evaluate(policy, environments)
+    for index in range(2):
+        env = gym.make("Pendulum-v1")
+        observation, _ = env.reset(seed=10_000 + index)
+        total, done = 0.0, False
+        while not done:
+            observation, reward, terminated, truncated, _ = env.step(policy(observation[None])[0])
+            total, done = total + float(reward), terminated or truncated
+        assert returns[index] == pytest.approx(total, rel=1e-4)
+
+
+def test_policy_normalises_observations_and_scales_actions(policy):
+    observations = np.array([[0.1, -0.7, 3.0], [0.0, 0.0, 0.0]], np.float32)
+    normalised = (observations - [0.5, 0, 1]) / [1, 2, 3]
+    with torch.no_grad():
+        expected = 2 * policy.actor(torch.tensor(normalised, dtype=torch.float32)).numpy()
+    np.testing.assert_allclose(policy(observations), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \[N, 3\], not \[3\]"):
+        policy(observations[0])
+
+
+def test_load_policy_equals_the_saved_one(policy, tmp_path):
+    save_policy(tmp_path / "policy.pt", policy)
+    observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    np.testing.assert_array_equal(load_policy(tmp_path)(observations), policy(observations))
+
+
+def test_load_policy_needs_neither_scripts_nor_dataset(policy, tmp_path):
+    save_policy(tmp_path / "policy.pt", policy)
+    code = "import sys, numpy; from common.evaluation import *; print(load_policy(sys.argv[1])(numpy.zeros((1, 3))))"
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.strip(" []\n")) == pytest.approx(policy(np.zeros((1, 3)))[0, 0], rel=1e-5)
+
+
+def test_load_policy_without_policy(tmp_path):
+    with pytest.raises(BadInput, match="no policy at"):
+        load_policy(tmp_path)
+    (tmp_path / "policy.pt").write_bytes(b"junk")
+    with pytest.raises(BadInput, match="cannot read"):
+        load_policy(tmp_path)
+
+
+def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_dataset):
+    space = Goal.observation_space
+    parts = {name: np.zeros((4, *box.shape), np.float32) for name, box in space.items()}
+    episodes = [random_episode(0, 3, observations=parts)]
+    dataset = load_dataset(make_dataset(episodes=episodes, observation_space=space, env="Goal-v0"))
+    seen = []
+
+    def policy(observations):
+        seen.append(observations)
+        return np.zeros((1, 1), np.float32)
+
+    assert evaluate(policy, make_environments(dataset, 1)).tolist() == [1]
+    assert seen[0].tolist() == [[1, 1, 5]]
+
+
+@pytest.mark.parametrize("env_id", [None, "NotInstalled-v0", "module:Env-v0"])
+def test_no_environment_is_one_warning(make_dataset, env_id, capsys):
+    assert make_environments(load_dataset(make_dataset(), env_id), 2) is None
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ") and error.count("\n") == 1 and "without evaluation" in error
+
+
+def test_environment_of_another_size_is_refused(make_dataset):
+    with pytest.raises(BadInput, match="MountainCarContinuous-v0 has"):
+        make_environments(load_dataset(make_dataset(), "MountainCarContinuous-v0"), 1)
+
+
+def test_normalised_score(pendulum: ReplayBuffer):
+    low, high = pendulum.dataset.reference_returns
+    assert [normalized_score(value, pendulum.dataset) for value in (low, (low + high) / 2, high)] == pytest.approx(
+        [0, 50, 100]
+    )

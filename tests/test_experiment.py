@@ -1,0 +1,453 @@
+"""The contracts every script keeps: command line, run folder, resume, tracking, bad input; run as users run them."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALGORITHMS, ROOT, random_episode, run_script
+from wandb.proto import wandb_internal_pb2
+
+from common.datasets import BUILT_IN_ID, BadInput, load_dataset
+from common.evaluation import evaluate, load_policy, make_environments
+from common.experiment import Run, parse_args
+
+SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+def assert_one_line(run, pattern):
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert re.search(pattern, run.stderr), run.stderr
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(left, right):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_same(*pair)
+    else:
+        assert left == right
+
+
+# --- Command line ---
+
+
+@every_algorithm
+def test_help_names_every_argument_and_its_meaning(algorithm):
+    run = run_script(algorithm, "--help", COLUMNS="160")
+    assert run.returncode == 0
+    args_class = importlib.import_module(algorithm).Args
+    for field in dataclasses.fields(args_class):
+        assert f"--{field.name.replace('_', '-')}" in run.stdout
+    assert "Paper:" in run.stdout  # the module's docstring
+    assert "--compile, --no-compile" in run.stdout
+
+
+@every_algorithm
+def test_underscores_and_switches_are_read_as_sweeps_write_them(algorithm):
+    args_class = importlib.import_module(algorithm).Args
+    args = parse_args(args_class, ["--batch_size=64", "--actor_learning_rate=0.001", "--compile", "--no-track"])
+    assert (args.batch_size, args.actor_learning_rate, args.compile, args.track) == (64, 0.001, True, False)
+
+
+# --- The run folder ---
+
+
+@every_algorithm
+def test_run_folder(algorithm, tmp_path, pendulum):
+    folder = tmp_path / "run"
+    arguments = [
+        "--num-updates",
+        "50",
+        "--eval-every",
+        "20",
+        "--log-every",
+        "10",
+        "--run-dir",
+        str(folder),
+        "--seed",
+        "3",
+    ]
+    run = run_script(algorithm, *arguments, *SHORT)
+    assert run.returncode == 0, run.stderr
+    expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
+    assert {path.name for path in folder.iterdir()} == expected
+
+    args = json.loads((folder / "args.json").read_text())
+    assert args["algorithm"] == algorithm and args["seed"] == 3 and args["dataset_fingerprint"] == pendulum.fingerprint
+    assert set(args["versions"]) >= {"python", "torch", "numpy", "gymnasium", "minari"}
+    assert {field.name for field in dataclasses.fields(importlib.import_module(algorithm).Args)} <= args.keys()
+
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert next(iter(rows[0])) == "step"
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
+    assert [bool(row["eval/score"]) for row in rows] == [False, True, False, True, True]
+    assert all(np.isfinite(float(row["actor/loss"])) for row in rows)
+
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["algorithm"], result["dataset_id"], result["seed"], result["num_updates"]) == (
+        algorithm,
+        BUILT_IN_ID,
+        3,
+        50,
+    )
+    scores = [float(row["eval/score"]) for row in rows if row["eval/score"]]
+    assert result["final_score"] == pytest.approx(scores[-1]) == pytest.approx(float(rows[-1]["eval/score"]))
+    assert result["last_5_score"] == pytest.approx(np.mean(scores))
+    assert result["best_score"] == pytest.approx(max(scores))
+    assert result["dataset_return_mean"] == pytest.approx(pendulum.mean_return)
+    assert result["dataset_score"] == pytest.approx(34, abs=5)
+    assert {
+        "final_return_mean",
+        "final_return_std",
+        "updates_per_second",
+        "wall_seconds",
+        "device",
+        "versions",
+    } <= result.keys()
+
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    last = run.stdout.strip().splitlines()[-1]
+    assert f"score {scores[-1]:.1f}" in last and "dataset average" in last and str(folder) in last and " s, " in last
+    assert "score" in run.stderr  # the progress bar
+
+    environments = make_environments(pendulum.dataset, 2)  # the policy on disk is the one that was evaluated
+    assert evaluate(load_policy(folder), environments).mean() == pytest.approx(result["final_return_mean"], rel=1e-6)
+
+
+def test_default_run_folder_and_a_taken_one(tmp_path):
+    arguments = ["--num-updates", "2", *SHORT]
+    script = str(ROOT / "algorithms" / "bc.py")
+    run = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (folder,) = tmp_path.glob("runs/bc/anchorl-pendulum-mixed-v0/0-*")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert_one_line(run_script("bc", *arguments, "--run-dir", str(folder)), "holds a run already")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_logged_data_without_environment_trains_and_says_so(make_dataset, tmp_path):
+    run = run_script(
+        "iql", "--dataset-id", make_dataset(), "--num-updates", "20", "--run-dir", str(tmp_path / "run"), *SHORT
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("warning") == 1 and "names no environment" in run.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["final_score"] is None and result["dataset_score"] is None
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert float(rows[-1]["critic/q"])  # the diagnostics are there
+    assert "not evaluated" in run.stdout
+
+
+def test_a_dataset_whose_environment_is_not_installed_trains_with_one_warning(make_dataset, tmp_path):
+    dataset_id = make_dataset()
+    arguments = ["--dataset-id", dataset_id, "--env-id", "NotInstalled-v0", "--num-updates", "5"]
+    run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"), *SHORT)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
+
+
+def test_a_script_and_common_are_a_working_program(tmp_path):
+    """What a user copies out of the repository runs alone."""
+    for name in ("algorithms/iql.py", *(str(path.relative_to(ROOT)) for path in (ROOT / "common").glob("*.py"))):
+        target = tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_text((ROOT / name).read_text())
+    command = [sys.executable, "algorithms/iql.py", "--num-updates", "3", "--run-dir", "run", *SHORT]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+# --- Resume ---
+
+
+@every_algorithm
+def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
+    """Kill -9 somewhere after the second checkpoint, resume, and compare with the run that was never stopped."""
+    arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
+    command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), *arguments, "--run-dir", str(killed)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoint.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert checkpoint(killed)["step"] < 400
+    with (killed / "metrics.csv").open("a") as file:
+        file.write("391,0.1,half a ro")  # as a kill in the middle of a write leaves it
+    run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
+    assert run.returncode == 0, run.stderr
+    for key in ("learner", "random_state", "evaluations", "step"):
+        assert_same(checkpoint(whole)[key], checkpoint(killed)[key])
+    rows = [
+        [{**row, "seconds": ""} for row in csv.DictReader((folder / "metrics.csv").open())]
+        for folder in (whole, killed)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_ctrl_c_saves_a_checkpoint_and_exits_130(tmp_path):
+    arguments = [
+        "--num-updates",
+        "1000000",
+        "--checkpoint-every",
+        "1000000",
+        "--run-dir",
+        str(tmp_path / "run"),
+        *SHORT,
+    ]
+    command = [sys.executable, str(ROOT / "algorithms" / "iql.py"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error and "--resume --run-dir" in error.splitlines()[-1]
+    assert checkpoint(tmp_path / "run")["step"] >= 100
+
+
+def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
+    folder = str(tmp_path / "run")
+    assert run_script("bc", "--num-updates", "20", "--run-dir", folder, *SHORT).returncode == 0
+    run = run_script("bc", "--num-updates", "30", "--resume", "--run-dir", folder)
+    assert run.returncode == 0, run.stderr
+    assert checkpoint(tmp_path / "run")["step"] == 30
+
+
+def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
+    folder = str(tmp_path / "run")
+    assert_one_line(run_script("iql", "--resume"), "--resume needs --run-dir")
+    assert_one_line(run_script("iql", "--resume", "--run-dir", folder), "no checkpoint at")
+    assert not (tmp_path / "run").exists()
+    assert run_script("iql", "--num-updates", "3", "--run-dir", folder, *SHORT).returncode == 0
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    assert_one_line(run_script("td3_bc", "--resume", "--run-dir", folder), "is a run of iql, not of td3_bc")
+    assert_one_line(run_script("iql", "--resume", "--run-dir", folder, "--gamma", "0.9"), "--gamma 0.9: .* has 0.99")
+    other = ["--dataset-id", make_dataset(env="Pendulum-v1")]
+    assert_one_line(run_script("iql", "--resume", "--run-dir", folder, *other), f"--dataset-id .* has {BUILT_IN_ID}")
+    (tmp_path / "run" / "args.json").unlink()  # the checkpoint itself tells, too
+    arguments = ["--num-updates", "3", *SHORT, "--resume", "--run-dir", folder]
+    assert_one_line(run_script("td3_bc", *arguments), "checkpoint of iql, not of td3_bc")
+    assert_one_line(run_script("iql", *arguments, *other), "trained on other data")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"junk")
+    assert_one_line(run_script("iql", *arguments), "cannot read")
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
+
+
+# --- Divergence ---
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(make_dataset, tmp_path):
+    huge = [random_episode(seed) | {"rewards": np.full(30, 1e30)} for seed in range(4)]
+    dataset_id = make_dataset(episodes=huge)
+    arguments = ["--num-updates", "400", "--checkpoint-every", "1", "--run-dir", str(tmp_path / "run"), *SHORT]
+    run = run_script("iql", "--dataset-id", dataset_id, *arguments)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr and re.search(
+        r"error: .* at update \d+; the last checkpoint", run.stderr.splitlines()[-1]
+    )
+
+
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path, pendulum):
+    iql = importlib.import_module("iql")
+    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9)
+    learner = iql.build(3, 1, args, torch.device("cpu"))
+    run = Run(args, pendulum, learner)
+    run.save_checkpoint(1)
+    with torch.no_grad():
+        learner.critic.layers[0].weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="weights of critic are not finite at update 2"):
+        run.save_checkpoint(2)
+    assert checkpoint(tmp_path / "run")["step"] == 1
+
+
+# --- Tracking ---
+
+
+def wandb_records(path):
+    """The protobuf records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
+    data, offset, parts = path.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        if 32768 - offset % 32768 < 7:  # too short for a header: padding
+            offset += 32768 - offset % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
+        parts += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_tracking_offline_holds_config_and_metrics(tmp_path):
+    arguments = ["--num-updates", "20", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
+    run = run_script("iql", *arguments, *SHORT, WANDB_MODE="offline")
+    assert run.returncode == 0, run.stderr
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    config, history = {}, []
+    for record in wandb_records(file):
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        history += [row] if row else []
+    assert config["algorithm"] == "iql" and config["expectile"] == 0.7
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["step"] for row in history] == [10, 20]
+    assert history[1]["critic/loss"] == pytest.approx(float(rows[1]["critic/loss"]))
+    assert history[1]["eval/score"] == pytest.approx(float(rows[1]["eval/score"]))
+
+
+def test_a_tracker_that_fails_to_start_does_not_stop_training(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("def init(**kwargs): raise ConnectionError('no server')")
+    run = run_script(
+        "bc", "--num-updates", "5", "--track", "--run-dir", str(tmp_path / "run"), *SHORT, PYTHONPATH=str(tmp_path)
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("warning: W&B failed (ConnectionError: no server)") == 1
+
+
+def test_a_tracker_that_fails_on_the_way_does_not_stop_training(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    code = "class R:\n id = 'x'\n def log(self, *a, **k): raise OSError('disk full')\ndef init(**kwargs): return R()\n"
+    (tmp_path / "wandb" / "__init__.py").write_text(code)
+    arguments = ["--num-updates", "30", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
+    run = run_script("bc", *arguments, *SHORT, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("W&B failed") == 1
+
+
+# --- Bad input ---
+
+NONSENSE = {
+    "batch_size": "0",
+    "num_updates": "-5",
+    "eval_every": "0",
+    "eval_episodes": "0",
+    "log_every": "0",
+    "checkpoint_every": "0",
+    "seed": "-1",
+    "actor_learning_rate": "-0.1",
+    "critic_learning_rate": "nan",
+    "value_learning_rate": "0",
+    "gamma": "1.5",
+    "tau": "0",
+    "expectile": "1.5",
+    "beta": "-1",
+    "alpha": "-1",
+    "weight_clip": "0",
+    "reward_scale": "0",
+    "policy_noise": "-1",
+    "noise_clip": "-1",
+    "policy_every": "0",
+    "top_fraction": "0",
+    "hidden_dims": "0",
+}
+
+
+@every_algorithm
+def test_nonsense_numbers_are_refused(algorithm):
+    args_class = importlib.import_module(algorithm).Args
+    for field in dataclasses.fields(args_class):
+        if field.name in NONSENSE:
+            flag = f"--{field.name.replace('_', '-')}"
+            with pytest.raises(BadInput, match=flag):
+                parse_args(args_class, [flag, NONSENSE[field.name]]).validate()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda():
+    assert_one_line(run_script("iql", "--device", "cuda"), "--device cuda: .*no CUDA")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--batch-size", "0"], "error: --batch-size 0: must be at least 1"),
+        (["--expectile", "1.5"], r"error: --expectile 1.5: must be in \(0, 1\)"),
+        (["--batch-size", "many"], "--batch-size.*many"),
+        (["--no-such-flag"], "no-such-flag"),
+        (["--dataset-id", "anchorl/none-v0"], "unknown built-in dataset"),
+        (["--dataset-id", "none"], "no dataset 'none'"),
+        (["--env-id", "MountainCarContinuous-v0"], "MountainCarContinuous-v0 has"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, pattern, tmp_path):
+    assert_one_line(run_script("iql", *arguments, "--run-dir", str(tmp_path / "run")), pattern)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_one_line_and_exit_2(make_dataset, tmp_path):
+    broken = random_episode(0)
+    broken["rewards"][4] = np.nan
+    dataset_id = make_dataset(episodes=[broken], env="Pendulum-v1")
+    run = run_script("bc", "--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run"))
+    assert_one_line(run, "test/data-v0, episode 0, step 4: rewards hold nan")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_download_without_network_is_one_line(tmp_path):
+    """Minari's own retries take half a minute before it gives up."""
+    proxy = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    run = run_script("bc", "--dataset-id", "mujoco/hopper/medium-v0", "--run-dir", str(tmp_path / "run"), **proxy)
+    assert_one_line(run, "mujoco/hopper/medium-v0 is not in .* and its download failed")
+
+
+# --- Compile ---
+
+
+@pytest.mark.slow
+@every_algorithm
+def test_compiled_updates_equal_eager_ones(algorithm, pendulum):
+    """Compiled losses must train to the same weights, or their speed means nothing."""
+    from common.experiment import compiled
+
+    module, device = importlib.import_module(algorithm), torch.device("cpu")
+    finals = []
+    for compile in (False, True):
+        args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64)
+        torch.manual_seed(0)
+        learner = module.build(3, 1, args, device)
+        initial = [weight.clone() for weight in learner.actor.parameters()]
+        train = compiled(module.update, args, device)
+        for step in range(1, 31):
+            train(learner, pendulum.sample(64), step, args)
+        finals.append(
+            [
+                weight.detach().clone()
+                for part in learner
+                if isinstance(part, torch.nn.Module)
+                for weight in part.parameters()
+            ]
+        )
+        assert not all(map(torch.equal, initial, learner.actor.parameters()))
+    for eager, graph in zip(*finals, strict=True):
+        torch.testing.assert_close(eager, graph, atol=2e-5, rtol=1e-4)
+
+
+def test_the_buffers_dataset_is_only_read(make_dataset):
+    dataset = load_dataset(make_dataset())
+    first, second = (next(iter(dataset.read_episodes())).observations for _ in range(2))
+    np.testing.assert_array_equal(first, second)

@@ -1,0 +1,126 @@
+"""The replay buffer against datasets whose every number the test knows."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import random_episode
+
+from common.datasets import BadInput, load_dataset
+from common.replay_buffer import ReplayBuffer
+
+CPU = torch.device("cpu")
+
+
+def load(dataset_id: str, normalize: bool = False) -> ReplayBuffer:
+    return ReplayBuffer(load_dataset(dataset_id), CPU, normalize)
+
+
+def test_holds_every_transition_in_order(make_dataset):
+    episodes = [random_episode(seed, length) for seed, length in enumerate((5, 1, 7))]
+    buffer = load(make_dataset(episodes=episodes))
+    data = buffer.transitions
+    observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    next_observations = np.concatenate([episode["observations"][1:] for episode in episodes])
+    np.testing.assert_array_equal(data.observations, observations)
+    np.testing.assert_array_equal(data.next_observations, next_observations)  # never across a boundary
+    np.testing.assert_allclose(data.rewards, np.concatenate([episode["rewards"] for episode in episodes]), rtol=1e-6)
+    assert data.terminations.sum() == 0  # a time limit is no termination
+    assert buffer.episode_lengths.tolist() == [5, 1, 7]
+    assert buffer.episode_starts.tolist() == [0, 5, 6]
+    np.testing.assert_allclose(buffer.episode_returns, [episode["rewards"].sum() for episode in episodes])
+    assert {tensor.dtype for tensor in data} == {torch.float32}
+
+
+def test_marks_terminations(make_dataset):
+    ended = np.array([False, False, True])
+    episodes = [random_episode(0, 3, terminations=ended, truncations=~ended & False), random_episode(1, 2)]
+    assert load(make_dataset(episodes=episodes)).transitions.terminations.tolist() == [0, 0, 1, 0, 0]
+
+
+def test_maps_actions_to_the_unit_box_and_clips_beyond_it(make_dataset):
+    space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([3, 10], np.float32))
+    actions = np.array([[-1, 0], [1, 5], [3, 10], [5, -2]], np.float32)
+    buffer = load(make_dataset(episodes=[random_episode(0, 4, actions=actions)], action_space=space))
+    assert buffer.transitions.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [1, -1]]
+
+
+def test_flattens_goal_conditioned_observations(make_dataset):
+    names = {"observation": 2, "achieved_goal": 1, "desired_goal": 1}
+    space = gym.spaces.Dict({name: gym.spaces.Box(-np.inf, np.inf, (size,)) for name, size in names.items()})
+    rng = np.random.default_rng(0)
+    parts = {name: rng.normal(size=(4, size)).astype(np.float32) for name, size in names.items()}
+    buffer = load(make_dataset(episodes=[random_episode(0, 3, observations=parts)], observation_space=space))
+    expected = np.concatenate([parts["observation"], parts["desired_goal"]], axis=1)
+    np.testing.assert_array_equal(buffer.transitions.observations, expected[:-1])
+    np.testing.assert_array_equal(buffer.transitions.next_observations, expected[1:])
+
+
+def test_flattens_any_dict_of_boxes(make_dataset):
+    space = gym.spaces.Dict({name: gym.spaces.Box(-np.inf, np.inf, (2,)) for name in ("a", "b")})
+    parts = {"a": np.zeros((4, 2), np.float32), "b": np.ones((4, 2), np.float32)}
+    buffer = load(make_dataset(episodes=[random_episode(0, 3, observations=parts)], observation_space=space))
+    assert buffer.transitions.observations.tolist() == [[0, 0, 1, 1]] * 3
+
+
+def test_normalises_by_the_observations_of_the_data(make_dataset):
+    dataset_id = make_dataset()
+    raw, buffer = load(dataset_id).transitions, load(dataset_id, normalize=True)
+    observations, next_observations = raw.observations.numpy(), raw.next_observations.numpy()
+    mean, std = observations.mean(axis=0), observations.std(axis=0) + 1e-3
+    np.testing.assert_allclose(buffer.transitions.observations, (observations - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(buffer.transitions.next_observations, (next_observations - mean) / std, atol=1e-5)
+    assert buffer.fingerprint == load(dataset_id).fingerprint  # of the data, not of what was made of it
+
+
+def test_samples_whole_rows_uniformly(make_dataset):
+    episode = random_episode(0, 3)
+    episode["rewards"] = np.array([0.0, 1.0, 2.0])
+    buffer = load(make_dataset(episodes=[episode]))
+    torch.manual_seed(0)
+    batch = buffer.sample(30_000)
+    rows = batch.rewards.long()
+    for name, values in batch._asdict().items():
+        torch.testing.assert_close(values, getattr(buffer.transitions, name)[rows])
+    assert rows.bincount().tolist() == pytest.approx([10_000] * 3, rel=0.05)
+
+
+def test_keeps_chosen_episodes(make_dataset):
+    buffer = load(make_dataset(episodes=[random_episode(seed, length) for seed, length in enumerate((5, 2, 3))]))
+    before, mean_return = buffer.transitions.observations.clone(), buffer.mean_return
+    buffer.keep_episodes(torch.tensor([True, False, True]))
+    torch.testing.assert_close(buffer.transitions.observations, torch.cat([before[:5], before[7:]]))
+    assert buffer.episode_lengths.tolist() == [5, 3]
+    assert buffer.episode_starts.tolist() == [0, 5]
+    assert buffer.mean_return == mean_return  # still the dataset's
+
+
+def test_fingerprint_tells_datasets_apart(make_dataset):
+    first = load(make_dataset("test/a-v0")).fingerprint
+    assert first == load(make_dataset("test/b-v0")).fingerprint
+    assert first != load(make_dataset("test/c-v0", episodes=[random_episode(9)])).fingerprint
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_names_the_place_of_a_number_that_is_not_finite(make_dataset, field, value):
+    broken = random_episode(1, 9)
+    broken[field][6] = value
+    dataset_id = make_dataset(episodes=[random_episode(0), broken])
+    with pytest.raises(BadInput, match=rf"episode 1, step 6: {field} hold {value}"):
+        load(dataset_id)
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "rewards", "terminations"])
+def test_refuses_an_episode_whose_lengths_do_not_match(make_dataset, field):
+    short = random_episode(1)
+    short[field] = short[field][:-1]
+    dataset_id = make_dataset(episodes=[random_episode(0), short])
+    with pytest.raises(BadInput, match=r"episode 1: .* observations do not match"):
+        load(dataset_id)
+
+
+def test_refuses_an_empty_dataset(make_dataset):
+    dataset_id = make_dataset(episodes=[])
+    with pytest.raises(BadInput, match="empty"):
+        load(dataset_id)
