@@ -3,7 +3,7 @@
 A run whose result.json exists is not repeated and an unfinished one is resumed: stop the command, and give it again.
 Arguments after `--` go to every script.
 
-Run: python benchmarks/grid.py --algorithms bc td3_bc iql --name pendulum
+Run: python benchmarks/grid.py --algorithms bc td3_bc iql --results benchmarks/results/pendulum.csv
 """
 
 import csv
@@ -29,8 +29,8 @@ class Args:
     """datasets"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds"""
-    name: str = "pendulum"
-    """results go to benchmarks/results/<name>.csv"""
+    results: Path = ROOT / "benchmarks" / "results" / "pendulum.csv"
+    """the evaluations of all runs go here"""
     workers: int = 2
     """runs side by side, one thread each"""
     runs_dir: Path = Path("runs/grid")
@@ -73,9 +73,8 @@ def collect(args: Args) -> None:
                     score = f"{float(row['eval/score']):.1f}" if row["eval/score"] else ""
                     values = [algorithm, dataset_id, seed, row["step"], score, f"{float(row['eval/return_mean']):.1f}"]
                     rows.append([*values, f"{result['updates_per_second']:.0f}"])
-    path = ROOT / "benchmarks" / "results" / f"{args.name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    with args.results.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ["algorithm", "dataset_id", "seed", "num_updates", "score", "return_mean", "updates_per_second"]

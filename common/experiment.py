@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -439,6 +438,8 @@ def _headline(metrics: dict[str, float]) -> str:
 
 
 def _plot(path: Path, args: ExperimentArgs, evaluations: list[dict[str, float]], average: dict[str, float]) -> None:
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
     name = "eval/score" if "eval/score" in average else "eval/return_mean"
     label = "normalised score" if name == "eval/score" else "return"
     figure = Figure(figsize=(6.4, 4), layout="constrained")

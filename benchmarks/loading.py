@@ -1,0 +1,105 @@
+"""Time and peak memory of loading a local Minari dataset into the replay buffer, beside a bare h5py read of its file.
+
+Makes a dataset of the given size in a temporary folder (1,000 steps an episode, float64 as MuJoCo's observations are),
+and measures each of the two in a process of its own: peak memory is what the process grew by, in resident bytes.
+
+Run: python benchmarks/loading.py
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import torch
+import tyro
+from minari.data_collector import EpisodeBuffer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from common.datasets import load_dataset
+from common.replay_buffer import ReplayBuffer
+
+DATASET_ID = "benchmark/loading-v0"
+
+
+@dataclass
+class Args:
+    num_steps: int = 1_000_000
+    """transitions"""
+    observation_dim: int = 17
+    """HalfCheetah's"""
+    action_dim: int = 6
+    """HalfCheetah's"""
+
+
+def make_dataset(args: Args) -> None:
+    rng = np.random.default_rng(0)
+
+    def episode() -> EpisodeBuffer:
+        return EpisodeBuffer(
+            observations=rng.normal(size=(1001, args.observation_dim)),
+            actions=rng.uniform(-1, 1, size=(1000, args.action_dim)).astype(np.float32),
+            rewards=rng.normal(size=1000),
+            terminations=np.zeros(1000, bool),
+            truncations=np.arange(1000) == 999,
+        )
+
+    with warnings.catch_warnings(action="ignore"):
+        dataset = minari.create_dataset_from_buffers(
+            DATASET_ID,
+            [episode()],
+            observation_space=gym.spaces.Box(-np.inf, np.inf, (args.observation_dim,), np.float64),
+            action_space=gym.spaces.Box(-1, 1, (args.action_dim,), np.float32),
+        )
+        for _ in range(args.num_steps // 1000 - 1):
+            dataset.update_dataset_from_buffer([episode()])
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def load_with_replay_buffer() -> int:
+    """Bytes of the tensors."""
+    return ReplayBuffer(load_dataset(DATASET_ID), torch.device("cpu")).storage.nbytes
+
+
+def load_with_h5py() -> int:
+    """Bytes of the arrays, all episodes kept in memory as they are in the file."""
+    path = Path(os.environ["MINARI_DATASETS_PATH"]) / DATASET_ID / "data" / "main_data.hdf5"
+    with h5py.File(path) as file:
+        names = ("observations", "actions", "rewards", "terminations", "truncations")
+        arrays = [episode[name][:] for episode in file.values() for name in names]
+    return sum(array.nbytes for array in arrays)
+
+
+LOADERS = {"replay buffer": load_with_replay_buffer, "bare h5py": load_with_h5py}
+
+
+def main() -> None:
+    if len(sys.argv) == 2 and sys.argv[1] in LOADERS:  # one of the two child processes
+        before, began = peak_bytes(), time.perf_counter()
+        size = LOADERS[sys.argv[1]]()
+        seconds, peak = time.perf_counter() - began, peak_bytes() - before
+        print(f"{sys.argv[1]:>13}: {seconds:5.2f} s, {size / 2**20:4.0f} MiB held, peak {peak / size:.2f} times that")
+        return
+    args = tyro.cli(Args, description=__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINARI_DATASETS_PATH"] = folder
+        make_dataset(args)
+        for _ in range(2):  # the first round finds the file's pages in no particular state
+            for name in LOADERS:
+                subprocess.run([sys.executable, __file__, name], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Updates per second of the algorithms, beside the bound that their matrix products alone set in the same run.
+
+The products of one update are recorded on their way to the kernels and replayed on operands of the same shapes and
+strides, with nothing around them: that is the speed no implementation of the same mathematics on this machine can pass
+by much. Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of its two neighbours.
+
+Run: python benchmarks/throughput.py --algorithms bc td3_bc iql --compile --csv benchmarks/results/throughput.csv
+"""
+
+import csv
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "algorithms"))
+from common.datasets import Dataset, Episode
+from common.experiment import compiled, set_up
+from common.replay_buffer import ReplayBuffer
+
+COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "bound_updates_per_second", "ratio"]
+
+
+@dataclass
+class Args:
+    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql")
+    """scripts in algorithms/, without .py"""
+    compile: bool = False
+    """measure --compile too, after checking that it trains to eager's weights"""
+    csv: Path | None = None
+    """write the table here"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to train"""
+    threads: int = torch.get_num_threads()
+    """PyTorch's threads"""
+    observation_dim: int = 17
+    """HalfCheetah's"""
+    action_dim: int = 6
+    """HalfCheetah's"""
+    rounds: int = 9
+    """times that modes and bound take turns"""
+    seconds: float = 1.0
+    """of each measurement"""
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Notes shapes and strides of the operands of every matrix product that passes."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[list[tuple[torch.Size, tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.PRODUCTS:
+            self.operands.append([(tensor.shape, tensor.stride()) for tensor in args[-2:]])
+        return func(*args, **(kwargs or {}))
+
+
+def random_buffer(args: Args, device: torch.device, num_episodes: int = 100) -> ReplayBuffer:
+    def read_episodes() -> Iterator[Episode]:
+        rng = np.random.default_rng(0)
+        for _ in range(num_episodes):
+            observations = rng.normal(size=(1001, args.observation_dim))
+            actions = rng.uniform(-1, 1, size=(1000, args.action_dim))
+            yield Episode(observations[:-1], actions, rng.normal(size=1000), observations[1:], np.zeros(1000))
+
+    ones = np.ones(args.action_dim, np.float32)
+    return ReplayBuffer(
+        Dataset("random", num_episodes * 1000, args.observation_dim, -ones, ones, read_episodes), device
+    )
+
+
+def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool) -> tuple[Callable[[], None], Any]:
+    """A function that does the next update, and the learner that it trains."""
+    module = importlib.import_module(algorithm)
+    script_args = module.Args(compile=compile, device=args.device)
+    device = set_up(script_args)
+    learner = module.build(args.observation_dim, args.action_dim, script_args, device)
+    update = compiled(module.update, script_args, device)
+    step = 0
+
+    def train() -> None:
+        nonlocal step
+        step += 1
+        update(learner, buffer.sample(script_args.batch_size), step, script_args)
+
+    return train, learner
+
+
+def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[], None]:
+    """A function that does the matrix products of an update: of the `num_updates` recorded ones, one after the other."""
+    train, _ = make_trainer(args, algorithm, random_buffer(args, torch.device("cpu"), 1), compile=False)
+    train()  # the first update allocates
+    updates = []
+    for _ in range(num_updates):  # more than one: some algorithms train the actor every second update
+        with ProductRecorder() as recorder:
+            train()
+        updates.append([prepare_product(operands, torch.device(args.device)) for operands in recorder.operands])
+    turn = 0
+
+    def multiply() -> None:
+        nonlocal turn
+        for product, left, right, out in updates[turn % num_updates]:
+            product(left, right, out=out)
+        turn += 1
+
+    return multiply
+
+
+def prepare_product(operands: list[tuple[torch.Size, tuple[int, ...]]], device: torch.device) -> tuple[Any, ...]:
+    left, right = (
+        torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), device=device).as_strided(
+            shape, stride
+        )
+        for shape, stride in operands
+    )
+    out = torch.empty(*left.shape[:-1], right.shape[-1], device=device)
+    return torch.bmm if left.dim() == 3 else torch.mm, left, right, out
+
+
+def rate(step: Callable[[], None], seconds: float, device: str) -> float:
+    """Calls per second."""
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(10):
+            step()
+        calls += 10
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return calls / (time.perf_counter() - began)
+
+
+def check_equal(args: Args, algorithm: str, buffer: ReplayBuffer, num_updates: int = 30) -> None:
+    """Exits unless compiled training gives eager's weights: a speed counts only for training that happens."""
+    finals = []
+    for compile in (False, True):
+        train, learner = make_trainer(args, algorithm, buffer, compile)
+        torch.manual_seed(0)
+        for _ in range(num_updates):
+            train()
+        finals.append([weight for part in learner if isinstance(part, torch.nn.Module) for weight in part.parameters()])
+    difference = max(float((eager - graph).detach().abs().max()) for eager, graph in zip(*finals, strict=True))
+    if difference > 1e-4:
+        sys.exit(
+            f"{algorithm}: after {num_updates} updates compiled weights differ from eager ones by {difference:.2g}"
+        )
+
+
+def measure(args: Args, algorithm: str) -> list[list[Any]]:
+    """A row for each mode."""
+    buffer = random_buffer(args, torch.device(args.device))
+    if args.compile:
+        check_equal(args, algorithm, buffer)
+    modes = ["eager", "compile"] if args.compile else ["eager"]
+    steps = {mode: make_trainer(args, algorithm, buffer, mode == "compile")[0] for mode in modes}
+    steps["bound"] = make_bound(args, algorithm)
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for round in range(args.rounds + 1):
+        for name, step in steps.items():
+            value = rate(step, args.seconds, args.device)
+            if round > 0:  # the first round warms up
+                rates[name].append(value)
+    rows = []
+    for mode in modes:
+        ratio = statistics.median(speed / bound for speed, bound in zip(rates[mode], rates["bound"], strict=True))
+        speed, bound = statistics.median(rates[mode]), statistics.median(rates["bound"])
+        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.1f}", f"{bound:.1f}", f"{ratio:.3f}"])
+    return rows
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(args.threads)
+    print(*(f"{name:>24}" if "second" in name else f"{name:>9}" for name in COLUMNS), sep=" ")
+    table = []
+    for algorithm in args.algorithms:
+        for row in measure(args, algorithm):
+            table.append(row)
+            print(
+                *(f"{value:>{max(9, 24 * ('second' in name))}}" for name, value in zip(COLUMNS, row, strict=True)),
+                flush=True,
+            )
+    if args.csv is not None:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with args.csv.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Every algorithm learns on the built-in dataset: short runs with small networks, judged with generous margins.
+
+The full runs, three seeds each with the default arguments, are in benchmarks/results/.
+"""
+
+import json
+
+import pytest
+from conftest import run_script
+
+SMALL = ["--hidden-dims", "64", "64", "--actor-learning-rate", "1e-3", "--eval-every", "100000"]
+FAST_CRITIC = ["--critic-learning-rate", "1e-3", "--tau", "0.02"]
+RUNS = {
+    "bc": ["--num-updates", "1000"],
+    "td3_bc": ["--num-updates", "3000", *FAST_CRITIC],
+    "iql": ["--num-updates", "1500", *FAST_CRITIC, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, pendulum):
+    """The result.json of one run of each algorithm."""
+    found = {}
+    for algorithm, arguments in RUNS.items():
+        folder = tmp_path_factory.mktemp("learning") / algorithm
+        run = run_script(algorithm, *arguments, *SMALL, "--run-dir", str(folder))
+        assert run.returncode == 0, run.stderr
+        found[algorithm] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def test_behaviour_cloning_learns_the_average_of_the_data(results):
+    assert 10 < results["bc"]["final_score"] < 60
+
+
+@pytest.mark.parametrize("algorithm", ["td3_bc", "iql"])
+def test_offline_rl_passes_behaviour_cloning(results, algorithm):
+    assert results[algorithm]["final_score"] > results["bc"]["final_score"] + 15
+    assert results[algorithm]["final_score"] > 60
+
+
+def test_cloning_the_best_episodes_only_learns_the_good_controller(tmp_path, pendulum):
+    run = run_script("bc", *RUNS["bc"], *SMALL, "--top-fraction", "0.2", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["final_score"] > 85
