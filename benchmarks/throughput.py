@@ -22,9 +22,8 @@ import torch
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-sys.path.append(str(ROOT / "algorithms"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 from common.datasets import Dataset, Episode
 from common.experiment import compiled, set_up
 from common.replay_buffer import ReplayBuffer
@@ -101,7 +100,7 @@ def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool
 
 
 def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[], None]:
-    """A function that does the matrix products of an update: of the `num_updates` recorded ones, one after the other."""
+    """A function that does the matrix products of one update, taking turns between `num_updates` recorded ones."""
     train, _ = make_trainer(args, algorithm, random_buffer(args, torch.device("cpu"), 1), compile=False)
     train()  # the first update allocates
     updates = []
@@ -121,11 +120,10 @@ def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[],
 
 
 def prepare_product(operands: list[tuple[torch.Size, tuple[int, ...]]], device: torch.device) -> tuple[Any, ...]:
+    sizes = [1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) for shape, stride in operands]
     left, right = (
-        torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), device=device).as_strided(
-            shape, stride
-        )
-        for shape, stride in operands
+        torch.randn(size, device=device).as_strided(shape, stride)
+        for size, (shape, stride) in zip(sizes, operands, strict=True)
     )
     out = torch.empty(*left.shape[:-1], right.shape[-1], device=device)
     return torch.bmm if left.dim() == 3 else torch.mm, left, right, out
