@@ -34,7 +34,7 @@ class Args(ExperimentArgs):
 
     top_fraction: float = 1.0
     """share of the episodes to imitate, the best by their undiscounted return (Decision Transformer's 10% BC: 0.1)"""
-    actor_learning_rate: float = 3e-4
+    learning_rate: float = 3e-4
     """Adam's"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """hidden layers of the policy"""
@@ -81,7 +81,7 @@ class Learner(NamedTuple):
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
     """A fresh network and its optimiser."""
     actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    groups = [{"params": actor.parameters(), "lr": args.actor_learning_rate}]
+    groups = [{"params": actor.parameters(), "lr": args.learning_rate}]
     return Learner(actor, torch.optim.Adam(groups, fused=True))
 
 

@@ -129,7 +129,7 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
     check(found == args.algorithm, f"--resume: {args.run_dir} is a run of {found}, not of {args.algorithm}")
     names = {field.name for field in dataclasses.fields(args_class)} & saved.keys()
     before = args_class()
-    for name in names:
+    for name in names - {"run_dir"}:
         setattr(before, name, tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
     args = _parse(args_class, command_line, default=before)
     plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {"dataset_id", "seed", "batch_size"}
@@ -188,13 +188,14 @@ class Run:
     def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
         self.args, self.buffer, self.learner, self.dataset = args, buffer, learner, buffer.dataset
         self.device = buffer.storage.device
-        default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+        default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         bounds = self.dataset.action_low, self.dataset.action_high
         self.policy = Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
         self.step, self.interrupted = 0, False
         self.evaluations: list[dict[str, float]] = []
-        self.columns: list[str] = []
+        self.columns: list[str] = []  # of metrics.csv
+        self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.update_seconds, self.pause_seconds, self.num_timed = 0.0, 0.0, 0
         wandb_id = self._restore() if args.resume else None
@@ -253,13 +254,7 @@ class Run:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise Diverged(f"{name} is {value} at update {step}; the last checkpoint in {self.dir} is kept")
-        evaluation = [] if self.environments is None else ["eval/return_mean", "eval/return_std", "eval/score"]
-        with (self.dir / "metrics.csv").open("a", newline="") as file:
-            writer = csv.writer(file)
-            if not self.columns:
-                self.columns = [*dict.fromkeys(["step", "seconds", *evaluation, *row])]
-                writer.writerow(self.columns)
-            writer.writerow([row.get(name, "") for name in self.columns])
+        self._append(row)
         self.tracker.log(row, step)
 
     def save_checkpoint(self, step: int) -> None:
@@ -270,13 +265,12 @@ class Run:
                 raise Diverged(
                     f"weights of {name} are not finite at update {step}; the last checkpoint in {self.dir} is kept"
                 )
-        metrics = self.dir / "metrics.csv"
         checkpoint = {
             "algorithm": self.args.algorithm,
             "dataset_fingerprint": self.buffer.fingerprint,
             "step": step,
             "seconds": self._seconds(),
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "num_rows": self.num_rows,
             "evaluations": self.evaluations,
             "learner": {name: part.state_dict() for name, part in parts.items()},
             "random_state": torch.get_rng_state(),
@@ -354,11 +348,36 @@ class Run:
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_random_state"]])
         self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
         self.evaluations = checkpoint["evaluations"]
-        if (metrics := self.dir / "metrics.csv").exists():
-            os.truncate(metrics, checkpoint["metrics_bytes"])  # the rows after the checkpoint will be written again
-            with metrics.open(newline="") as file:
-                self.columns = next(csv.reader(file), [])
+        if checkpoint["num_rows"]:  # later rows will be written again
+            with (self.dir / "metrics.csv").open(newline="") as file:
+                self.columns, *rows = csv.reader(file)
+            self._rewrite(rows[: checkpoint["num_rows"]])
+        else:
+            (self.dir / "metrics.csv").unlink(missing_ok=True)
         return checkpoint["wandb_id"]
+
+    def _append(self, row: dict[str, float]) -> None:
+        """Adds a row to metrics.csv, widening the file if the row has a metric that the rows before it lack."""
+        path = self.dir / "metrics.csv"
+        if missing := [name for name in row if name not in self.columns]:
+            with path.open("a+", newline="") as file:
+                file.seek(0)
+                rows = list(csv.reader(file))[1:]
+            evaluation = [] if self.environments is None else ["eval/return_mean", "eval/return_std", "eval/score"]
+            self.columns = [*dict.fromkeys([*self.columns, "step", "seconds", *evaluation, *missing])]
+            self._rewrite(rows)
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerow([row.get(name, "") for name in self.columns])
+        self.num_rows += 1
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                padded = [row + [""] * (len(self.columns) - len(row)) for row in rows]
+                csv.writer(file).writerows([self.columns, *padded])
+
+        self._replace("metrics.csv", write)
+        self.num_rows = len(rows)
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         scratch = self.dir / f".{name}"

@@ -8,12 +8,12 @@ import json
 import pytest
 from conftest import run_script
 
-SMALL = ["--hidden-dims", "64", "64", "--actor-learning-rate", "1e-3", "--eval-every", "100000"]
-FAST_CRITIC = ["--critic-learning-rate", "1e-3", "--tau", "0.02"]
+SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
+FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
 RUNS = {
-    "bc": ["--num-updates", "1000"],
-    "td3_bc": ["--num-updates", "3000", *FAST_CRITIC],
-    "iql": ["--num-updates", "1500", *FAST_CRITIC, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+    "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
+    "td3_bc": ["--num-updates", "3000", *FAST],
+    "iql": ["--num-updates", "1500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
 }
 
 
