@@ -40,7 +40,7 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "iql"
 
     gamma: float = 0.99
-    """discount (paper, table 3)"""
+    """discount (authors' code)"""
     expectile: float = 0.7
     """0.5 makes V the mean of Q over the data's actions, towards 1 the maximum (paper: 0.7 locomotion, 0.9 antmaze)"""
     beta: float = 3.0
@@ -176,27 +176,21 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
 def advantage(value: Value, target_critic: Critic, batch: Batch) -> Tensor:
     """A(s, a) = min_i Q'_i(s, a) - V(s), [batch]. Its gradient reaches V alone."""
     with torch.no_grad():
-        q = (
-            target_critic(batch.observations, batch.actions).min(dim=0).values
-        )  # the twins' minimum: the more careful estimate
+        q = target_critic(batch.observations, batch.actions).min(dim=0).values  # [batch], the more careful twin's
     return q - value(batch.observations)
 
 
 def value_loss(u: Tensor, expectile: float) -> tuple[Tensor, Metrics]:
     """L_V = E[ |expectile - 1(u < 0)| u^2 ],  u = A(s, a)        (eq. 5)"""
-    weight = torch.where(
-        u > 0, expectile, 1 - expectile
-    )  # V too low costs more than V too high: V rises above the mean
+    weight = torch.where(u > 0, expectile, 1 - expectile)  # V too low costs more: V rises above the mean
     return (weight * u.square()).mean(), {"value/advantage": u.detach().mean()}
 
 
 def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tuple[Tensor, Metrics]:
     """L_Q = E[ sum_i (r + gamma (1 - termination) V(s') - Q_i(s, a))^2 ]        (eq. 6)"""
     with torch.no_grad():
-        next_value = value(batch.next_observations)
-        target = (
-            batch.rewards + gamma * (1 - batch.terminations) * next_value
-        )  # a truncated episode goes on: it bootstraps
+        next_value = value(batch.next_observations)  # of s' itself: no action is needed
+        target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = critic(batch.observations, batch.actions)  # [2, batch]
     return (q - target).square().mean(dim=1).sum(), {"critic/q": q.detach().mean(), "critic/target": target.mean()}
 
@@ -241,12 +235,19 @@ def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss:
 # --- Main -----------------------------------------------------------------------------------------------------------
 
 
+def reward_scale(args: Args, returns: Tensor) -> float:
+    """The factor on rewards that --reward-scale asks for, given the `returns` [episodes] of the data."""
+    if args.reward_scale != "return-range":
+        return args.reward_scale
+    spread = float(returns.max() - returns.min())
+    check_argument(args, "reward_scale", spread > 0, "all episodes of the dataset have the same return")
+    return 1000 / spread
+
+
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    returns = buffer.episode_returns
-    scale = 1000 / float(returns.max() - returns.min()) if args.reward_scale == "return-range" else args.reward_scale
-    buffer.transitions.rewards.mul_(scale)
+    buffer.transitions.rewards.mul_(reward_scale(args, buffer.episode_returns))
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device)
     train = compiled(update, args, device)

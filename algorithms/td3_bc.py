@@ -6,7 +6,7 @@ fit every scale of rewards. With Q' and pi' the target networks:
 
     y    = r + gamma (1 - termination) min_i Q'_i(s', clip(pi'(s') + clip(noise, -c, c), -1, 1))
     L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
-    L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3 to 5)
+    L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3, 5)
 
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
 arXiv 1802.09477.
@@ -40,25 +40,25 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "td3_bc"
 
     gamma: float = 0.99
-    """discount (paper, table 3)"""
+    """discount (paper)"""
     alpha: float = 2.5
     """weight of Q against imitation in L_pi: 0 is behaviour cloning (paper)"""
     policy_noise: float = 0.2
-    """standard deviation of the noise on the target actor's actions (paper, table 3)"""
+    """standard deviation of the noise on the target actor's actions (paper)"""
     noise_clip: float = 0.5
-    """largest noise (paper, table 3)"""
+    """largest noise (paper)"""
     policy_every: int = 2
-    """critic updates per update of the actor and the target networks (paper, table 3)"""
+    """critic updates per update of the actor and the target networks (paper)"""
     tau: float = 0.005
-    """rate at which the target networks follow (paper, table 3)"""
+    """rate at which the target networks follow (paper)"""
     actor_learning_rate: float = 3e-4
-    """paper, table 3"""
+    """paper"""
     critic_learning_rate: float = 3e-4
-    """paper, table 3"""
+    """paper"""
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (paper, table 3)"""
+    """hidden layers of every network (paper)"""
     normalize_observations: bool = True
-    """by the mean and standard deviation of the data (paper, section 5)"""
+    """by the mean and standard deviation of the data (paper, eq. 4)"""
 
     def validate(self) -> None:
         super().validate()
@@ -158,19 +158,15 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
     with torch.no_grad():
         clipped_noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
         next_actions = (learner.target_actor(batch.next_observations) + clipped_noise).clamp(-1, 1)  # a', smoothed
-        next_q = (
-            learner.target_critic(batch.next_observations, next_actions).min(dim=0).values
-        )  # [batch], the twins' minimum
-        target = (
-            batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-        )  # a truncated episode goes on: it bootstraps
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = (q - target).square().mean(dim=1).sum()
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3 to 5)"""
+    """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3, 5)"""
     actions = learner.actor(batch.observations)
     q = learner.critic(batch.observations, actions, twins=1)  # Q_1 alone
     lambda_ = args.alpha / q.detach().abs().mean()  # a constant of the loss: no gradient
