@@ -1,13 +1,12 @@
 """Time and peak memory of loading a local Minari dataset into the replay buffer, beside a bare h5py read of its file.
 
 Makes a dataset of the given size in a temporary folder (1,000 steps an episode, float64 as MuJoCo's observations are),
-and measures each of the two in a process of its own: peak memory is what the process grew by, in resident bytes.
+and measures each of the two in a process of its own: the peak is what its resident memory grew by at most. Linux only.
 
 Run: python benchmarks/loading.py
 """
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,8 +63,11 @@ def make_dataset(args: Args) -> None:
             dataset.update_dataset_from_buffer([episode()])
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes(name: str) -> int:
+    """VmRSS, what is resident now, or VmHWM, its peak: of this process alone, unlike getrusage's, which starts with the
+    parent's. Linux only."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024
 
 
 def load_with_replay_buffer() -> int:
@@ -87,9 +89,9 @@ LOADERS = {"replay buffer": load_with_replay_buffer, "bare h5py": load_with_h5py
 
 def main() -> None:
     if len(sys.argv) == 2 and sys.argv[1] in LOADERS:  # one of the two child processes
-        before, began = peak_bytes(), time.perf_counter()
+        before, began = resident_bytes("VmRSS"), time.perf_counter()
         size = LOADERS[sys.argv[1]]()
-        seconds, peak = time.perf_counter() - began, peak_bytes() - before
+        seconds, peak = time.perf_counter() - began, resident_bytes("VmHWM") - before
         print(f"{sys.argv[1]:>13}: {seconds:5.2f} s, {size / 2**20:4.0f} MiB held, peak {peak / size:.2f} times that")
         return
     args = tyro.cli(Args, description=__doc__)
