@@ -9,7 +9,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ALGORITHMS, ROOT, random_episode
+from conftest import ALGORITHMS, ROOT, run_script
 
 SECTIONS = ["# --- Networks", "# --- Losses", "# --- Update", "# --- Main"]
 README = (ROOT / "README.md").read_text()
@@ -93,14 +93,15 @@ def test_commands_of_the_readme_run(command, tmp_path, make_dataset):
     assert run.returncode == 0, run.stderr
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch, make_dataset):
-    """The snippets build on one another: one records a dataset, one acts with a trained policy."""
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants authors and permalinks
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """One snippet records a dataset that a script then trains on, another acts with a trained policy."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    command = [sys.executable, str(ROOT / "algorithms" / "bc.py"), "--num-updates", "2", "--run-dir", "runs/my-run"]
-    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
+    assert run_script("bc", "--num-updates", "2", "--run-dir", "runs/my-run").returncode == 0
+    recorded, acted = {}, {}
     snippets = [block for language, block in BLOCKS if language == "python"]
-    assert len(snippets) >= 2
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert random_episode  # the tests' own episodes are not what the README records
+    for snippet, namespace in zip(snippets, (recorded, acted), strict=True):
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert run_script("iql", "--dataset-id", "my/logs-v0", "--num-updates", "2").returncode == 0
+    assert acted["actions"].shape == (5, 1)
