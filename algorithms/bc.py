@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bc.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
 from common.replay_buffer import Batch, ReplayBuffer

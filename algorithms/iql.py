@@ -10,7 +10,8 @@ better than V(s) it is. With Q' the target critic (a slow copy of Q) and A(s, a)
 
 Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021, arXiv 2110.06169.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
-authors update V first, then pi and Q with the new V); rewards are rescaled only if --reward-scale asks for it.
+authors update V first, then pi and Q with the new V); observations are normalised, which the authors do not do, and
+rewards rescaled, which they do for locomotion, only if --reward-scale asks for it.
 
 Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -27,7 +28,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
 from common.replay_buffer import Batch, ReplayBuffer

@@ -10,7 +10,8 @@ fit every scale of rewards. With Q' and pi' the target networks:
 
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
 arXiv 1802.09477.
-Differences: none in the losses. (pi(s) - a)^2 is averaged over the action's dimensions, as in the authors' code.
+Differences: none from the authors' code, which takes lambda's mean at pi(s), where the paper has the data's actions,
+and averages (pi(s) - a)^2 over the action's dimensions.
 
 Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -27,7 +28,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/td3_bc.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
 from common.replay_buffer import Batch, ReplayBuffer

@@ -41,11 +41,11 @@ def run_dir(args: Args, algorithm: str, dataset_id: str, seed: int) -> Path:
     return args.runs_dir / algorithm / dataset_id.replace("/", "-") / str(seed)
 
 
-def run(args: Args, algorithm: str, dataset_id: str, seed: int, extra: list[str]) -> None:
-    """One training; its output goes to a log beside the run folder."""
+def run(args: Args, algorithm: str, dataset_id: str, seed: int, extra: list[str]) -> bool:
+    """One training; its output goes to a log beside the run folder. True if it went well."""
     folder = run_dir(args, algorithm, dataset_id, seed)
     if (folder / "result.json").exists():
-        return
+        return True
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), "--run-dir", str(folder)]
     command += (
@@ -57,6 +57,7 @@ def run(args: Args, algorithm: str, dataset_id: str, seed: int, extra: list[str]
         code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     outcome = "done" if code == 0 else f"failed with exit code {code}, see {log.name}"
     print(f"{algorithm} {dataset_id} seed {seed}: {outcome}", flush=True)
+    return code == 0
 
 
 def collect(args: Args) -> None:
@@ -69,7 +70,7 @@ def collect(args: Args) -> None:
         result = json.loads((folder / "result.json").read_text())
         with (folder / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
-                if row["eval/return_mean"]:
+                if row.get("eval/return_mean"):
                     score = f"{float(row['eval/score']):.1f}" if row["eval/score"] else ""
                     values = [algorithm, dataset_id, seed, row["step"], score, f"{float(row['eval/return_mean']):.1f}"]
                     rows.append([*values, f"{result['updates_per_second']:.0f}"])
@@ -88,12 +89,13 @@ def main() -> None:
         split = command_line.index("--")
         command_line, extra = command_line[:split], command_line[split + 1 :]
     args = tyro.cli(Args, args=command_line, description=__doc__)
+    cells = product(args.algorithms, args.dataset_ids, args.seeds)
+    succeeded = True
     with ThreadPoolExecutor(args.workers) as pool:
-        for job in [
-            pool.submit(run, args, *cell, extra) for cell in product(args.algorithms, args.dataset_ids, args.seeds)
-        ]:
-            job.result()
+        for job in [pool.submit(run, args, *cell, extra) for cell in cells]:
+            succeeded &= job.result()
             collect(args)
+    sys.exit(0 if succeeded else 1)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.datasets import load_dataset
 from common.replay_buffer import ReplayBuffer
 

@@ -1,7 +1,7 @@
 """Turns the CSV files of benchmarks/grid.py into a Markdown table and a picture of learning curves.
 
-A cell is the mean over seeds, and the range from the worst seed to the best: of the last evaluation, and of the mean of
-the last five, which swings less.
+Numbers are scores, or returns where a dataset has no reference scores. A cell is the mean over seeds, and the range
+from the worst seed to the best: of the last evaluation, and of the mean of the last five, which swings less.
 
 Run: python benchmarks/report.py benchmarks/results/pendulum.csv --picture benchmarks/results/pendulum.png
 """
@@ -30,7 +30,7 @@ def read_curves(path: Path) -> Curves:
     curves: Curves = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            point = int(row["num_updates"]), float(row["score"])
+            point = int(row["num_updates"]), float(row["score"] or row["return_mean"])
             curves[row["dataset_id"], row["algorithm"]][int(row["seed"])].append(point)
     return curves
 

@@ -1,8 +1,8 @@
 """Updates per second of the algorithms, beside the bound that their matrix products alone set in the same run.
 
 The products of one update are recorded on their way to the kernels and replayed on operands of the same shapes and
-strides, with nothing around them: that is the speed no implementation of the same mathematics on this machine can pass
-by much. Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of its two neighbours.
+strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
+Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
 Run: python benchmarks/throughput.py --algorithms bc td3_bc iql --compile --csv benchmarks/results/throughput.csv
 """
@@ -22,7 +22,7 @@ import torch
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 from common.datasets import Dataset, Episode
 from common.experiment import compiled, set_up

@@ -5,7 +5,6 @@ time, so that loading holds the training tensors and one episode, no more. Nothi
 """
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,14 +86,34 @@ def load_dataset(dataset_id: str, env_id: str | None = None) -> Dataset:
     except (ValueError, TypeError):  # the latter for an id without version
         known = f"{BUILT_IN_ID}, a Minari id such as mujoco/hopper/medium-v0, or the path of an .hdf5 file"
         raise BadInput(f"no dataset {dataset_id!r}: give {known}") from None
-    if not (get_dataset_path(dataset_id) / "data").exists():
-        make = _make_pendulum if dataset_id == BUILT_IN_ID else functools.partial(_download_minari, dataset_id)
-        try:
-            make()
-        except OSError as error:
-            advice = "point MINARI_DATASETS_PATH to a folder that can be written"
-            raise BadInput(f"cannot write {dataset_id} to {get_dataset_path()} ({one_line(error)}): {advice}") from None
+    try:
+        if not (get_dataset_path(dataset_id) / "data").exists():
+            with _scratch_root(dataset_id):
+                _make_pendulum() if dataset_id == BUILT_IN_ID else _download(dataset_id)
+    except OSError as error:
+        advice = "point MINARI_DATASETS_PATH to a folder that can be written"
+        raise BadInput(f"cannot write {dataset_id} to the datasets folder ({one_line(error)}): {advice}") from None
     return _open_minari(dataset_id, env_id)
+
+
+@contextlib.contextmanager
+def _scratch_root(dataset_id: str) -> Iterator[None]:
+    """Minari writes to a folder aside, which is renamed into place: killed or concurrent runs leave no half dataset."""
+    root = get_dataset_path()
+    with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
+        os.environ["MINARI_DATASETS_PATH"] = scratch  # Minari's only way to say where
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            os.environ["MINARI_DATASETS_PATH"] = str(root)
+        for source in sorted(Path(scratch).rglob("namespace_metadata.json")):
+            target = root / source.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another run was faster, and has the same data
+            os.rename(Path(scratch) / dataset_id, root / dataset_id)
 
 
 def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
@@ -119,42 +139,28 @@ def _vector_box(space: gym.Space, what: str) -> gym.spaces.Box:
 def _flat_keys(space: gym.spaces.Dict) -> list[str]:
     if set(space) == {"observation", "achieved_goal", "desired_goal"}:
         return ["observation", "desired_goal"]  # achieved_goal repeats what the observation says
-    return list(space)
+    return sorted(space)  # the order in which Minari stores them
 
 
 def _action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
     box = _vector_box(space, "actions")
-    bounded = bool(np.isfinite(box.low).all() and np.isfinite(box.high).all() and (box.low < box.high).all())
+    with np.errstate(over="ignore"):
+        bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
     check(bounded, f"actions need finite bounds, to be scaled to [-1, 1] by them, not {box.low} to {box.high}")
     return box.low, box.high
-
-
-def _check_finite(where: str, **fields: np.ndarray) -> None:
-    for name, values in fields.items():
-        finite = np.isfinite(values)
-        if not finite.all():
-            place = np.argwhere(~finite)[0]
-            raise BadInput(
-                f"{where}, step {place[0]}: {name} hold {values[tuple(place)]}; repair or remove that episode"
-            )
 
 
 # --- Minari ---------------------------------------------------------------------------------------------------------
 
 
-def _download_minari(dataset_id: str) -> None:
-    root = get_dataset_path()
-    print(f"{dataset_id} is not in {root}: asking Minari to download it", flush=True)
+def _download(dataset_id: str) -> None:
+    print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says what its retries say
     try:
-        with warnings.catch_warnings(action="ignore"):
-            minari.download_dataset(dataset_id)
+        minari.download_dataset(dataset_id)
     except Exception as error:  # whatever the storage behind Minari raises
-        shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # half a download would pass for a dataset
         advice = "check the id (`minari list remote` has them) and the network"
-        raise BadInput(
-            f"{dataset_id} is not in {root}, and its download failed ({one_line(error)}): {advice}"
-        ) from None
+        raise BadInput(f"{dataset_id} is not local, and its download failed ({one_line(error)}): {advice}") from None
 
 
 def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
@@ -172,6 +178,8 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
+    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    known = None not in references and references[0] != references[1] and env_id in (None, spec.get("id"))
     if env_id:
         spec = {"id": env_id}
     return Dataset(
@@ -184,22 +192,17 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         env_id=spec.get("id"),
         env_kwargs=spec.get("kwargs", {}),
         max_episode_steps=spec.get("max_episode_steps"),
-        reference_returns=(metadata["ref_min_score"], metadata["ref_max_score"])
-        if "ref_max_score" in metadata
-        else None,
+        reference_returns=references if known else None,
     )
 
 
 def _read_minari(dataset: minari.MinariDataset) -> Iterator[Episode]:
-    for index, episode in enumerate(dataset.iterate_episodes()):
-        where = f"{dataset.spec.dataset_id}, episode {index}"
-        observations = flatten_observations(episode.observations, dataset.observation_space)
-        arrays = {"actions": episode.actions, "rewards": episode.rewards, "terminations": episode.terminations}
-        lengths = {name: len(values) for name, values in arrays.items()}
-        matching = set(lengths.values()) == {len(observations) - 1}
-        check(matching, f"{where}: {len(observations)} observations do not match {lengths}: they must be one more")
-        _check_finite(where, observations=observations, actions=episode.actions, rewards=episode.rewards)
-        yield Episode(observations[:-1], episode.actions, episode.rewards, observations[1:], episode.terminations)
+    try:
+        for episode in dataset.iterate_episodes():
+            observations = flatten_observations(episode.observations, dataset.observation_space)  # one more than steps
+            yield Episode(observations[:-1], episode.actions, episode.rewards, observations[1:], episode.terminations)
+    except (OSError, KeyError, ValueError) as error:  # of HDF5, where the file is damaged
+        raise BadInput(f"cannot read dataset {dataset.spec.dataset_id}: {one_line(error)}") from None
 
 
 # --- D4RL files -----------------------------------------------------------------------------------------------------
@@ -212,54 +215,62 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
     check(path.is_file(), f"no file {path}: give the path of an HDF5 file in D4RL's layout")
     try:
         with h5py.File(path) as file:
-            missing = {"observations", "actions", "rewards", "terminals"} - set(file)
-            check(not missing, f"{path} is not in D4RL's layout: it lacks {', '.join(sorted(missing))}")
-            lengths = {
-                key: len(values) for key, values in file.items() if isinstance(values, h5py.Dataset) and values.shape
-            }
-            observation_shape, action_shape = file["observations"].shape, file["actions"].shape
+            arrays = {name: values.shape for name, values in file.items() if isinstance(values, h5py.Dataset)}
+            kinds = {name: file[name].dtype for name in arrays}
     except OSError as error:
         raise BadInput(f"cannot read {path} as HDF5: {one_line(error)}") from None
+    missing = {"observations", "actions", "rewards", "terminals"} - set(arrays)
+    check(not missing, f"{path} is not in D4RL's layout: it lacks {', '.join(sorted(missing))}")
+    lengths = {name: shape[0] if shape else 0 for name, shape in arrays.items() if name in D4RL_ARRAYS}
     check(len(set(lengths.values())) == 1, f"{path}: the arrays do not match in length: {lengths}")
-    check(
-        len(observation_shape) == 2,
-        f"{path}: observations must be vectors, but the array has shape {observation_shape}",
-    )
-    check(len(action_shape) == 2, f"{path}: actions must be continuous vectors, but the array has shape {action_shape}")
-    low, high = -np.ones(action_shape[1], np.float32), np.ones(action_shape[1], np.float32)
+    check(lengths["rewards"] > 0, f"{path}: the dataset is empty")
+    for name in ("observations", "actions"):
+        what = f"{path}: {name} must be vectors of real numbers, not an array of {kinds[name]} and shape {arrays[name]}"
+        check(len(arrays[name]) == 2 and kinds[name].kind == "f", what)
+    dim = arrays["actions"][1]
+    low, high = -np.ones(dim, np.float32), np.ones(dim, np.float32)
+    known_bounds = False
     if env_id in gym.registry:
-        with contextlib.suppress(gym.error.Error), gym.make(env_id) as env:  # evaluation warns if it is not installed
+        with contextlib.suppress(gym.error.Error, ImportError), gym.make(env_id) as env:  # evaluation warns of these
             low, high = _action_bounds(env.action_space)
-    return Dataset(str(path), lengths["rewards"], observation_shape[1], low, high, lambda: _read_d4rl(path), env_id)
+            known_bounds = True
+            check(len(low) == dim, f"{env_id} has actions of size {len(low)}, {path} of size {dim}")
+
+    def read_episodes() -> Iterator[Episode]:
+        with h5py.File(path) as file:
+            data = {name: file[name][:] for name in D4RL_ARRAYS if name in file}
+        beyond = np.abs(data["actions"]).max(initial=0) > 1.001 and not known_bounds
+        check(not beyond, f"{path}: actions reach beyond [-1, 1]: name an environment that bounds them with --env-id")
+        return _split_d4rl(data)
+
+    return Dataset(str(path), lengths["rewards"], arrays["observations"][1], low, high, read_episodes, env_id)
 
 
-def _read_d4rl(path: Path) -> Iterator[Episode]:
-    with h5py.File(path) as file:
-        terminals = file["terminals"][:].astype(bool).reshape(-1)
-        timeouts = file["timeouts"][:].astype(bool).reshape(-1) if "timeouts" in file else np.zeros_like(terminals)
-        ends = np.union1d(np.flatnonzero(terminals | timeouts) + 1, len(terminals))
-        for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            names = ("observations", "actions", "rewards", "next_observations")
-            arrays = {name: file[name][start:end] for name in names if name in file}
-            _check_finite(f"{path}, episode {index}", **arrays)
-            arrays["rewards"] = arrays["rewards"].reshape(-1)
-            if "next_observations" not in arrays:
-                # The row after a boundary is another episode's. What followed a termination is never looked at; what
-                # followed a time limit would be, and is not known: that last step is no transition.
-                following = np.concatenate([arrays["observations"][1:], arrays["observations"][-1:]])
-                keep = end - start if terminals[end - 1] else end - start - 1
-                arrays = {name: values[:keep] for name, values in (arrays | {"next_observations": following}).items()}
-            yield Episode(**arrays, terminations=terminals[start : start + len(arrays["rewards"])])
+D4RL_ARRAYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
+
+def _split_d4rl(data: dict[str, np.ndarray]) -> Iterator[Episode]:
+    observations, actions, rewards = data["observations"], data["actions"], data["rewards"].reshape(-1)
+    terminals = data["terminals"].astype(bool).reshape(-1)
+    timeouts = data["timeouts"].astype(bool).reshape(-1) if "timeouts" in data else np.zeros_like(terminals)
+    ends = np.union1d(np.flatnonzero(terminals | timeouts) + 1, len(terminals))
+    for start, end in pairwise([0, *ends]):
+        if "next_observations" in data:
+            following = data["next_observations"][start:end]
+        else:
+            # The row after a boundary is another episode's. What followed a termination is never looked at; what
+            # followed a time limit would be, and is not known: that last step is no transition.
+            following = np.concatenate([observations[start + 1 : end], observations[end - 1 : end]])
+            end = end if terminals[end - 1] else end - 1
+        if end > start:
+            rows = slice(start, end)
+            yield Episode(observations[rows], actions[rows], rewards[rows], following[: end - start], terminals[rows])
 
 
 # --- The built-in dataset -------------------------------------------------------------------------------------------
 
 
-def _random_controller(observation: np.ndarray, rng: np.random.Generator) -> float:
-    return rng.uniform(-2, 2)
-
-
-def _good_controller(observation: np.ndarray, rng: np.random.Generator) -> float:
+def _good_controller(observation: np.ndarray) -> float:
     """Swings up by bringing the pendulum to the energy it has at rest upright, then balances it with a PD law."""
     cos, sin, speed = map(float, observation)
     if cos > 0.8:
@@ -268,67 +279,42 @@ def _good_controller(observation: np.ndarray, rng: np.random.Generator) -> float
     return math.copysign(2, speed) * (1 if missing_energy > 0 else -1)
 
 
-def _noisy_controller(observation: np.ndarray, rng: np.random.Generator) -> float:
-    return _good_controller(observation, rng) + rng.normal(scale=0.4)
-
-
-def _weak_controller(observation: np.ndarray, rng: np.random.Generator) -> float:
-    """The good controller three times in ten, random torque otherwise: right on average, far too timid to imitate."""
-    return (_good_controller if rng.random() < 0.3 else _random_controller)(observation, rng)
-
-
-def _roll_out(env: gym.Env, controller: Callable[..., float], seed: int) -> EpisodeBuffer:
+def _roll_out(env: gym.Env, seed: int, skill: float, noise: float = 0.0) -> EpisodeBuffer:
+    """One episode of the good controller: at each step with probability `skill`, else of random torque."""
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
-    episode = EpisodeBuffer(
-        seed=seed, observations=[observation], actions=[], rewards=[], terminations=[], truncations=[]
-    )
+    lists: dict[str, list] = {"actions": [], "rewards": [], "terminations": [], "truncations": []}
+    episode = EpisodeBuffer(seed=seed, observations=[observation], **lists)
     truncated = False
     while not truncated:  # Pendulum-v1 never terminates: every episode is cut at 200 steps
-        action = np.clip([controller(observation, rng)], -2, 2).astype(np.float32)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        episode.observations.append(observation)
-        episode.actions.append(action)
-        episode.rewards.append(float(reward))
-        episode.terminations.append(terminated)
-        episode.truncations.append(truncated)
+        skilled, random = rng.random() < skill, rng.uniform(-2, 2)
+        torque = _good_controller(observation) + noise * rng.normal() if skilled else random
+        action = np.clip([torque], -2, 2).astype(np.float32)
+        observation, reward, _, truncated, _ = env.step(action)
+        values = observation, action, float(reward), False, truncated
+        for name, value in zip(("observations", *lists), values, strict=True):
+            getattr(episode, name).append(value)
     return episode
 
 
 def _make_pendulum() -> None:
-    """Writes the built-in dataset: 30 good, 60 weak and 60 random episodes of Pendulum-v1, the same bits each time.
-
-    It is made in a folder beside its place and renamed into it: a killed or a concurrent run never leaves half of it.
-    """
-    print(f"making {BUILT_IN_ID} in {get_dataset_path()} (once, a few seconds)", flush=True)
+    """Writes the built-in dataset: 30 good, 60 weak and 60 random episodes of Pendulum-v1, the same bits each time."""
+    print(f"making {BUILT_IN_ID} (once, a few seconds)", flush=True)
     with gym.make("Pendulum-v1") as env:
-        plan = [(_noisy_controller, 30), (_weak_controller, 60), (_random_controller, 60)]
-        controllers = [controller for controller, count in plan for _ in range(count)]
-        episodes = [_roll_out(env, controller, seed) for seed, controller in enumerate(controllers)]
+        plan = [(1.0, 0.4)] * 30 + [(0.3, 0.0)] * 60 + [(0.0, 0.0)] * 60  # skill and noise of each episode
+        episodes = [_roll_out(env, seed, *episode) for seed, episode in enumerate(plan)]
         random_return, good_return = (
-            float(np.mean([sum(_roll_out(env, controller, seed).rewards) for seed in range(10_000, 10_050)]))
-            for controller in (_random_controller, _good_controller)
+            float(np.mean([sum(_roll_out(env, seed, skill).rewards) for seed in range(10_000, 10_050)]))
+            for skill in (0.0, 1.0)
         )
-    root = get_dataset_path()
-    with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch, warnings.catch_warnings(action="ignore"):
-        os.environ["MINARI_DATASETS_PATH"] = scratch  # Minari's only way to say where to write
-        try:
-            minari.create_dataset_from_buffers(
-                BUILT_IN_ID,
-                episodes,
-                env="Pendulum-v1",
-                ref_min_score=random_return,
-                ref_max_score=good_return,
-                num_episodes_average_score=50,
-                algorithm_name="scripted controllers: 30 good, 60 weak and 60 random episodes",
-                author="AnchoRL",
-                description="Swing a pendulum up and hold it; scores: random torque 0, the good controller 100",
-            )
-        finally:
-            os.environ["MINARI_DATASETS_PATH"] = str(root)
-        for source in sorted(Path(scratch).rglob("namespace_metadata.json")):
-            target = root / source.relative_to(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-        with contextlib.suppress(OSError):  # another run was faster, and its dataset has the same bits
-            os.rename(Path(scratch) / BUILT_IN_ID, root / BUILT_IN_ID)
+    minari.create_dataset_from_buffers(
+        BUILT_IN_ID,
+        episodes,
+        env="Pendulum-v1",
+        ref_min_score=random_return,
+        ref_max_score=good_return,
+        num_episodes_average_score=50,
+        algorithm_name="scripted controllers: 30 good, 60 weak and 60 random episodes",
+        author="AnchoRL",
+        description="Swing a pendulum up and hold it; scores: random torque 0, the good controller 100",
+    )

@@ -1,5 +1,6 @@
 """Acting: a policy as a function of NumPy arrays, its evaluation in environments, and loading it from a run folder."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,24 +93,27 @@ def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | No
     if the environment's observations or actions are not of the dataset's size.
     """
 
-    def make() -> gym.Env:
-        assert dataset.env_id is not None
-        kwargs: dict[str, Any] = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
-        if dataset.max_episode_steps is not None:
-            kwargs["max_episode_steps"] = dataset.max_episode_steps
-        return gym.make(dataset.env_id, disable_env_checker=True, **kwargs)
+    with contextlib.suppress(
+        ImportError
+    ):  # Gymnasium registers its own environments; D4RL's others are in this package
+        import gymnasium_robotics
 
-    if dataset.env_id is None:
-        _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
-        return None
-    if dataset.env_id not in gym.registry:  # a "module:Name" id would be imported: that is code execution by data
-        _skip(f"environment {dataset.env_id!r} is not installed")
-        return None
+        gym.register_envs(gymnasium_robotics)
+    env_id = dataset.env_id
+    if env_id is None:
+        return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
+    if env_id not in gym.registry:  # and never a "module:Name", which would be imported: that is code execution by data
+        return _skip(f"environment {env_id!r} is not installed")
+    kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
+    limit = dataset.max_episode_steps or gym.registry[env_id].max_episode_steps or 1000  # or an episode may never end
+
+    def make() -> gym.Env:
+        return gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+
     try:
         environments = SyncVectorEnv([make] * num_episodes)
     except Exception as error:  # a missing simulator raises whatever its binding raises
-        _skip(f"environment {dataset.env_id!r} cannot be made ({one_line(error)})")
-        return None
+        return _skip(f"environment {env_id!r} cannot be made ({one_line(error)})")
     observation_space, action_space = environments.single_observation_space, environments.single_action_space
     found = flat_observation_dim(observation_space), *(action_space.shape or ())
     expected = dataset.observation_dim, len(dataset.action_low)
@@ -120,7 +124,7 @@ def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | No
     return environments
 
 
-def _skip(reason: str) -> None:
+def _skip(reason: str) -> Any:
     print(f"warning: {reason}: training goes on without evaluation", file=sys.stderr, flush=True)
 
 

@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 import numpy as np
 import torch
 import tyro
-from torch import nn
 from tqdm import tqdm
 
 from common.datasets import BUILT_IN_ID, BadInput, check, one_line
@@ -197,11 +196,14 @@ class Run:
         self.columns: list[str] = []  # of metrics.csv
         self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
-        self.update_seconds, self.pause_seconds, self.num_timed = 0.0, 0.0, 0
+        self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
         wandb_id = self._restore() if args.resume else None
         self.environments = make_environments(self.dataset, args.eval_episodes)
         self._create_dir()
         self.tracker = _Tracker(args, self.dir, wandb_id)
+        if not args.resume:
+            (self.dir / "metrics.csv").unlink(missing_ok=True)
+            self.save_checkpoint(0)  # from here on, a run that is killed can be resumed
         facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
         self._write_json("args.json", _plain(args) | facts)
 
@@ -218,7 +220,6 @@ class Run:
                     began, self.pause_seconds = time.perf_counter(), 0.0
                     yield step
                     self.update_seconds += time.perf_counter() - began - self.pause_seconds
-                    self.num_timed += 1
                     self.progress.update()
                     if self.interrupted:
                         self.save_checkpoint(step)
@@ -258,27 +259,28 @@ class Run:
         self.tracker.log(row, step)
 
     def save_checkpoint(self, step: int) -> None:
-        """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if a weight is not finite."""
-        parts = self.learner._asdict()
-        for name, part in parts.items():
-            if isinstance(part, nn.Module) and not all(bool(weight.isfinite().all()) for weight in part.parameters()):
-                raise Diverged(
-                    f"weights of {name} are not finite at update {step}; the last checkpoint in {self.dir} is kept"
-                )
+        """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
+        state = {name: part.state_dict() for name, part in self.learner._asdict().items()}
+        for name, part in state.items():
+            if not all(bool(tensor.isfinite().all()) for tensor in _tensors(part)):
+                raise Diverged(f"{name} is not finite at update {step}; the last checkpoint in {self.dir} is kept")
         checkpoint = {
             "algorithm": self.args.algorithm,
             "dataset_fingerprint": self.buffer.fingerprint,
             "step": step,
             "seconds": self._seconds(),
+            "update_seconds": self.update_seconds,
             "num_rows": self.num_rows,
             "evaluations": self.evaluations,
-            "learner": {name: part.state_dict() for name, part in parts.items()},
+            "learner": state,
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "wandb_id": self.tracker.id,
         }
+        self._replace(
+            "policy.pt", lambda path: save_policy(path, self.policy)
+        )  # first: the checkpoint ends what is due
         self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
-        self._replace("policy.pt", lambda path: save_policy(path, self.policy))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
@@ -301,7 +303,7 @@ class Run:
             "best_score": max(scores, default=None),
             "dataset_return_mean": dataset_return,
             "dataset_score": dataset_score,
-            "updates_per_second": self.num_timed / self.update_seconds if self.num_timed else None,
+            "updates_per_second": self.args.num_updates / self.update_seconds,
             "wall_seconds": self._seconds(),
             "device": str(self.device),
             "versions": _versions(),
@@ -319,7 +321,7 @@ class Run:
         )
 
     def _create_dir(self) -> None:
-        taken = (self.dir / "args.json").exists() and not self.args.resume
+        taken = any((self.dir / name).exists() for name in ("args.json", "checkpoint.pt")) and not self.args.resume
         check(
             not taken,
             f"--run-dir {self.dir}: holds a run already; add --resume to go on with it, or name another folder",
@@ -335,23 +337,30 @@ class Run:
         check(path.is_file(), f"--resume: no checkpoint at {path}; start the run without --resume")
         try:
             checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            found, fingerprint = checkpoint["algorithm"], checkpoint["dataset_fingerprint"]
         except Exception as error:  # unpickling raises many kinds
             raise BadInput(f"--resume: cannot read {path}: {one_line(error)}") from None
-        found, expected = checkpoint["algorithm"], self.args.algorithm
-        check(found == expected, f"--resume: {path} is a checkpoint of {found}, not of {expected}")
-        same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
+        check(
+            found == self.args.algorithm, f"--resume: {path} is a checkpoint of {found}, not of {self.args.algorithm}"
+        )
+        same_data = fingerprint == self.buffer.fingerprint
         check(same_data, f"--resume: {path} was trained on other data than {self.args.dataset_id} holds")
-        for name, part in self.learner._asdict().items():
-            part.load_state_dict(checkpoint["learner"][name])
+        try:
+            for name, part in self.learner._asdict().items():
+                part.load_state_dict(checkpoint["learner"][name])
+            rows: list[list[str]] = []
+            if checkpoint["num_rows"]:
+                with (self.dir / "metrics.csv").open(newline="") as file:
+                    self.columns, *rows = csv.reader(file)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise BadInput(f"--resume: {path} does not fit this run: {one_line(error)}") from None
         torch.set_rng_state(checkpoint["random_state"].cpu())
         if self.device.type == "cuda" and checkpoint["cuda_random_state"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_random_state"]])
         self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
-        self.evaluations = checkpoint["evaluations"]
-        if checkpoint["num_rows"]:  # later rows will be written again
-            with (self.dir / "metrics.csv").open(newline="") as file:
-                self.columns, *rows = csv.reader(file)
-            self._rewrite(rows[: checkpoint["num_rows"]])
+        self.update_seconds, self.evaluations = checkpoint["update_seconds"], checkpoint["evaluations"]
+        if rows:
+            self._rewrite(rows[: checkpoint["num_rows"]])  # later ones will be written again
         else:
             (self.dir / "metrics.csv").unlink(missing_ok=True)
         return checkpoint["wandb_id"]
@@ -435,6 +444,15 @@ class _Tracker:
             self.run = None
             reason = f"{type(error).__name__}: {one_line(error)}"
             print(f"warning: W&B failed ({reason}): training goes on without it", file=sys.stderr, flush=True)
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a state_dict."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
 
 
 def _plain(args: ExperimentArgs) -> dict[str, Any]:

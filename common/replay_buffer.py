@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.datasets import Dataset, check
+from common.datasets import BadInput, Dataset, check
 
 
 class Batch(NamedTuple):
@@ -74,20 +74,28 @@ class ReplayBuffer:
 
     def _fill(self, storage: Tensor, dataset: Dataset) -> tuple[list[int], list[float]]:
         """Copies the episodes, actions mapped from the environment's range to [-1, 1]. Gives lengths and returns."""
-        rows = self._split(storage)
+        columns = self._split(storage)._asdict()
         center = (dataset.action_high + dataset.action_low) / 2
         half_range = (dataset.action_high - dataset.action_low) / 2
         lengths, returns, end = [], [], 0
-        for episode in dataset.read_episodes():
+        for index, episode in enumerate(dataset.read_episodes()):
+            where = f"{dataset.dataset_id}, episode {index}"
             start, end = end, end + len(episode.rewards)
-            check(
-                end <= len(storage),
-                f"{dataset.dataset_id}: holds more steps than its metadata says ({dataset.num_steps})",
-            )
-            # an action beyond the bounds acted as if it were on them: environments clip
-            actions = np.clip((episode.actions - center) / half_range, -1, 1)
-            for column, values in zip(rows, episode._replace(actions=actions), strict=True):
-                column[start:end] = torch.as_tensor(values)
+            check(end <= len(storage), f"{where}: more steps than the metadata says ({dataset.num_steps})")
+            for name, values in episode._asdict().items():
+                with np.errstate(over="ignore"):
+                    values = np.asarray(values, dtype=np.float32)
+                target = columns[name][start:end]
+                fits = f"{name} of shape {values.shape} where its {end - start} rewards ask for {tuple(target.shape)}"
+                check(values.shape == target.shape, f"{where}: {fits}")
+                finite = np.isfinite(values)
+                if not finite.all():
+                    place = tuple(np.argwhere(~finite)[0])
+                    what = f"{name} hold {values[place]}; repair or remove that episode"
+                    raise BadInput(f"{where}, step {place[0]}: {what}")
+                if name == "actions":  # one beyond the bounds acted as if it were on them: environments clip
+                    values = np.clip((values - center) / half_range, -1, 1)
+                target.copy_(torch.from_numpy(values))
             lengths.append(end - start)
             returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_episode
+from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.datasets import BUILT_IN_ID, BadInput, load_dataset
 from common.evaluation import make_environments, normalized_score
@@ -55,6 +56,13 @@ def test_a_datasets_folder_that_cannot_be_written(tmp_path, monkeypatch):
         load_dataset(BUILT_IN_ID)
 
 
+def test_a_datasets_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "datasets"))
+    with pytest.raises(BadInput, match="MINARI_DATASETS_PATH"):
+        load_dataset(BUILT_IN_ID)
+
+
 # --- Minari ---
 
 
@@ -64,6 +72,10 @@ def test_reference_scores_and_environment_come_from_the_metadata(make_dataset):
     assert normalized_score(-600, dataset) == pytest.approx(50)
     without = load_dataset(make_dataset("test/logs-v0"))
     assert (without.env_id, normalized_score(-600, without)) == (None, None)
+    elsewhere = load_dataset("test/data-v0", "MountainCarContinuous-v0")  # whose returns are on another scale
+    assert (elsewhere.env_id, normalized_score(-600, elsewhere)) == ("MountainCarContinuous-v0", None)
+    equal = load_dataset(make_dataset("test/equal-v0", env="Pendulum-v1", ref_min_score=1.0, ref_max_score=1.0))
+    assert normalized_score(-600, equal) is None
 
 
 @pytest.mark.parametrize("dataset_id", ["mujoco/hopper/medium-v0", "D4RL/pen/human-v2", "D4RL/pointmaze/umaze-v2"])
@@ -72,7 +84,7 @@ def test_an_id_that_is_not_local_reaches_minaris_download(dataset_id, monkeypatc
 
     def download(dataset_id, force_download=False):
         asked.append(dataset_id)
-        (datasets_path / dataset_id / "data").mkdir(parents=True)  # as a download that breaks off leaves it
+        (get_dataset_path(dataset_id) / "data").mkdir(parents=True)  # as a download that breaks off leaves it
         raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(minari, "download_dataset", download)
@@ -87,7 +99,12 @@ def test_a_downloaded_dataset_is_used(make_dataset, monkeypatch, datasets_path):
     local = make_dataset("test/remote-v0")
     aside = datasets_path / "aside"
     (datasets_path / local).rename(aside)
-    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: aside.rename(datasets_path / dataset_id))
+
+    def download(dataset_id):
+        get_dataset_path(dataset_id).parent.mkdir(parents=True)
+        aside.rename(get_dataset_path(dataset_id))
+
+    monkeypatch.setattr(minari, "download_dataset", download)
     assert load_dataset(local).num_steps == 120
 
 
@@ -102,6 +119,18 @@ def test_damaged_dataset(make_dataset, datasets_path):
     path.write_text("{")
     with pytest.raises(BadInput, match="cannot read dataset test/data-v0"):
         load_dataset("test/data-v0")
+
+
+def test_damaged_data_file(make_dataset, datasets_path):
+    dataset = load_dataset(make_dataset())
+    path = datasets_path / "test/data-v0" / "data" / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        del file["episode_2"]["rewards"]
+    with pytest.raises(BadInput, match="cannot read dataset test/data-v0"):
+        ReplayBuffer(dataset, CPU)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(BadInput, match="cannot read dataset test/data-v0"):
+        ReplayBuffer(dataset, CPU)
 
 
 IMAGE = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
@@ -197,13 +226,38 @@ def test_d4rl_file_takes_action_bounds_from_the_environment(d4rl_file):
     [
         ({"rewards": None}, "lacks rewards"),
         ({"rewards": np.zeros(9)}, "do not match in length"),
-        ({"actions": np.zeros(10, np.int64)}, "continuous vectors"),
+        ({"actions": np.full((10, 1), 1.5)}, "beyond .* --env-id"),
+        ({"actions": np.zeros(10, np.int64)}, "actions must be vectors"),
         ({"observations": np.zeros((10, 8, 8))}, "must be vectors"),
     ],
 )
 def test_d4rl_file_in_another_layout(d4rl_file, changes, message):
     with pytest.raises(BadInput, match=message):
-        load_dataset(d4rl_file(**changes)[0])
+        ReplayBuffer(load_dataset(d4rl_file(**changes)[0]), CPU)
+
+
+def test_d4rl_file_with_other_arrays_is_read(d4rl_file):
+    path, _ = d4rl_file(observation_mean=np.zeros(3))
+    assert load_dataset(path).num_steps == 10
+
+
+def test_d4rl_file_whose_environment_has_other_actions_or_cannot_be_made(d4rl_file):
+    path, _ = d4rl_file(actions=np.zeros((10, 2)))
+    with pytest.raises(BadInput, match="Pendulum-v1 has actions of size 1"):
+        load_dataset(path, "Pendulum-v1")
+    assert load_dataset(path, "Hopper-v2").action_high.tolist() == [1, 1]  # its bindings are gone
+
+
+def test_empty_d4rl_file(d4rl_file):
+    names = {"observations": (0, 3), "actions": (0, 1), "rewards": (0,), "terminals": (0,), "timeouts": (0,)}
+    path, _ = d4rl_file(**{name: np.zeros(shape) for name, shape in names.items()})
+    with pytest.raises(BadInput, match="empty"):
+        ReplayBuffer(load_dataset(path), CPU)
+
+
+def test_d4rl_episode_of_nothing_but_a_time_limit_is_none(d4rl_file):
+    path, _ = d4rl_file(timeouts=np.isin(np.arange(10), [4, 6]))  # row 4 is an episode by itself
+    assert ReplayBuffer(load_dataset(path), CPU).episode_lengths.tolist() == [4, 1, 2]
 
 
 def test_d4rl_file_with_a_number_that_is_not_finite(d4rl_file):

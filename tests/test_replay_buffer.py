@@ -116,7 +116,20 @@ def test_refuses_an_episode_whose_lengths_do_not_match(make_dataset, field):
     short = random_episode(1)
     short[field] = short[field][:-1]
     dataset_id = make_dataset(episodes=[random_episode(0), short])
-    with pytest.raises(BadInput, match=r"episode 1: .* observations do not match"):
+    with pytest.raises(BadInput, match=r"episode 1: \w+ of shape .* where its \d+ rewards ask for"):
+        load(dataset_id)
+
+
+def test_refuses_arrays_of_other_sizes_than_the_spaces_say(make_dataset):
+    """A single column would otherwise be spread over all of the dataset's."""
+    dataset_id = make_dataset(episodes=[random_episode(0, 5, observations=np.zeros((6, 1), np.float32))])
+    with pytest.raises(BadInput, match=r"observations of shape \(5, 1\) where .* ask for \(5, 3\)"):
+        load(dataset_id)
+
+
+def test_refuses_numbers_that_float32_cannot_hold(make_dataset):
+    dataset_id = make_dataset(episodes=[random_episode(0, 3, rewards=np.array([0.0, 1e300, 0.0]))])
+    with pytest.raises(BadInput, match="step 1: rewards hold inf"):
         load(dataset_id)
 
 
