@@ -6,7 +6,6 @@ time, so that loading holds the training tensors and one episode, no more. Nothi
 
 import contextlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -155,7 +154,7 @@ def _action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
 
 def _download(dataset_id: str) -> None:
     print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says what its retries say
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
     try:
         minari.download_dataset(dataset_id)
     except Exception as error:  # whatever the storage behind Minari raises
