@@ -1,0 +1,344 @@
+"""Conservative Q-learning (CQL): a critic that is made to doubt every action outside the data.
+
+The actor-critic is SAC's. Its critic pays for high values at the actions that the policy might choose and is paid for
+them at the data's, so that what it says of the policy's value is a lower bound, and an error of extrapolation attracts
+nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
+
+    y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
+    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 4, i = 1, 2)
+    L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ],  target entropy = -action_dim
+
+The gap is max_mu E_mu[Q(s, .)] + R(mu) - Q(s, a), and the choice of R is the --variant:
+
+    h    R = entropy of mu:     log integral exp Q(s, .) - Q(s, a)
+    rho  R = -KL(mu | rho):     E_rho[ Q exp(Q) / Z ] - Q(s, a),  Z = E_rho[ exp Q ]
+    var  R = an f-divergence:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
+
+--lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0 leaves plain off-policy SAC: watch
+critic/q_policy leave critic/q_data behind.
+
+Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
+arXiv 2006.04779; SAC is arXiv 1812.05905.
+Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
+loss seeing the others as they were before it; observations are normalised. rho is the policy as of the last target
+update, which is the actor as this update finds it, or uniform. In a continuous space no state of the data occurs twice,
+so that the count d(s) |D| of CQL(var) is 1.
+
+Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0 --num-updates 2000
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/cql.py` finds common/
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "cql"
+
+    gamma: float = 0.99
+    """discount (paper)"""
+    variant: Literal["h", "rho", "var"] = "h"
+    """regulariser of the adversary mu: CQL(H), CQL(rho) or CQL(var) (paper, section 3.2 and appendix A)"""
+    rho: Literal["policy", "uniform"] = "policy"
+    """the prior of CQL(rho): the policy of the last target update (paper), or uniform"""
+    cql_alpha: float = 10.0
+    """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10)"""
+    num_samples: int = 10
+    """actions drawn from each distribution per state: uniform, pi(.|s) and pi(.|s') (paper)"""
+    lagrange: bool = False
+    """tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)"""
+    target_gap: float = 5.0
+    """gap to aim at with --lagrange (paper: 5 or 10)"""
+    tau: float = 0.005
+    """rate at which the target critic follows the critic (paper)"""
+    actor_learning_rate: float = 1e-4
+    """also of the temperature (paper: 3e-5 to 3e-4)"""
+    critic_learning_rate: float = 3e-4
+    """also of cql_alpha under --lagrange (paper)"""
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    """hidden layers of every network (authors' code)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "cql_alpha", 0 <= self.cql_alpha < math.inf, "must not be negative")
+        check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
+        check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
+        check_argument(self, "target_gap", math.isfinite(self.target_gap), "must be a finite number")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
+        hidden = self.net[:-2](observations)
+        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()
+
+
+def squashed_sample(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions tanh(mean + std noise), [..., batch, action_dim], and their log pi(a | s), [..., batch].
+
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) where
+    the left side would be log 0.
+    """
+    u = mean + std * noise
+    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
+    return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
+        observations = observations.expand(*actions.shape[:-1], -1)
+        x = torch.cat([observations, actions], dim=-1).flatten(0, -2).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).view(2, *actions.shape[:-1])
+
+
+class Coefficient(nn.Module):
+    """A positive number that is learned through its logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    temperature: Coefficient
+    multiplier: Coefficient  # of cql_alpha: 1 unless --lagrange trains it
+    optimizer: torch.optim.Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    temperature, multiplier = Coefficient().to(device), Coefficient().to(device)
+    groups = [
+        {"params": [*actor.parameters(), *temperature.parameters()], "lr": args.actor_learning_rate},
+        {"params": [*critic.parameters(), *multiplier.parameters()], "lr": args.critic_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, temperature, multiplier, torch.optim.Adam(groups, fused=True))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def gap_h(q: Tensor, log_density: Tensor) -> Tensor:
+    """CQL(H): log integral exp Q(s, a) da, estimated from actions [n, batch] of known density by importance sampling.
+
+    log (1/n) sum_k exp(Q(s, a_k) - log density(a_k)): q [2, n, batch] -> [2, batch]. The sum goes over the actions of
+    one state; its gradient is the softmax of Q, largest at the action that the critic believes in most.
+    """
+    return torch.logsumexp(q - log_density, dim=1) - math.log(q.shape[1])
+
+
+def gap_rho(q: Tensor) -> Tensor:
+    """CQL(rho): E_rho[ Q exp(Q) / Z ] over actions drawn from rho, Z = E_rho[ exp Q ]: q [2, n, batch] -> [2, batch].
+
+    The weights are mu itself, the adversary's best answer: constants of the loss (envelope theorem).
+    """
+    mu = torch.softmax(q.detach(), dim=1)  # self-normalised: the mean over n cancels in exp(Q) / Z
+    return (mu * q).sum(dim=1)
+
+
+def gap_var(q: Tensor) -> Tensor:
+    """CQL(var): E_pi[Q] + sqrt(Var_pi[Q] / count) over actions drawn from pi, count = 1: q [2, n, batch] -> [2, batch].
+
+    The largest E_mu[Q] over all mu in a ball of radius 1 / count around pi, to first order.
+    """
+    return q.mean(dim=1) + (q.var(dim=1) + 1e-6).sqrt()  # the square root has no slope at 0
+
+
+def critic_loss(
+    learner: Learner, policy: tuple[Tensor, Tensor], batch: Batch, uniform: Tensor, noise: Tensor, args: Args
+) -> tuple[Tensor, Metrics]:
+    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]        (eq. 4)
+
+    `policy`: mean and std of pi(.|s); `uniform` [n, batch, action_dim]: actions on [-1, 1]; `noise` [2, n, batch,
+    action_dim]: standard normal, for the actions at s and at s'. All actions are constants here.
+    """
+    with torch.no_grad():
+        actions, log_prob = squashed_sample(*policy, noise[0])  # n from pi(.|s)
+        next_policy = learner.actor.distribution(batch.next_observations)
+        next_actions, next_log_prob = squashed_sample(*next_policy, noise[1])  # n from pi(.|s')
+        next_q = learner.target_critic(batch.next_observations, next_actions[0]).min(dim=0).values  # [batch]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+        candidates = [batch.actions.unsqueeze(0), uniform, actions]
+        if args.variant == "h":  # pi(.|s') at s, too: actions that a policy near by would choose
+            candidates.append(next_actions)
+    q = learner.critic(batch.observations, torch.cat(candidates))  # [2, 1 + 2n or 1 + 3n, batch]
+    n = args.num_samples
+    q_data, q_random, q_policy = q[:, 0], q[:, 1 : n + 1], q[:, n + 1 : 2 * n + 1]
+
+    if args.variant == "h":
+        log_uniform = torch.full_like(log_prob, -batch.actions.shape[-1] * math.log(2))  # density 1 / 2 per dimension
+        expected = gap_h(q[:, 1:], torch.cat([log_uniform, log_prob, next_log_prob]))
+    elif args.variant == "rho":
+        expected = gap_rho(q_policy if args.rho == "policy" else q_random)
+    else:
+        expected = gap_var(q_policy)
+    gap = (expected - q_data).mean(dim=1)  # [2]: pushes Q down where mu is, and up at the data
+    cql_alpha = args.cql_alpha * learner.multiplier().clamp(max=1e6)
+    bellman_error = (q_data - target).square().mean(dim=1)  # [2]
+    loss = (bellman_error + cql_alpha.detach() * gap).sum()
+    metrics = {
+        "critic/loss": loss.detach(),
+        "critic/bellman_error": bellman_error.detach().mean(),
+        "critic/gap": gap.detach().mean(),
+        "critic/q_data": q_data.detach().mean(),
+        "critic/q_policy": q_policy.detach().mean(),
+        "critic/q_random": q_random.detach().mean(),
+        "critic/cql_alpha": cql_alpha.detach(),
+    }
+    if args.lagrange:  # max over cql_alpha of cql_alpha (gap - target): it grows while the gap is too large (eq. 30)
+        loss = loss - cql_alpha * (gap.detach() - args.target_gap).mean()
+    return loss, metrics
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    loss = (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+    actor, critic, temperature = learner.actor, learner.critic, learner.temperature()
+    mean, std = actor.distribution(batch.observations)  # once, for its own loss and as the critic's adversary
+    loss_q, metrics_q = critic_loss(learner, (mean.detach(), std.detach()), batch, uniform, noise, args)
+    actions, log_prob = squashed_sample(mean, std, noise[0, 0])
+    loss_pi, metrics_pi = actor_loss(critic, temperature, batch.observations, actions, log_prob)
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    shape = args.num_samples, *batch.actions.shape
+    uniform = torch.rand(shape, device=batch.actions.device) * 2 - 1
+    noise = torch.randn(2, *shape, device=batch.actions.device)
+
+    loss, metrics = total_loss(learner, batch, uniform, noise, args)
+    learner.optimizer.zero_grad()
+    loss.backward()
+    learner.optimizer.step()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
