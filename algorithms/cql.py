@@ -7,7 +7,7 @@ nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 4, i = 1, 2)
     L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
-    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ],  target entropy = -action_dim
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
 The gap is max_mu E_mu[Q(s, .)] + R(mu) - Q(s, a), and the choice of R is the --variant:
 
@@ -68,6 +68,8 @@ class Args(ExperimentArgs):
     """tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)"""
     target_gap: float = 5.0
     """gap to aim at with --lagrange (paper: 5 or 10)"""
+    target_entropy: float | None = None
+    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
     """rate at which the target critic follows the critic (paper)"""
     actor_learning_rate: float = 1e-4
@@ -86,6 +88,8 @@ class Args(ExperimentArgs):
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
         check_argument(self, "target_gap", math.isfinite(self.target_gap), "must be a finite number")
+        entropy = 0.0 if self.target_entropy is None else self.target_entropy
+        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
         check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
         check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
@@ -298,7 +302,8 @@ def total_loss(learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, a
     loss_q, metrics_q = critic_loss(learner, (mean.detach(), std.detach()), batch, uniform, noise, args)
     actions, log_prob = squashed_sample(mean, std, noise[0, 0])
     loss_pi, metrics_pi = actor_loss(critic, temperature, batch.observations, actions, log_prob)
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 

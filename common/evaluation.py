@@ -46,9 +46,10 @@ class Policy:
 
 def save_policy(path: Path, policy: Policy) -> None:
     """Writes all that acting needs: the weights of `policy.actor.net` (an MLP with ReLU between layers and tanh at its
-    end), the observation normalisation, the action range. The file loads with `torch.load(weights_only=True)`.
+    end) or, of an actor without it, all that _BestCandidate acts with; the observation normalisation, the action range.
+    The file loads with `torch.load(weights_only=True)`.
     """
-    weights = policy.actor.get_submodule("net").state_dict()
+    weights = getattr(policy.actor, "net", policy.actor).state_dict()
     state = {
         "actor": {name: weight.cpu() for name, weight in weights.items()},
         "observation_mean": policy.observation_mean.cpu(),
@@ -72,18 +73,53 @@ def load_policy(run_dir: str | Path) -> Policy:
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"cannot read {path}: {one_line(error)}") from None
     weights = state["actor"]
-    layers: list[nn.Module] = []
-    for name in (name for name in weights if name.endswith("weight")):
-        layers += [nn.Linear(*weights[name].shape[::-1]), nn.ReLU()]
-    actor = nn.Sequential(*layers[:-1], nn.Tanh())
-    actor.load_state_dict(weights)
     return Policy(
-        actor,
+        _BestCandidate(weights) if "latents" in weights else _mlp(weights),
         state["observation_mean"],
         state["observation_std"],
         state["action_low"].numpy(),
         state["action_high"].numpy(),
     )
+
+
+def _mlp(weights: dict[str, Tensor]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for name in (name for name in weights if name.endswith("weight")):
+        layers += [nn.Linear(*weights[name].shape[::-1]), nn.ReLU()]
+    actor = nn.Sequential(*layers[:-1], nn.Tanh())
+    actor.load_state_dict(weights)
+    return actor
+
+
+class _BestCandidate(nn.Module):
+    """BCQ's policy: of the candidates clip(u_i + phi tanh(perturbation(s, u_i)), -1, 1), u_i = tanh(decoder(s, z_i)),
+    one for each of the fixed latents z_i, the action with the highest Q_1.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, observations: Tensor) -> Tensor:
+        latents = self.weights["latents"].unsqueeze(1).expand(-1, len(observations), -1)
+        sampled = torch.tanh(self._outputs("decoder", observations, latents))
+        shift = self.weights["phi"] * torch.tanh(self._outputs("perturbation", observations, sampled))
+        candidates = (sampled + shift).clamp(-1, 1)  # [candidates, N, action_dim]
+        best = self._outputs("critic", observations, candidates).argmax(dim=0, keepdim=True)
+        return candidates.take_along_dim(best, dim=0)[0]
+
+    def _outputs(self, name: str, observations: Tensor, inputs: Tensor) -> Tensor:
+        """Network `name` of each state and input, [candidates, N, output_dim], in the script's own order of operations:
+        rounded otherwise, two candidates of nearly equal Q could change places.
+        """
+        layers = [self.weights[key][:1] for key in self.weights if key.startswith(name)]  # of twins, the first
+        (weight, bias), *rest = zip(layers[::2], layers[1::2], strict=True)
+        weight_s, weight_x = weight.split([observations.shape[1], inputs.shape[2]], dim=1)
+        of_x = torch.bmm(inputs.flatten(end_dim=1)[None], weight_x).unflatten(1, inputs.shape[:2])
+        x = (of_x + torch.baddbmm(bias, observations[None], weight_s)).flatten(1, 2)  # [1, candidates * N, width]
+        for weight, bias in rest:
+            x = torch.baddbmm(bias, torch.relu(x), weight)
+        return x[0].unflatten(0, inputs.shape[:2])
 
 
 def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | None:

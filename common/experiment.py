@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import inspect
 import io
 import json
@@ -172,7 +171,12 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
     losses = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     mode = "reduce-overhead" if device.type == "cuda" else None  # on a GPU: CUDA graphs
     graphs = {name: torch.compile(loss, fullgraph=True, mode=mode) for name, loss in losses.items()}
-    return functools.partial(update, **graphs)
+
+    def compiled_update(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # until the next one, what CUDA graphs return is not overwritten
+        return update(*arguments, **graphs)
+
+    return compiled_update
 
 
 class Run:

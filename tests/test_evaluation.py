@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import ClassVar
 
+import bcq
 import gymnasium as gym
 import iql
 import numpy as np
@@ -64,10 +65,7 @@ def environments():
     del gym.registry["Countdown-v0"], gym.registry["Goal-v0"]
 
 
-@pytest.fixture
-def policy():
-    torch.manual_seed(0)
-    actor = iql.Actor(3, 1, (16, 16))
+def make_policy(actor):
     return Policy(
         actor,
         torch.tensor([0.5, 0.0, 1.0]),
@@ -75,6 +73,20 @@ def policy():
         np.array([-2.0], np.float32),
         np.array([2.0], np.float32),
     )
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    return make_policy(iql.Actor(3, 1, (16, 16)))
+
+
+@pytest.fixture(params=["an MLP", "candidates"])
+def any_policy(request, policy):
+    """Of each form that policy.pt knows."""
+    if request.param == "an MLP":
+        return policy
+    return make_policy(bcq.Actor(3, 1, bcq.Args(hidden_dims=(16, 8), vae_hidden_dims=(12,))))
 
 
 def test_counts_exactly_one_episode_per_copy(make_dataset, policy):
@@ -109,18 +121,18 @@ def test_policy_normalises_observations_and_scales_actions(policy):
         policy(observations[0])
 
 
-def test_load_policy_equals_the_saved_one(policy, tmp_path):
-    save_policy(tmp_path / "policy.pt", policy)
+def test_load_policy_equals_the_saved_one(any_policy, tmp_path):
+    save_policy(tmp_path / "policy.pt", any_policy)
     observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    np.testing.assert_array_equal(load_policy(tmp_path)(observations), policy(observations))
+    np.testing.assert_array_equal(load_policy(tmp_path)(observations), any_policy(observations))
 
 
-def test_load_policy_needs_neither_scripts_nor_dataset(policy, tmp_path):
-    save_policy(tmp_path / "policy.pt", policy)
+def test_load_policy_needs_neither_scripts_nor_dataset(any_policy, tmp_path):
+    save_policy(tmp_path / "policy.pt", any_policy)
     code = "import sys, numpy; from common.evaluation import *; print(load_policy(sys.argv[1])(numpy.zeros((1, 3))))"
     run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout.strip(" []\n")) == pytest.approx(policy(np.zeros((1, 3)))[0, 0], rel=1e-5)
+    assert float(run.stdout.strip(" []\n")) == pytest.approx(any_policy(np.zeros((1, 3)))[0, 0], rel=1e-5)
 
 
 def test_load_policy_without_policy(tmp_path):

@@ -1,0 +1,265 @@
+"""Advantage-weighted regression (AWR): imitate the data's actions, the more the better things went after them.
+
+There is no Q and no bootstrapping from actions. V is fitted to the returns R that followed each state in the data, and
+the policy imitates the data's actions, each weighted by how much better than V(s) it turned out. With A = R - V(s):
+
+    R_t  = r_t + gamma (1 - termination_t) ((1 - lambda) V'(s_{t+1}) + lambda R_{t+1})        (TD(lambda))
+    L_V  = E[ A^2 ]                                                               (algorithm 1, line 5)
+    L_pi = E[ -min(exp(A / beta), clip) log pi(a | s) ]                           (algorithm 1, line 6)
+
+The last step of an episode has no R_{t+1}: where a time limit cut it, R = r + gamma V'(s'). V' is V as it was when the
+returns were last computed, which is done for all of the data at once every --returns-every updates. Rewards count times
+1 - gamma, so that R and V are of their size, which is how the authors normalise V.
+
+Paper: Peng, Kumar, Zhang, Levine, "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement
+Learning", 2019, arXiv 1910.00177.
+Differences: the data are given, where the paper adds episodes of its own as it learns; one optimiser step trains both
+networks, where the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew; A follows V at every
+step and is standardised over the batch, in their code once over all of the data; Adam, a mean action bounded by tanh and
+a standard deviation that is learned, where they have SGD with momentum, a penalty on the mean and a fixed one.
+
+Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/awr.py` finds common/
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "awr"
+
+    gamma: float = 0.99
+    """discount (authors' code)"""
+    td_lambda: float = 0.95
+    """lambda of the returns: 1 sums the data's own rewards (Monte Carlo), 0 takes one reward and V (authors' code)"""
+    returns_every: int = 1_000
+    """updates between computations of the returns with the newest V, as many as the authors give the policy; each is a
+    pass of V over all data, at 1,000,000 transitions as long as several hundred updates: there, take 5,000"""
+    beta: float = 1.0
+    """temperature of the policy's weights, in standard deviations of A: large is behaviour cloning (authors' code)"""
+    standardize_advantage: bool = True
+    """A to mean 0 and standard deviation 1, so that one beta fits every scale of rewards (authors' code)"""
+    weight_clip: float = 20.0
+    """largest weight of a transition in L_pi (authors' code)"""
+    actor_learning_rate: float = 3e-4
+    """usual for Adam (authors' code: SGD)"""
+    value_learning_rate: float = 3e-4
+    """usual for Adam (authors' code: SGD)"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (authors' code: 128, 64)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data (authors' code)"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
+        check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
+        check_argument(self, "returns_every", self.returns_every >= 1, "must be at least 1")
+        check_argument(self, "beta", 0 < self.beta < math.inf, "must be positive")
+        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The mean action, which is the deterministic policy: [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a | s), [batch]."""
+        log_std = self.log_std.clamp(-5, 2)  # the authors' range
+        z = (actions - self(observations)) * torch.exp(-log_std)
+        return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
+class Value(nn.Module):
+    """V(s)."""
+
+    def __init__(self, observation_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, 1))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations).squeeze(-1)  # [batch]
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    value: Value
+    target_value: Value  # V as it was when the returns were last computed: a resumed run computes the same ones
+    optimizer: torch.optim.Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    value = Value(observation_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": value.parameters(), "lr": args.value_learning_rate},
+    ]
+    target_value = copy.deepcopy(value).requires_grad_(False)
+    return Learner(actor, value, target_value, torch.optim.Adam(groups, fused=True))
+
+
+# --- Returns --------------------------------------------------------------------------------------------------------
+
+
+def td_lambda_returns(
+    rewards: Tensor,
+    terminations: Tensor,
+    next_values: Tensor,
+    episode_lengths: Tensor,
+    gamma: float,
+    td_lambda: float,
+) -> Tensor:
+    """R_t = r_t + gamma (1 - termination_t) ((1 - lambda) V'(s_{t+1}) + lambda R_{t+1}), and [N] of it, as is the rest.
+
+    The last step of an episode has no R_{t+1} and takes lambda = 0: cut by a time limit, it bootstraps from V' alone.
+    `rewards`, `terminations` and `next_values` [N] hold the episodes of `episode_lengths` [E] one after the other.
+    """
+    decay = torch.full_like(rewards, td_lambda)
+    decay[episode_lengths.to(rewards.device).cumsum(0) - 1] = 0
+    discount = gamma * (1 - terminations)
+    # R_t = returns_t + factor_t R_{t+1}, and with R_{t+1} put in, R_t = (returns_t + factor_t returns_{t+1}) +
+    # factor_t factor_{t+1} R_{t+2}: each pass over all steps doubles the reach, and no factor crosses an episode's end.
+    # So log2 of the longest episode's length passes do what a loop backwards through time would.
+    returns = rewards + discount * (1 - decay) * next_values
+    factor = discount * decay
+    reach, longest = 1, int(episode_lengths.max())
+    while reach < longest:
+        returns[:-reach] += factor[:-reach] * returns[reach:]
+        factor[:-reach] *= factor[reach:].clone()
+        reach *= 2
+    return returns
+
+
+@torch.no_grad()
+def all_values(value: Value, observations: Tensor) -> Tensor:
+    """V(s) of every row of `observations` [N, observation_dim], some at a time, so that memory stays small. [N]"""
+    return torch.cat([value(rows) for rows in observations.split(4096)])
+
+
+def compute_returns(buffer: ReplayBuffer, rewards: Tensor, target_value: Value, args: Args) -> Tensor:
+    """The return to go of every transition in the buffer, [N], from their `rewards` [N] and V'."""
+    next_values = all_values(target_value, buffer.transitions.next_observations)
+    terminations = buffer.transitions.terminations
+    return td_lambda_returns(rewards, terminations, next_values, buffer.episode_lengths, args.gamma, args.td_lambda)
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def advantage(value: Value, batch: Batch) -> Tensor:
+    """A(s, a) = R - V(s), [batch]. Its gradient reaches V alone."""
+    returns = batch.rewards  # main has put them in the rewards' place
+    return returns - value(batch.observations)
+
+
+def value_loss(u: Tensor) -> tuple[Tensor, Metrics]:
+    """L_V = E[ u^2 ],  u = A(s, a)"""
+    return u.square().mean(), {"value/advantage": u.detach().mean()}
+
+
+def actor_loss(
+    actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float, standardize: bool
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -min(exp(u / beta), clip) log pi(a | s) ],  u = A(s, a), a constant here"""
+    u = u.detach()
+    if standardize:
+        u = (u - u.mean()) / (u.std(correction=0) + 1e-6)
+    weight = torch.exp(u / beta).clamp(max=weight_clip)
+    log_prob = actor.log_prob(batch.observations, batch.actions)
+    return -(weight * log_prob).mean(), {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+    """L_V + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
+    u = advantage(learner.value, batch)
+    loss_v, metrics_v = value_loss(u)
+    loss_pi, metrics_pi = actor_loss(learner.actor, u, batch, args.beta, args.weight_clip, args.standardize_advantage)
+    losses = {"value/loss": loss_v.detach(), "actor/loss": loss_pi.detach()}
+    return loss_v + loss_pi, losses | metrics_v | metrics_pi
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+    """One gradient step of the two networks. `step` counts from 1."""
+    loss, metrics = total_loss(learner, batch, args)
+    learner.optimizer.zero_grad()
+    loss.backward()
+    learner.optimizer.step()
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    # The returns take the rewards' place in the buffer, so that a batch stays a single gather. The rewards are kept
+    # here, times 1 - gamma: R and V are then averages of the rewards to come, of a size that V learns soon.
+    rewards = (1 - args.gamma) * buffer.transitions.rewards
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    # with the fresh V or, resuming, with the one of the checkpoint
+    buffer.transitions.rewards.copy_(compute_returns(buffer, rewards, learner.target_value, args))
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+        if step % args.returns_every == 0:  # before a checkpoint of the same step, which then holds this V
+            learner.target_value.load_state_dict(learner.value.state_dict())
+            buffer.transitions.rewards.copy_(compute_returns(buffer, rewards, learner.target_value, args))
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,324 @@
+"""Batch-constrained deep Q-learning (BCQ): only actions that look like the data's are ever considered.
+
+A conditional variational auto-encoder (VAE) learns which actions the data takes at s; a perturbation network moves each
+action sampled from it by at most phi, towards a higher Q; the policy takes the best of many such candidates, and so
+does the target of the critic, which leans to the lower of the twins. With Q' and xi' the target networks:
+
+    a_i   = clip(u_i + phi tanh(xi(s, u_i)), -1, 1),  u_i = tanh(decoder(s, z_i)),  z_i = clip(noise_i, -c, c)
+    pi(s) = argmax_{a_i} Q_1(s, a_i)
+    L_VAE = E[ (tanh(decoder(s, mean + std noise)) - a)^2 ] + k KL(Normal(mean, std) || Normal(0, 1))
+    y     = r + gamma (1 - termination) max_i [ mix min_j Q'_j(s', a'_i) + (1 - mix) max_j Q'_j(s', a'_i) ]
+    L_Q   = E[ sum_j (y - Q_j(s, a))^2 ]
+    L_xi  = E[ -Q_1(s, a_i) ]
+
+with mean, std = encoder(s, a), and a'_i the actions at s' that xi' gives instead of xi.
+
+Paper: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", 2019, arXiv 1812.02900.
+Differences: acting draws its candidates' z_i once, at the start, where the authors draw fresh ones at each step: the
+policy is a function of s. One optimiser step trains the three networks, each loss seeing the others as they were before
+it (the authors train them in turn). The networks are smaller, the batch is larger, and observations are normalised.
+
+Run: python algorithms/bcq.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bcq.py` finds common/
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "bcq"
+
+    gamma: float = 0.99
+    """discount (paper)"""
+    phi: float = 0.05
+    """largest perturbation of a sampled action, whose range is [-1, 1] (paper)"""
+    q_mix: float = 0.75
+    """weight of the lower twin in the target, 1 - that of the higher (paper)"""
+    num_target_actions: int = 10
+    """actions sampled at s' for the target (paper)"""
+    num_acting_actions: int = 100
+    """candidates among which the policy takes the best (authors' code)"""
+    latent_clip: float = 0.5
+    """c, the largest latent that is sampled: the smaller, the more typical of the data the actions (authors' code)"""
+    kl_weight: float = 0.5
+    """k, the weight of the KL term in L_VAE (authors' code)"""
+    tau: float = 0.005
+    """rate at which the target networks follow (paper)"""
+    actor_learning_rate: float = 1e-3
+    """the perturbation network's (paper)"""
+    critic_learning_rate: float = 1e-3
+    """paper"""
+    vae_learning_rate: float = 1e-3
+    """paper"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of the critics and the perturbation network (paper: 400 300)"""
+    vae_hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of encoder and decoder (paper: 750 750)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "phi", 0 <= self.phi < math.inf, "must not be negative")
+        check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
+        check_argument(self, "num_target_actions", self.num_target_actions >= 1, "must be at least 1")
+        check_argument(self, "num_acting_actions", self.num_acting_actions >= 1, "must be at least 1")
+        check_argument(self, "latent_clip", self.latent_clip > 0, "must be positive")
+        check_argument(self, "kl_weight", 0 <= self.kl_weight < math.inf, "must not be negative")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        for name in ("hidden_dims", "vae_hidden_dims"):
+            check_argument(self, name, min(getattr(self, name), default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+class BatchedLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
+
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        members = len(inputs)  # 1: the first alone
+        return torch.baddbmm(head(self.bias, members), inputs, head(self.weight, members))
+
+
+def head(parameter: Tensor, members: int) -> Tensor:
+    """The first `members`, without a slice where these are all: its gradient would be one more copy."""
+    return parameter if members == len(parameter) else parameter[:members]
+
+
+class Network(nn.Module):
+    """A network of (s, x) with ReLU between its layers, or `members` of them side by side.
+
+    Many x may share one s: what the first layer makes of s is computed once and added to what it makes of each x.
+    """
+
+    def __init__(
+        self, observation_dim: int, input_dim: int, hidden_dims: tuple[int, ...], output_dim: int, members: int = 1
+    ) -> None:
+        super().__init__()
+        self.input_dims = [observation_dim, input_dim]
+        widths = [observation_dim + input_dim, *hidden_dims, output_dim]
+        self.layers = nn.ModuleList(BatchedLinear(members, *pair) for pair in pairwise(widths))
+
+    def outputs(self, observations: Tensor, inputs: Tensor, members: int = 1) -> Tensor:
+        """[batch, observation_dim] and [..., batch, input_dim] -> [members, ..., batch, output_dim]."""
+        first, *rest = self.layers
+        weight, bias = (head(parameter, members) for parameter in first.parameters())
+        weight_s, weight_x = weight.split(self.input_dims, dim=1)
+        of_s = torch.baddbmm(bias, observations.expand(members, -1, -1), weight_s)
+        of_x = torch.bmm(inputs.flatten(end_dim=-2).expand(members, -1, -1), weight_x)
+        x = of_x.unflatten(1, (-1, len(observations))).add_(of_s.unsqueeze(1)).flatten(1, 2)
+        for layer in rest:
+            x = layer(torch.relu_(x))  # [members, samples * batch, width]
+        return x.unflatten(1, inputs.shape[:-1])
+
+
+class Encoder(Network):
+    """q(z | s, a) = Normal(mean, std): the latents that stand for the action a at s."""
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the logarithm of the standard deviation, [batch, latent_dim] each."""
+        mean, log_std = self.outputs(observations, actions)[0].chunk(2, dim=-1)
+        return mean, log_std.clamp(-4, 15)  # the authors' range
+
+
+class Decoder(Network):
+    """u = tanh(decoder(s, z)): the action that the latent z stands for at s."""
+
+    def forward(self, observations: Tensor, latents: Tensor) -> Tensor:
+        return torch.tanh(self.outputs(observations, latents)[0])  # [..., batch, action_dim] in [-1, 1]
+
+
+class Perturbation(Network):
+    """a = clip(u + phi tanh(xi(s, u)), -1, 1): an action close to u."""
+
+    def forward(self, observations: Tensor, actions: Tensor, phi: float | Tensor) -> Tensor:
+        xi = self.outputs(observations, actions)[0]
+        return (actions + phi * torch.tanh(xi)).clamp(-1, 1)  # [..., batch, action_dim]
+
+
+class Critic(Network):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def forward(self, observations: Tensor, actions: Tensor, twins: int = 2) -> Tensor:
+        return self.outputs(observations, actions, twins).squeeze(-1)  # [twins, ..., batch]
+
+
+class Actor(nn.Module):
+    """pi(s) = argmax_{a_i} Q_1(s, a_i): a deterministic policy, since the latents of the candidates a_i are fixed."""
+
+    latents: Tensor
+    phi: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args) -> None:
+        super().__init__()
+        latent_dim = 2 * action_dim  # the authors' choice
+        self.decoder = Decoder(observation_dim, latent_dim, args.vae_hidden_dims, action_dim)
+        self.perturbation = Perturbation(observation_dim, action_dim, args.hidden_dims, action_dim)
+        self.critic = Critic(observation_dim, action_dim, args.hidden_dims, 1, members=2)
+        latents = torch.randn(args.num_acting_actions, latent_dim).clamp(-args.latent_clip, args.latent_clip)
+        self.register_buffer("latents", latents)
+        self.register_buffer("phi", torch.tensor(args.phi))  # for policy.pt, which has no arguments
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The action: [batch, action_dim] in [-1, 1]."""
+        latents = self.latents.unsqueeze(1).expand(-1, len(observations), -1)  # [candidates, batch, latent_dim]
+        sampled = self.decoder(observations, latents)  # [candidates, batch, action_dim]
+        candidates = self.perturbation(observations, sampled, self.phi)
+        q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
+        return candidates.take_along_dim(q.argmax(dim=0)[None, :, None], dim=0)[0]
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor  # decoder, perturbation network and critic: acting needs all three
+    encoder: Encoder
+    target_perturbation: Perturbation
+    target_critic: Critic
+    optimizer: torch.optim.Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the perturbation's first."""
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    encoder = Encoder(observation_dim, action_dim, args.vae_hidden_dims, 2 * actor.latents.shape[1]).to(device)
+    groups = [
+        {"params": actor.perturbation.parameters(), "lr": args.actor_learning_rate},
+        {"params": actor.critic.parameters(), "lr": args.critic_learning_rate},
+        {"params": [*encoder.parameters(), *actor.decoder.parameters()], "lr": args.vae_learning_rate},
+    ]
+    target_perturbation = copy.deepcopy(actor.perturbation).requires_grad_(False)
+    target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
+    return Learner(actor, encoder, target_perturbation, target_critic, torch.optim.Adam(groups, fused=True))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def vae_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_VAE = E[ (tanh(decoder(s, mean + std noise)) - a)^2 ] + k KL(Normal(mean, std) || Normal(0, 1))
+
+    The square is averaged over the action's dimensions, KL over the latent's; both over the batch, as the authors do.
+    `noise` [batch, latent_dim] is standard normal.
+    """
+    mean, log_std = learner.encoder(batch.observations, batch.actions)
+    std = log_std.exp()
+    reconstruction = (learner.actor.decoder(batch.observations, mean + std * noise) - batch.actions).square().mean()
+    kl = (0.5 * (mean.square() + std.square() - 1) - log_std).mean()
+    loss = reconstruction + args.kl_weight * kl
+    return loss, {"vae/loss": loss.detach(), "vae/reconstruction": reconstruction.detach(), "vae/kl": kl.detach()}
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_j (y - Q_j(s, a))^2 ]
+    y = r + gamma (1 - termination) max_i [ mix min_j Q'_j(s', a'_i) + (1 - mix) max_j Q'_j(s', a'_i) ]
+
+    `noise` [num_target_actions, batch, latent_dim] is standard normal.
+    """
+    with torch.no_grad():
+        latents = noise.clamp(-args.latent_clip, args.latent_clip)
+        sampled = learner.actor.decoder(batch.next_observations, latents)  # [samples, batch, action_dim]
+        next_actions = learner.target_perturbation(batch.next_observations, sampled, args.phi)
+        lower, higher = learner.target_critic(batch.next_observations, next_actions).aminmax(dim=0)  # over the twins
+        next_q = (args.q_mix * lower + (1 - args.q_mix) * higher).amax(dim=0)  # [batch], of the best sample
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+    q = learner.actor.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = (q - target).square().mean(dim=1).sum()
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_xi = E[ -Q_1(s, clip(u + phi tanh(xi(s, u)), -1, 1)) ],  u sampled from the VAE
+
+    `noise` [batch, latent_dim] is standard normal.
+    """
+    with torch.no_grad():
+        sampled = learner.actor.decoder(batch.observations, noise.clamp(-args.latent_clip, args.latent_clip))
+    actions = learner.actor.perturbation(batch.observations, sampled, args.phi)
+    loss = -learner.actor.critic(batch.observations, actions, twins=1).mean()  # Q_1 alone
+    return loss, {"actor/loss": loss.detach(), "actor/perturbation": (actions.detach() - sampled).abs().mean()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def update(
+    learner: Learner,
+    batch: Batch,
+    step: int,
+    args: Args,
+    *,
+    vae_loss: Callable = vae_loss,
+    critic_loss: Callable = critic_loss,
+    actor_loss: Callable = actor_loss,
+) -> Metrics:
+    """One gradient step of the three networks, then the targets follow. `step` counts from 1."""
+    actor, _, target_perturbation, target_critic, optimizer = learner
+    shape = len(batch.rewards), actor.latents.shape[1]
+    optimizer.zero_grad()
+    loss, metrics = vae_loss(learner, batch, torch.randn(shape, device=batch.rewards.device), args)
+    loss.backward()
+
+    noise = torch.randn(args.num_target_actions, *shape, device=batch.rewards.device)
+    loss, metrics_q = critic_loss(learner, batch, noise, args)
+    loss.backward()
+
+    loss, metrics_pi = actor_loss(learner, batch, torch.randn(shape, device=batch.rewards.device), args)
+    loss.backward(inputs=list(actor.perturbation.parameters()))  # through the critic, but not into it
+    optimizer.step()
+
+    with torch.no_grad():  # target <- target + tau (network - target)
+        torch._foreach_lerp_(list(target_perturbation.parameters()), list(actor.perturbation.parameters()), args.tau)
+        torch._foreach_lerp_(list(target_critic.parameters()), list(actor.critic.parameters()), args.tau)
+    return metrics | metrics_q | metrics_pi
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,121 @@
+"""What offline RL is for, on data small enough to know the answer: stay inside the data, and join its pieces.
+
+Here an algorithm is its `build` and `update` alone, on a replay buffer made of arrays; no environment is involved.
+"""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from common.datasets import Dataset, Episode
+from common.replay_buffer import ReplayBuffer
+
+CPU = torch.device("cpu")
+RATES = {
+    "bc": {"learning_rate": 3e-3},
+    "iql": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "value_learning_rate": 3e-3},
+    "awr": {"actor_learning_rate": 3e-3, "value_learning_rate": 3e-3},
+    "bcq": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "vae_learning_rate": 3e-3},
+    "cql": {"actor_learning_rate": 1e-2, "critic_learning_rate": 1e-3},  # the actor's is the temperature's, too
+}
+SMALL = {"hidden_dims": (32, 32), "batch_size": 64}
+
+
+def make_buffer(episodes):
+    """Of episodes with one number as observation and one as action, on [-1, 1]."""
+    ones, num_steps = np.ones(1, np.float32), sum(len(episode.rewards) for episode in episodes)
+    return ReplayBuffer(Dataset("test", num_steps, 1, -ones, ones, lambda: iter(episodes)), CPU)
+
+
+def learn(algorithm, buffer, num_updates, **arguments):
+    """The deterministic policy, a function from observations [N] to actions [N]."""
+    module = importlib.import_module(algorithm)
+    torch.manual_seed(0)
+    args = module.Args(num_updates=num_updates, **(SMALL | RATES[algorithm] | arguments))
+    args.validate()
+    learner = module.build(1, 1, args, CPU)
+    for step in range(1, num_updates + 1):
+        module.update(learner, buffer.sample(args.batch_size), step, args)
+
+    @torch.no_grad()
+    def act(*observations):
+        inputs = (torch.tensor(observations)[:, None] - buffer.observation_mean) / buffer.observation_std
+        return learner.actor(inputs)[:, 0].numpy()
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def bandit():
+    """One step each: a state of no meaning, an action from the middle of its range, which is also the reward.
+
+    A critic that has seen that more is better will say so of the outer half too, where no action was ever tried.
+    """
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(size=(2000, 1, 1)), rng.uniform(-0.5, 0.5, size=(2000, 1, 1))
+    end = np.ones(1)
+    return make_buffer([Episode(s, a, a[:, 0], s, end) for s, a in zip(states, actions, strict=True)])
+
+
+STATES = -1.0, -0.3, 0.2, 0.9
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        ("iql", {"beta": 10.0}),
+        ("awr", {"beta": 0.3}),
+        ("bcq", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5}),
+        ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0}),
+    ],
+)
+def test_chooses_the_best_of_the_data_and_not_beyond(bandit, algorithm, arguments):
+    actions = learn(algorithm, bandit, 800, **arguments)(*STATES)
+    assert ((actions > 0.25) & (actions < 0.6)).all(), actions
+
+
+def test_plain_sac_goes_to_the_edge_of_what_nobody_tried(bandit):
+    actions = learn("cql", bandit, 800, cql_alpha=0.0, target_entropy=-2.0)(*STATES)
+    assert (actions > 0.85).all(), actions
+
+
+START, OTHER_START, MIDDLE, SAFE = -2.0, -1.0, 1.0, 2.0
+
+
+@pytest.fixture(scope="module")
+def crossroads():
+    """Two steps. From START, up leads to MIDDLE and down to SAFE, where 0.5 is certain; in MIDDLE, up pays 1, down 0.
+
+    Who came from START always went down in MIDDLE; only episodes from OTHER_START went up there. So the best path from
+    START is in no episode: its first half ended badly, and looks worse than the safe way to whoever sums rewards.
+    """
+    rng = np.random.default_rng(0)
+
+    def episode(first, first_action, second, second_action, reward):
+        actions = np.array([[first_action], [second_action]]) + rng.uniform(-0.1, 0.1, size=(2, 1))
+        observations = np.array([[first], [second]])
+        following = np.array([[second], [0.0]])
+        return Episode(observations, actions, np.array([0.0, reward]), following, np.array([0.0, 1.0]))
+
+    kinds = [(START, 0.5, MIDDLE, -0.5, 0.0), (START, -0.5, SAFE, -0.5, 0.5), (OTHER_START, -0.5, MIDDLE, 0.5, 1.0)]
+    return make_buffer([episode(*kind) for kind in kinds for _ in range(100)])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        ("iql", {"expectile": 0.9, "beta": 10.0, "tau": 0.05}),
+        ("cql", {"cql_alpha": 0.2, "tau": 0.05}),
+        ("bcq", {"vae_hidden_dims": (32, 32), "tau": 0.05}),
+    ],
+)
+def test_joins_the_best_path_from_two_episodes(crossroads, algorithm, arguments):
+    start, middle = learn(algorithm, crossroads, 1500, **arguments)(START, MIDDLE)
+    assert start > 0.25 and middle > 0.25
+
+
+def test_behaviour_cloning_does_not(crossroads):
+    start, middle = learn("bc", crossroads, 800)(START, MIDDLE)
+    assert start < 0.25 and middle < 0.25
