@@ -14,9 +14,9 @@ returns were last computed, which is done for all of the data at once every --re
 Paper: Peng, Kumar, Zhang, Levine, "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement
 Learning", 2019, arXiv 1910.00177.
 Differences: the data are given, where the paper adds episodes of its own as it learns; one optimiser step trains both
-networks, where the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew; A follows V at every
-step and is standardised over the batch, in their code once over all of the data; Adam, a mean action bounded by tanh and
-a standard deviation that is learned, where they have SGD with momentum, a penalty on the mean and a fixed one.
+networks, where the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew; A follows V at
+every step and is standardised over the batch, in their code once over all of the data; Adam, a mean action bounded by
+tanh and a learned standard deviation, where they have SGD with momentum, a penalty on the mean and a fixed one.
 
 Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -1,7 +1,7 @@
 """Seconds for AWR's TD(lambda) returns of a large dataset, beside V's pass over it and a plain loop over time steps.
 
-The loop takes all episodes at once, one time step after the other, which asks for episodes of one length, or padding;
-here it has its best case. The three take turns, and each time is the median over rounds.
+The loop takes all episodes at once, one time step after the other, which asks for episodes of one length, as here, or
+for padding. The three take turns, and each time is the median over rounds.
 
 Run: python benchmarks/returns.py
 """

@@ -10,10 +10,14 @@ from conftest import run_script
 
 SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
+FEW = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "20"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+    "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
+    "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
+    "cql": ["--num-updates", "1500", *FAST, "--num-samples", "4", "--cql-alpha", "1", "--hidden-dims", "32", "32"],
 }
 
 
@@ -23,7 +27,7 @@ def results(tmp_path_factory, pendulum):
     found = {}
     for algorithm, arguments in RUNS.items():
         folder = tmp_path_factory.mktemp("learning") / algorithm
-        run = run_script(algorithm, *arguments, *SMALL, "--run-dir", str(folder))
+        run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
         assert run.returncode == 0, run.stderr
         found[algorithm] = json.loads((folder / "result.json").read_text())
     return found
@@ -33,7 +37,7 @@ def test_behaviour_cloning_learns_the_average_of_the_data(results):
     assert 10 < results["bc"]["final_score"] < 65
 
 
-@pytest.mark.parametrize("algorithm", ["td3_bc", "iql"])
+@pytest.mark.parametrize("algorithm", [name for name in RUNS if name != "bc"])
 def test_offline_rl_passes_behaviour_cloning(results, algorithm):
     assert results[algorithm]["final_score"] > results["bc"]["final_score"] + 10
     assert results[algorithm]["final_score"] > 60
