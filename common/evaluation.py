@@ -128,10 +128,7 @@ def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | No
     The id is looked up in Gymnasium's registry; an entry point that a dataset names is never imported. Raises BadInput
     if the environment's observations or actions are not of the dataset's size.
     """
-
-    with contextlib.suppress(
-        ImportError
-    ):  # Gymnasium registers its own environments; D4RL's others are in this package
+    with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)

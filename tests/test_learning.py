@@ -17,7 +17,7 @@ RUNS = {
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
-    "cql": ["--num-updates", "1500", *FAST, "--num-samples", "4", "--cql-alpha", "1", "--hidden-dims", "32", "32"],
+    "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
 }
 
 
