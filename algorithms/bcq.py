@@ -91,104 +91,107 @@ class Args(ExperimentArgs):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
-class BatchedLinear(nn.Module):
-    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
-
-    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        members = len(inputs)  # 1: the first alone
-        return torch.baddbmm(head(self.bias, members), inputs, head(self.weight, members))
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
 
 
-def head(parameter: Tensor, members: int) -> Tensor:
-    """The first `members`, without a slice where these are all: its gradient would be one more copy."""
-    return parameter if members == len(parameter) else parameter[:members]
+def join(observations: Tensor, x: Tensor) -> Tensor:
+    """Every x [..., batch, x_dim] beside its observation [batch, observation_dim], of which many x may share one."""
+    return torch.cat([observations.expand(*x.shape[:-1], -1), x], dim=-1)
 
 
-class Network(nn.Module):
-    """A network of (s, x) with ReLU between its layers, or `members` of them side by side.
-
-    Many x may share one s: what the first layer makes of s is computed once and added to what it makes of each x.
-    """
-
-    def __init__(
-        self, observation_dim: int, input_dim: int, hidden_dims: tuple[int, ...], output_dim: int, members: int = 1
-    ) -> None:
-        super().__init__()
-        self.input_dims = [observation_dim, input_dim]
-        widths = [observation_dim + input_dim, *hidden_dims, output_dim]
-        self.layers = nn.ModuleList(BatchedLinear(members, *pair) for pair in pairwise(widths))
-
-    def outputs(self, observations: Tensor, inputs: Tensor, members: int = 1) -> Tensor:
-        """[batch, observation_dim] and [..., batch, input_dim] -> [members, ..., batch, output_dim]."""
-        first, *rest = self.layers
-        weight, bias = (head(parameter, members) for parameter in first.parameters())
-        weight_s, weight_x = weight.split(self.input_dims, dim=1)
-        of_s = torch.baddbmm(bias, observations.expand(members, -1, -1), weight_s)
-        of_x = torch.bmm(inputs.flatten(end_dim=-2).expand(members, -1, -1), weight_x)
-        x = of_x.unflatten(1, (-1, len(observations))).add_(of_s.unsqueeze(1)).flatten(1, 2)
-        for layer in rest:
-            x = layer(torch.relu_(x))  # [members, samples * batch, width]
-        return x.unflatten(1, inputs.shape[:-1])
-
-
-class Encoder(Network):
+class Encoder(nn.Module):
     """q(z | s, a) = Normal(mean, std): the latents that stand for the action a at s."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], latent_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim + action_dim, hidden_dims, 2 * latent_dim))
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and the logarithm of the standard deviation, [batch, latent_dim] each."""
-        mean, log_std = self.outputs(observations, actions)[0].chunk(2, dim=-1)
+        mean, log_std = self.net(join(observations, actions)).chunk(2, dim=-1)
         return mean, log_std.clamp(-4, 15)  # the authors' range
 
 
-class Decoder(Network):
+class Decoder(nn.Module):
     """u = tanh(decoder(s, z)): the action that the latent z stands for at s."""
 
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], latent_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim + latent_dim, hidden_dims, action_dim), nn.Tanh())
+
     def forward(self, observations: Tensor, latents: Tensor) -> Tensor:
-        return torch.tanh(self.outputs(observations, latents)[0])  # [..., batch, action_dim] in [-1, 1]
+        return self.net(join(observations, latents))  # [..., batch, action_dim] in [-1, 1]
 
 
-class Perturbation(Network):
+class Perturbation(nn.Module):
     """a = clip(u + phi tanh(xi(s, u)), -1, 1): an action close to u."""
 
-    def forward(self, observations: Tensor, actions: Tensor, phi: float | Tensor) -> Tensor:
-        xi = self.outputs(observations, actions)[0]
-        return (actions + phi * torch.tanh(xi)).clamp(-1, 1)  # [..., batch, action_dim]
+    phi: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], phi: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim + action_dim, hidden_dims, action_dim), nn.Tanh())
+        self.register_buffer("phi", torch.tensor(phi))  # so that policy.pt has it
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return (actions + self.phi * self.net(join(observations, actions))).clamp(-1, 1)  # [..., batch, action_dim]
 
 
-class Critic(Network):
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) == 1:  # the first alone
+            return torch.baddbmm(self.bias[:1], inputs, self.weight[:1])
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
     def forward(self, observations: Tensor, actions: Tensor, twins: int = 2) -> Tensor:
-        return self.outputs(observations, actions, twins).squeeze(-1)  # [twins, ..., batch]
+        """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [twins, ..., batch]."""
+        x = join(observations, actions).flatten(0, -2).expand(twins, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).view(twins, *actions.shape[:-1])
 
 
 class Actor(nn.Module):
     """pi(s) = argmax_{a_i} Q_1(s, a_i): a deterministic policy, since the latents of the candidates a_i are fixed."""
 
     latents: Tensor
-    phi: Tensor
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args) -> None:
         super().__init__()
         latent_dim = 2 * action_dim  # the authors' choice
-        self.decoder = Decoder(observation_dim, latent_dim, args.vae_hidden_dims, action_dim)
-        self.perturbation = Perturbation(observation_dim, action_dim, args.hidden_dims, action_dim)
-        self.critic = Critic(observation_dim, action_dim, args.hidden_dims, 1, members=2)
+        self.decoder = Decoder(observation_dim, action_dim, args.vae_hidden_dims, latent_dim)
+        self.perturbation = Perturbation(observation_dim, action_dim, args.hidden_dims, args.phi)
+        self.critic = Critic(observation_dim, action_dim, args.hidden_dims)
         latents = torch.randn(args.num_acting_actions, latent_dim).clamp(-args.latent_clip, args.latent_clip)
         self.register_buffer("latents", latents)
-        self.register_buffer("phi", torch.tensor(args.phi))  # for policy.pt, which has no arguments
 
     def forward(self, observations: Tensor) -> Tensor:
         """The action: [batch, action_dim] in [-1, 1]."""
         latents = self.latents.unsqueeze(1).expand(-1, len(observations), -1)  # [candidates, batch, latent_dim]
-        sampled = self.decoder(observations, latents)  # [candidates, batch, action_dim]
-        candidates = self.perturbation(observations, sampled, self.phi)
+        candidates = self.perturbation(observations, self.decoder(observations, latents))
         q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
         return candidates.take_along_dim(q.argmax(dim=0)[None, :, None], dim=0)[0]
 
@@ -206,7 +209,7 @@ class Learner(NamedTuple):
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the perturbation's first."""
     actor = Actor(observation_dim, action_dim, args).to(device)
-    encoder = Encoder(observation_dim, action_dim, args.vae_hidden_dims, 2 * actor.latents.shape[1]).to(device)
+    encoder = Encoder(observation_dim, action_dim, args.vae_hidden_dims, actor.latents.shape[1]).to(device)
     groups = [
         {"params": actor.perturbation.parameters(), "lr": args.actor_learning_rate},
         {"params": actor.critic.parameters(), "lr": args.critic_learning_rate},
@@ -243,7 +246,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
     with torch.no_grad():
         latents = noise.clamp(-args.latent_clip, args.latent_clip)
         sampled = learner.actor.decoder(batch.next_observations, latents)  # [samples, batch, action_dim]
-        next_actions = learner.target_perturbation(batch.next_observations, sampled, args.phi)
+        next_actions = learner.target_perturbation(batch.next_observations, sampled)
         lower, higher = learner.target_critic(batch.next_observations, next_actions).aminmax(dim=0)  # over the twins
         next_q = (args.q_mix * lower + (1 - args.q_mix) * higher).amax(dim=0)  # [batch], of the best sample
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
@@ -259,7 +262,7 @@ def actor_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     """
     with torch.no_grad():
         sampled = learner.actor.decoder(batch.observations, noise.clamp(-args.latent_clip, args.latent_clip))
-    actions = learner.actor.perturbation(batch.observations, sampled, args.phi)
+    actions = learner.actor.perturbation(batch.observations, sampled)
     loss = -learner.actor.critic(batch.observations, actions, twins=1).mean()  # Q_1 alone
     return loss, {"actor/loss": loss.detach(), "actor/perturbation": (actions.detach() - sampled).abs().mean()}
 

@@ -106,8 +106,9 @@ class TwinLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        twins = len(inputs)  # 1: the first alone
-        return torch.baddbmm(self.bias[:twins], inputs, self.weight[:twins])
+        if len(inputs) == 1:  # the first alone
+            return torch.baddbmm(self.bias[:1], inputs, self.weight[:1])
+        return torch.baddbmm(self.bias, inputs, self.weight)
 
 
 class Critic(nn.Module):

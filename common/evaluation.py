@@ -98,28 +98,25 @@ class _BestCandidate(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.weights = weights
+        self.latents, self.phi = weights["latents"], weights["perturbation.phi"]
+        self.decoder, self.perturbation = (
+            _mlp({name.removeprefix(net): weights[name] for name in weights if name.startswith(net)})
+            for net in ("decoder.net.", "perturbation.net.")
+        )
+        critic = [weights[name][:1] for name in weights if name.startswith("critic")]  # of the twins, the first
+        self.critic = list(zip(critic[::2], critic[1::2], strict=True))
 
     def forward(self, observations: Tensor) -> Tensor:
-        latents = self.weights["latents"].unsqueeze(1).expand(-1, len(observations), -1)
-        sampled = torch.tanh(self._outputs("decoder", observations, latents))
-        shift = self.weights["phi"] * torch.tanh(self._outputs("perturbation", observations, sampled))
+        observations = observations.expand(len(self.latents), -1, -1)  # [candidates, N, observation_dim]
+        latents = self.latents.unsqueeze(1).expand(-1, observations.shape[1], -1)
+        sampled = self.decoder(torch.cat([observations, latents], dim=-1))
+        shift = self.phi * self.perturbation(torch.cat([observations, sampled], dim=-1))
         candidates = (sampled + shift).clamp(-1, 1)  # [candidates, N, action_dim]
-        best = self._outputs("critic", observations, candidates).argmax(dim=0, keepdim=True)
-        return candidates.take_along_dim(best, dim=0)[0]
-
-    def _outputs(self, name: str, observations: Tensor, inputs: Tensor) -> Tensor:
-        """Network `name` of each state and input, [candidates, N, output_dim], in the script's own order of operations:
-        rounded otherwise, two candidates of nearly equal Q could change places.
-        """
-        layers = [self.weights[key][:1] for key in self.weights if key.startswith(name)]  # of twins, the first
-        (weight, bias), *rest = zip(layers[::2], layers[1::2], strict=True)
-        weight_s, weight_x = weight.split([observations.shape[1], inputs.shape[2]], dim=1)
-        of_x = torch.bmm(inputs.flatten(end_dim=1)[None], weight_x).unflatten(1, inputs.shape[:2])
-        x = (of_x + torch.baddbmm(bias, observations[None], weight_s)).flatten(1, 2)  # [1, candidates * N, width]
-        for weight, bias in rest:
-            x = torch.baddbmm(bias, torch.relu(x), weight)
-        return x[0].unflatten(0, inputs.shape[:2])
+        x = torch.cat([observations, candidates], dim=-1).flatten(end_dim=1).unsqueeze(0)
+        for index, (weight, bias) in enumerate(self.critic):
+            x = torch.baddbmm(bias, torch.relu(x) if index else x, weight)
+        best = x.view(candidates.shape[:2]).argmax(dim=0)
+        return candidates.take_along_dim(best[None, :, None], dim=0)[0]
 
 
 def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | None:

@@ -37,9 +37,9 @@ def normal(*shape):
 def numpy_network(network, observations, inputs):
     """The layers of a single network without torch: ReLU between them, none after the last."""
     x = np.concatenate([observations, inputs], axis=1).astype(np.float64)
-    for index, layer in enumerate(network.layers):
+    for index, layer in enumerate(layer for layer in network.net if isinstance(layer, torch.nn.Linear)):
         x = np.maximum(x, 0) if index else x
-        x = x @ layer.weight[0].detach().numpy().astype(np.float64) + layer.bias[0].detach().numpy()
+        x = x @ layer.weight.detach().numpy().astype(np.float64).T + layer.bias.detach().numpy()
     return x
 
 
@@ -52,7 +52,7 @@ def numpy_sample(decoder, perturbation, observations, latents, phi):
 def scale(network, factor):
     """Larger outputs, which saturate the tanh after them."""
     with torch.no_grad():
-        network.layers[-1].weight.mul_(factor)
+        network.net[-2].weight.mul_(factor)  # before the tanh
 
 
 # --- Losses ---
@@ -61,7 +61,7 @@ def scale(network, factor):
 def test_vae_loss(learner, args):
     batch, noise = random_batch(), normal(8, 4)
     with torch.no_grad():  # so that some of the encoder's deviations are clamped
-        learner.encoder.layers[-1].bias[..., 4:].sub_(4)
+        learner.encoder.net[-1].bias[4:].sub_(4)
     loss, metrics = bcq.vae_loss(learner, batch, noise, args)
     observations, actions = batch.observations.numpy(), batch.actions.numpy()
     encoded = numpy_network(learner.encoder, observations, actions)
@@ -153,7 +153,7 @@ def test_update_moves_every_network_and_targets_follow(learner, args):
 def test_perturbation_never_exceeds_phi_nor_leaves_the_range(learner):
     scale(learner.actor.perturbation, 100)
     sampled = torch.tensor([-1.0, -0.5, 0.0, 0.9, 1.0]).repeat(200, 2, 1).mT  # [200, 5, 2]
-    actions = learner.actor.perturbation(normal(5, 3), sampled, 0.2)
+    actions = learner.actor.perturbation(normal(5, 3), sampled)
     shift = (actions - sampled).abs()
     assert 0.19 < shift.max() <= 0.2 + 1e-6
     assert actions.abs().max() == 1  # where the sum would pass the bound, it is at the bound
