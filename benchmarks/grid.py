@@ -3,7 +3,7 @@
 A run whose result.json exists is not repeated and an unfinished one is resumed: stop the command, and give it again.
 Arguments after `--` go to every script.
 
-Run: python benchmarks/grid.py --algorithms bc td3_bc iql --results benchmarks/results/pendulum.csv
+Run: python benchmarks/grid.py --algorithms bc td3_bc iql awr --results benchmarks/results/pendulum.csv
 """
 
 import csv
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql")
+    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql", "awr")
     """scripts in algorithms/, without .py"""
     dataset_ids: tuple[str, ...] = ("anchorl/pendulum/mixed-v0",)
     """datasets"""

@@ -3,7 +3,7 @@
 Numbers are scores, or returns where a dataset has no reference scores. A cell is the mean over seeds, and the range
 from the worst seed to the best: of the last evaluation, and of the mean of the last five, which swings less.
 
-Run: python benchmarks/report.py benchmarks/results/pendulum.csv --picture benchmarks/results/pendulum.png
+Run: python benchmarks/report.py benchmarks/results/pendulum.csv benchmarks/results/pendulum-bcq.csv --picture benchmarks/results/pendulum.png
 """
 
 import csv
@@ -20,18 +20,19 @@ Curves = dict[tuple[str, str], dict[int, list[tuple[int, float]]]]  # (dataset, 
 
 @dataclass
 class Args:
-    results: tyro.conf.Positional[Path]
-    """CSV file written by grid.py"""
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """CSV files written by grid.py, each algorithm on each dataset in one of them"""
     picture: Path | None = None
     """write learning curves here, one panel per dataset"""
 
 
-def read_curves(path: Path) -> Curves:
+def read_curves(paths: tuple[Path, ...]) -> Curves:
     curves: Curves = defaultdict(lambda: defaultdict(list))
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            point = int(row["num_updates"]), float(row["score"] or row["return_mean"])
-            curves[row["dataset_id"], row["algorithm"]][int(row["seed"])].append(point)
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                point = int(row["num_updates"]), float(row["score"] or row["return_mean"])
+                curves[row["dataset_id"], row["algorithm"]][int(row["seed"])].append(point)
     return curves
 
 

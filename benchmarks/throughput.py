@@ -4,7 +4,7 @@ The products of one update are recorded on their way to the kernels and replayed
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
-Run: python benchmarks/throughput.py --algorithms bc td3_bc iql --compile --csv benchmarks/results/throughput.csv
+Run: python benchmarks/throughput.py --compile --csv benchmarks/results/throughput.csv
 """
 
 import csv
@@ -33,7 +33,7 @@ COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "boun
 
 @dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql")
+    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql", "awr", "bcq", "cql")
     """scripts in algorithms/, without .py"""
     compile: bool = False
     """measure --compile too, after checking that it trains to eager's weights"""
