@@ -3,7 +3,7 @@
 Numbers are scores, or returns where a dataset has no reference scores. A cell is the mean over seeds, and the range
 from the worst seed to the best: of the last evaluation, and of the mean of the last five, which swings less.
 
-Run: python benchmarks/report.py benchmarks/results/pendulum.csv benchmarks/results/pendulum-bcq.csv --picture benchmarks/results/pendulum.png
+Run: python benchmarks/report.py benchmarks/results/pendulum.csv --picture pendulum.png
 """
 
 import csv

@@ -215,22 +215,32 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the updates still to do, under a progress bar. Ctrl-C ends them, with a checkpoint."""
+        for step in self._interruptible("update", self.step, self.args.num_updates):
+            began, self.pause_seconds = time.perf_counter(), 0.0
+            yield step
+            self.update_seconds += time.perf_counter() - began - self.pause_seconds
+            if self.interrupted:
+                self.save_checkpoint(step)
+
+    def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
+        """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own."""
+        yield from self._interruptible(f"{name} epoch", done, total)
+
+    def _interruptible(self, unit: str, done: int, total: int) -> Iterator[int]:
+        """The numbers after `done` up to `total`, until Ctrl-C."""
         previous = None
         with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
             previous = signal.signal(signal.SIGINT, self._interrupt)
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
-        total = self.args.num_updates
+        name = self.args.algorithm if unit == "update" else f"{self.args.algorithm}, {unit}s"
         try:
-            with tqdm(total=total, initial=self.step, desc=self.args.algorithm, mininterval=interval) as self.progress:
-                for step in range(self.step + 1, total + 1):
-                    began, self.pause_seconds = time.perf_counter(), 0.0
-                    yield step
-                    self.update_seconds += time.perf_counter() - began - self.pause_seconds
+            with tqdm(total=total, initial=done, desc=name, mininterval=interval) as self.progress:
+                for number in range(done + 1, total + 1):
+                    yield number
                     self.progress.update()
                     if self.interrupted:
-                        self.save_checkpoint(step)
                         self.progress.close()
-                        _exit(130, f"interrupted at update {step}; go on with --resume --run-dir {self.dir}")
+                        _exit(130, f"interrupted at {unit} {number}; go on with --resume --run-dir {self.dir}")
         finally:
             if previous is not None:
                 signal.signal(signal.SIGINT, previous)
@@ -287,6 +297,11 @@ class Run:
             "policy.pt", lambda path: save_policy(path, self.policy)
         )  # first: the checkpoint ends what is due
         self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
+
+    def save_part(self, name: str) -> None:
+        """Writes one part of the learner to <name>.pt, for runs on the same data; load_part reads it."""
+        state = {"dataset_fingerprint": self.buffer.fingerprint, name: getattr(self.learner, name).state_dict()}
+        self._replace(f"{name}.pt", lambda path: torch.save(state, path))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
@@ -409,6 +424,21 @@ class Run:
         if self.interrupted:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         self.interrupted = True
+
+
+def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
+    """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
+    try:
+        saved = torch.load(path, map_location=buffer.storage.device, weights_only=True)
+        fingerprint, state = saved["dataset_fingerprint"], saved[name]
+    except Exception as error:  # unpickling raises many kinds
+        raise BadInput(f"--{name} {path}: cannot be read: {one_line(error)}") from None
+    same_data = fingerprint == buffer.fingerprint
+    check(same_data, f"--{name} {path}: was trained on other data than {buffer.dataset.dataset_id} holds")
+    try:
+        getattr(learner, name).load_state_dict(state)
+    except RuntimeError as error:
+        raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
 
 
 class _Tracker:
