@@ -140,8 +140,8 @@ class Dynamics(nn.Module):
         self.layers = nn.ModuleList(EnsembleLinear(args.num_models, *pair) for pair in pairwise(widths))
         self.max_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), 0.5))
         self.min_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), -10.0))
-        self.register_buffer("x_scale", torch.ones(2, widths[0]))  # mean and standard deviation
-        self.register_buffer("z_scale", torch.ones(2, self.sizes[0]))
+        for name, size in (("x_scale", widths[0]), ("z_scale", self.sizes[0])):
+            self.register_buffer(name, torch.tensor([[0.0], [1.0]]).repeat(1, size))  # mean and standard deviation
         self.register_buffer("holdout_error", torch.full((args.num_models,), 1e30))  # the least so far
         self.register_buffer("epochs", torch.zeros(2, dtype=torch.long))  # trained, and the last that was better
 

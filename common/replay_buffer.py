@@ -122,7 +122,7 @@ class RingBuffer:
 
     def add(self, transitions: Batch) -> None:
         """Adds `capacity` transitions at most."""
-        rows = torch.cat([column.view(len(column), -1) for column in transitions], dim=1)
+        rows = torch.column_stack(transitions)
         index = torch.arange(self.num_added, self.num_added + len(rows), device=rows.device) % len(self.storage)
         self.storage[index] = rows
         self.num_added += len(rows)
