@@ -155,10 +155,12 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
     run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
+    data = pendulum.transitions
     for batch in batches:
         assert batch.rewards.shape == (16,)
-        assert torch.isin(batch.rewards, pendulum.transitions.rewards)[:num_real].all()
-        assert not torch.isin(batch.rewards, pendulum.transitions.rewards)[num_real:].any()
+        real = torch.isin(batch.rewards, data.rewards)
+        real &= torch.isin(batch.next_observations[:, 0], data.next_observations[:, 0])
+        assert real[:num_real].all() and not real[num_real:].any()
 
 
 def test_uncertainty_is_logged_on_data_and_on_rollouts(tmp_path, pendulum):
