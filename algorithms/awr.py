@@ -52,7 +52,8 @@ class Args(ExperimentArgs):
     """updates between computations of the returns with the newest V, as many as the authors give the policy; each is a
     pass of V over all data, at 1,000,000 transitions as long as several hundred updates: there, take 5,000"""
     beta: float = 1.0
-    """temperature of the policy's weights, in standard deviations of A: large is behaviour cloning (authors' code)"""
+    """temperature of the policy's weights, in standard deviations of A (authors' code), or with
+    --no-standardize-advantage in those of R, 1 - gamma times the rewards': large is behaviour cloning"""
     standardize_advantage: bool = True
     """A to mean 0 and standard deviation 1, so that one beta fits every scale of rewards (authors' code)"""
     weight_clip: float = 20.0
@@ -68,6 +69,8 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
+        enough = self.batch_size >= 2 or not self.standardize_advantage
+        check_argument(self, "batch_size", enough, "must be at least 2 to standardise the advantage over it")
         check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
         check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
         check_argument(self, "returns_every", self.returns_every >= 1, "must be at least 1")

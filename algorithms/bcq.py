@@ -284,14 +284,14 @@ def update(
     actor, _, target_perturbation, target_critic, optimizer = learner
     shape = len(batch.rewards), actor.latents.shape[1]
     optimizer.zero_grad()
-    loss, metrics = vae_loss(learner, batch, torch.randn(shape, device=batch.rewards.device), args)
+    loss, metrics = vae_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
     loss.backward()
 
-    noise = torch.randn(args.num_target_actions, *shape, device=batch.rewards.device)
+    noise = torch.randn(args.num_target_actions, *shape, device=batch.actions.device)
     loss, metrics_q = critic_loss(learner, batch, noise, args)
     loss.backward()
 
-    loss, metrics_pi = actor_loss(learner, batch, torch.randn(shape, device=batch.rewards.device), args)
+    loss, metrics_pi = actor_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
     loss.backward(inputs=list(actor.perturbation.parameters()))  # through the critic, but not into it
     optimizer.step()
 

@@ -1,31 +1,32 @@
 """Conservative Q-learning (CQL): a critic that is made to doubt every action outside the data.
 
-The actor-critic is SAC's. Its critic pays for high values at the actions that the policy might choose and is paid for
-them at the data's, so that what it says of the policy's value is a lower bound, and an error of extrapolation attracts
-nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
+The actor-critic is SAC's, without entropy in the target. Its critic pays for high values at the actions that the policy
+might choose and is paid for them at the data's, so that what it says of the policy's value is a lower bound, and an
+error of extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
 
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
-    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 4, i = 1, 2)
+    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 3; variant h: eq. 4)
     L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
 The gap is max_mu E_mu[Q(s, .)] + R(mu) - Q(s, a), and the choice of R is the --variant:
 
-    h    R = entropy of mu:     log integral exp Q(s, .) - Q(s, a)
-    rho  R = -KL(mu | rho):     E_rho[ Q exp(Q) / Z ] - Q(s, a),  Z = E_rho[ exp Q ]
-    var  R = an f-divergence:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
+    h    R = entropy of mu:        log integral exp Q(s, .) - Q(s, a)
+    rho  R = -KL(mu | rho):        E_rho[ Q exp(Q) / Z ] - Q(s, a),  Z = E_rho[ exp Q ]; R itself is left out, as in the
+                                   paper, and the gradient is the same with it
+    var  mu in a ball around pi:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
 
---lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0 leaves plain off-policy SAC: watch
-critic/q_policy leave critic/q_data behind.
+--lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0 leaves plain off-policy SAC, but for the entropy
+in the target: on narrow data, watch critic/q_policy leave critic/q_data, and both leave what the policy then scores.
 
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
 arXiv 2006.04779; SAC is arXiv 1812.05905.
 Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it; observations are normalised. rho is the policy as of the last target
-update, which is the actor as this update finds it, or uniform. In a continuous space no state of the data occurs twice,
-so that the count d(s) |D| of CQL(var) is 1.
+loss seeing the others as they were before it; the authors' actor imitates the data for its first 40,000 updates, this
+one never does; observations are normalised. rho is the policy as of the last target update, which is the actor as this
+update finds it, or uniform. In a continuous space no state of the data occurs twice, so that the count d(s) |D| is 1.
 
-Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0 --num-updates 2000
+Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
 
 import copy
@@ -61,13 +62,13 @@ class Args(ExperimentArgs):
     rho: Literal["policy", "uniform"] = "policy"
     """the prior of CQL(rho): the policy of the last target update (paper), or uniform"""
     cql_alpha: float = 10.0
-    """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10)"""
+    """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10; 1)"""
     num_samples: int = 10
-    """actions drawn from each distribution per state: uniform, pi(.|s) and pi(.|s') (paper)"""
+    """actions drawn per state: uniform, from pi(.|s), and for CQL(H) from pi(.|s') (paper: the first two)"""
     lagrange: bool = False
     """tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)"""
     target_gap: float = 5.0
-    """gap to aim at with --lagrange (paper: 5 or 10)"""
+    """gap to aim at with --lagrange (paper: 5 or 10, with a log(3 num_samples) in them: 1.6 or 6.6 without)"""
     target_entropy: float | None = None
     """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
@@ -121,7 +122,7 @@ class Actor(nn.Module):
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
         hidden = self.net[:-2](observations)
-        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()
+        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # the authors' range
 
 
 def squashed_sample(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def gap_h(q: Tensor, log_density: Tensor) -> Tensor:
+def adversary_h(q: Tensor, log_density: Tensor) -> Tensor:
     """CQL(H): log integral exp Q(s, a) da, estimated from actions [n, batch] of known density by importance sampling.
 
     log (1/n) sum_k exp(Q(s, a_k) - log density(a_k)): q [2, n, batch] -> [2, batch]. The sum goes over the actions of
@@ -212,7 +213,7 @@ def gap_h(q: Tensor, log_density: Tensor) -> Tensor:
     return torch.logsumexp(q - log_density, dim=1) - math.log(q.shape[1])
 
 
-def gap_rho(q: Tensor) -> Tensor:
+def adversary_rho(q: Tensor) -> Tensor:
     """CQL(rho): E_rho[ Q exp(Q) / Z ] over actions drawn from rho, Z = E_rho[ exp Q ]: q [2, n, batch] -> [2, batch].
 
     The weights are mu itself, the adversary's best answer: constants of the loss (envelope theorem).
@@ -221,7 +222,7 @@ def gap_rho(q: Tensor) -> Tensor:
     return (mu * q).sum(dim=1)
 
 
-def gap_var(q: Tensor) -> Tensor:
+def adversary_var(q: Tensor) -> Tensor:
     """CQL(var): E_pi[Q] + sqrt(Var_pi[Q] / count) over actions drawn from pi, count = 1: q [2, n, batch] -> [2, batch].
 
     The largest E_mu[Q] over all mu in a ball of radius 1 / count around pi, to first order.
@@ -232,7 +233,7 @@ def gap_var(q: Tensor) -> Tensor:
 def critic_loss(
     learner: Learner, policy: tuple[Tensor, Tensor], batch: Batch, uniform: Tensor, noise: Tensor, args: Args
 ) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]        (eq. 4)
+    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]        (eq. 3; variant h: eq. 4)
 
     `policy`: mean and std of pi(.|s); `uniform` [n, batch, action_dim]: actions on [-1, 1]; `noise` [2, n, batch,
     action_dim]: standard normal, for the actions at s and at s'. All actions are constants here.
@@ -252,18 +253,18 @@ def critic_loss(
 
     if args.variant == "h":
         log_uniform = torch.full_like(log_prob, -batch.actions.shape[-1] * math.log(2))  # density 1 / 2 per dimension
-        expected = gap_h(q[:, 1:], torch.cat([log_uniform, log_prob, next_log_prob]))
+        expected = adversary_h(q[:, 1:], torch.cat([log_uniform, log_prob, next_log_prob]))
     elif args.variant == "rho":
-        expected = gap_rho(q_policy if args.rho == "policy" else q_random)
+        expected = adversary_rho(q_policy if args.rho == "policy" else q_random)
     else:
-        expected = gap_var(q_policy)
+        expected = adversary_var(q_policy)
     gap = (expected - q_data).mean(dim=1)  # [2]: pushes Q down where mu is, and up at the data
     cql_alpha = args.cql_alpha * learner.multiplier().clamp(max=1e6)
     bellman_error = (q_data - target).square().mean(dim=1)  # [2]
     loss = (bellman_error + cql_alpha.detach() * gap).sum()
     metrics = {
         "critic/loss": loss.detach(),
-        "critic/bellman_error": bellman_error.detach().mean(),
+        "critic/bellman_error": bellman_error.detach().sum(),
         "critic/gap": gap.detach().mean(),
         "critic/q_data": q_data.detach().mean(),
         "critic/q_policy": q_policy.detach().mean(),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import numpy_mlp, random_batch, run_script
 
+from common.datasets import BadInput
+
 CPU = torch.device("cpu")
 
 
@@ -243,3 +245,9 @@ def test_bad_arguments_are_one_line_and_exit_2(flag, value, tmp_path):
     assert run.stderr.startswith(f"error: --{flag.replace('_', '-')} {float(value) if flag != 'returns_every' else 0}")
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_advantage_cannot_be_standardised_over_one_transition():
+    with pytest.raises(BadInput, match="--batch-size 1: must be at least 2"):
+        awr.Args(batch_size=1).validate()
+    awr.Args(batch_size=1, standardize_advantage=False).validate()

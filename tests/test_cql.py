@@ -109,10 +109,10 @@ def test_critic_loss_of_cql_var(learner, args):
     assert loss.item() == pytest.approx(expected_loss(target, q_data, expected, 2.0), rel=1e-4)
 
 
-def test_gap_rho_has_the_gradient_of_the_log_mean_exponential():
+def test_adversary_rho_has_the_gradient_of_the_log_mean_exponential():
     """Of log E_rho[exp Q], which is what max_mu E_mu[Q] - KL(mu | rho) comes to."""
     q = torch.randn(2, 5, 4, requires_grad=True)
-    (ours,) = torch.autograd.grad(cql.gap_rho(q).sum(), q)
+    (ours,) = torch.autograd.grad(cql.adversary_rho(q).sum(), q)
     (exact,) = torch.autograd.grad(torch.logsumexp(q, dim=1).sum(), q)
     torch.testing.assert_close(ours, exact)
 
@@ -129,7 +129,7 @@ def test_logsumexp_estimate_meets_the_exact_integral():
         (policy.squeeze(-1), log_prob),
         (torch.cat([uniform, policy.squeeze(-1)]), torch.cat([torch.full((n, 1), -math.log(2)), log_prob])),
     ):
-        estimate = cql.gap_h(-c * (actions - m).square().expand(2, -1, -1), log_density)
+        estimate = cql.adversary_h(-c * (actions - m).square().expand(2, -1, -1), log_density)
         assert estimate.shape == (2, 1)
         np.testing.assert_allclose(estimate.numpy(), exact, atol=0.03)  # several standard errors
 
@@ -137,7 +137,7 @@ def test_logsumexp_estimate_meets_the_exact_integral():
 def test_the_sum_goes_over_the_actions_of_one_state():
     q = torch.zeros(2, 6, 3)
     q[:, :, 1] = 5.0  # another state's values
-    np.testing.assert_allclose(cql.gap_h(q, torch.zeros(6, 3)).numpy(), [[0, 5, 0]] * 2, atol=1e-6)
+    np.testing.assert_allclose(cql.adversary_h(q, torch.zeros(6, 3)).numpy(), [[0, 5, 0]] * 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["h", "rho"])
@@ -218,6 +218,24 @@ def test_each_loss_trains_its_own_network_only(learner, args):
             assert touched == (other in names.split()), f"{names} loss and {other}"
 
 
+def test_update_adds_the_three_losses(learner, args):
+    batch, (uniform, noise) = random_batch(), draws()
+    temperature = learner.temperature()
+    actions, log_prob = cql.squashed_sample(*learner.actor.distribution(batch.observations), noise[0, 0])
+    losses = [
+        critic_loss(learner, batch, args)[0],
+        cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        cql.temperature_loss(temperature, log_prob, target_entropy=-2.0)[0],  # -action_dim
+    ]
+    loss, _ = cql.total_loss(learner, batch, uniform, noise, args)
+    assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-5)
+    loss.backward()
+    for part, expected in (("critic", losses[0]), ("actor", losses[1]), ("temperature", losses[2])):
+        parameters = list(getattr(learner, part).parameters())
+        gradients = torch.autograd.grad(expected, parameters, retain_graph=True)
+        torch.testing.assert_close(tuple(parameter.grad for parameter in parameters), gradients)
+
+
 def test_the_actor_runs_once_for_each_set_of_states(learner, args):
     rows = []
     learner.actor.net[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
@@ -233,7 +251,7 @@ def test_termination_ends_the_target_and_truncation_does_not(learner, args):
         learner.critic.layers[-1].bias.zero_()
     for terminated, expected in ((1.0, 0.0), (0.0, 900.0)):  # a truncated step is stored as not terminated
         _, metrics = critic_loss(learner, batch._replace(terminations=torch.full((8,), terminated)), args)
-        assert math.sqrt(metrics["critic/bellman_error"].item()) == pytest.approx(expected, abs=20)
+        assert math.sqrt(metrics["critic/bellman_error"].item() / 2) == pytest.approx(expected, abs=20)  # of two twins
 
 
 @pytest.mark.parametrize(("target_gap", "rises"), [(-100.0, True), (100.0, False)])

@@ -495,8 +495,11 @@ def double_precision():
 
 
 @pytest.mark.slow
-@every_algorithm
-def test_compiled_updates_equal_eager_ones(algorithm, pendulum, double_precision):
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [(name, {}) for name in ALGORITHMS] + [("cql", {"variant": "rho", "lagrange": True}), ("cql", {"variant": "var"})],
+)
+def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, double_precision):
     """Compiled losses must train to the same weights, or their speed means nothing.
 
     In double precision: Adam turns the rounding of a gradient near zero into a step as long as any other.
@@ -506,7 +509,7 @@ def test_compiled_updates_equal_eager_ones(algorithm, pendulum, double_precision
     module, device = importlib.import_module(algorithm), torch.device("cpu")
     finals = []
     for compile in (False, True):
-        args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64)
+        args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, **arguments)
         torch.manual_seed(0)
         learner = module.build(3, 1, args, device)
         initial = [weight.clone() for weight in learner.actor.parameters()]

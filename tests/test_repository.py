@@ -77,8 +77,7 @@ def test_commands_of_the_readme_run(command, tmp_path, make_dataset):
         if "--dataset-id" in words and (dataset_id := words[words.index("--dataset-id") + 1]).count("/") == 2:
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
         words += ["--num-updates", "3", "--eval-episodes", "1"]
-        if "--run-dir" not in words:
-            words += ["--run-dir", str(tmp_path / "run")]
+        words += ["--run-dir", str(tmp_path / "run")]  # the last one counts
     elif script == "benchmarks/grid.py":
         words = words[: words.index("--")] if "--" in words else words
         words += ["--seeds", "0", "--runs-dir", str(tmp_path), "--results", str(tmp_path / "results.csv")]
