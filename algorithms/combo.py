@@ -8,7 +8,7 @@ x = (s, a), z = (s' - s, r), SAC's entropy `temperature`, and rho the distributi
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
-    L_Q  = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }        (eq. 3)
+    L_Q  = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }
     L_pi = E_mix[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E_mix[ -temperature (log pi(a_pi | s) + target entropy) ]
 
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 from common.datasets import check, load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, load_part, set_up
 from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
+from common.terminations import TERMINATION_RULES, termination_rule
 
 Metrics = dict[str, Tensor]
 
@@ -58,11 +59,11 @@ class Args(ExperimentArgs):
     rollout_length: int = 5
     """steps of a rollout, h (paper: 1 or 5)"""
     rollout_batch_size: int = 50_000
-    """rollouts at a time, each from a state of the data (authors' code)"""
+    """rollouts at a time, each from a state of the data (MOPO's code)"""
     rollout_every: int = 1_000
-    """updates between rollouts with the newest policy (authors' code)"""
+    """updates between rollouts with the newest policy (MOPO's code)"""
     rollouts_kept: int = 5
-    """how many times of rollouts the model's buffer holds, the newest (authors' code)"""
+    """how many times of rollouts the model's buffer holds, the newest (MOPO's code)"""
     real_ratio: float = 0.5
     """f, the share of a batch that is data (paper)"""
     termination: Literal["auto", "rule", "learned", "never"] = "auto"
@@ -78,9 +79,9 @@ class Args(ExperimentArgs):
     dynamics_learning_rate: float = 1e-3
     """paper"""
     dynamics_batch_size: int = 256
-    """transitions per member and step (authors' code)"""
+    """transitions per member and step (MOPO's code)"""
     dynamics_patience: int = 5
-    """epochs without a member better by 1% on held-out data that end the training (authors' code)"""
+    """epochs without a member better by 1% on held-out data that end the training (MBPO)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
     tau: float = 0.005
@@ -101,7 +102,7 @@ class Args(ExperimentArgs):
         positive = "rollout_length", "rollout_batch_size", "rollout_every", "rollouts_kept", "dynamics_batch_size"
         for name in (*positive, "num_models", "dynamics_patience", "max_dynamics_epochs"):
             check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
-        some = 0 < round(self.real_ratio * self.batch_size) < self.batch_size
+        some = 0 < self.real_ratio < 1 and 0 < round(self.real_ratio * self.batch_size) < self.batch_size
         check_argument(self, "real_ratio", some, "must leave some of both, data and rollouts, in a batch")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
         check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
@@ -161,13 +162,14 @@ class Dynamics(nn.Module):
         """Mean and standard deviation of (s' - s, r) as the buffer has them, and the logit of termination."""
         x = torch.cat([observations, actions], dim=-1).expand(len(self.max_log_variance), -1, -1)
         mean, log_variance, logit = self(x)
+        mean = mean.clamp(-100, 100)  # standard deviations of the data's: a rollout gone astray stays finite
         return self.z_scale[0] + self.z_scale[1] * mean, self.z_scale[1] * torch.exp(0.5 * log_variance), logit
 
-    def members(self, chosen: Tensor) -> "Dynamics":
-        """An ensemble of these members [n] alone."""
+    def elites(self, count: int) -> "Dynamics":
+        """The `count` members of least error on held-out data as an ensemble of their own."""
         ensemble = copy.deepcopy(self).requires_grad_(False)
         for parameter in ensemble.parameters():
-            parameter.data = parameter.data[chosen]
+            parameter.data = parameter.data[self.holdout_error.argsort()[:count]]
         return ensemble
 
 
@@ -243,14 +245,15 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     dynamics = Dynamics(observation_dim, action_dim, args).to(device)
-    decays = [2.5e-5, 5e-5, 7.5e-5, *[7.5e-5] * (len(dynamics.layers) - 4), 1e-4]  # from the first layer to the last
-    layers = [{"params": x.parameters(), "weight_decay": y} for x, y in zip(dynamics.layers, decays, strict=False)]
-    layers.append({"params": [dynamics.max_log_variance, dynamics.min_log_variance]})
+    layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
+    decays = [*[2.5e-5, 5e-5, 7.5e-5][: len(layers) - 1], *[7.5e-5] * (len(layers) - 4), 1e-4]  # first to last layer
+    groups_d = [{"params": [x.weight], "weight_decay": y} for x, y in zip(layers, decays, strict=True)]
+    groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
     capacity = args.rollout_batch_size * args.rollout_length * args.rollouts_kept
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    dynamics_optimizer = torch.optim.Adam(layers, lr=args.dynamics_learning_rate, fused=True)
+    dynamics_optimizer = torch.optim.Adam(groups_d, lr=args.dynamics_learning_rate, fused=True)
     optimizer = torch.optim.Adam(groups, fused=True)
     return Learner(actor, critic, target_critic, best, dynamics, model_buffer, dynamics_optimizer, optimizer)
 
@@ -265,8 +268,10 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     variance are drawn together a little, so that they end where the data needs them (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # D4RL files without next observations: s' = s there
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
-    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=(1, 2))  # [members]
+    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
+    nll = (nll * known).mean(dim=1)  # [members]
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum()
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
@@ -309,39 +314,25 @@ def fit_dynamics(run: Run, buffer: ReplayBuffer, learner: Learner, args: Args) -
         dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
+    check(len(rows) > 0, f"{args.dataset_id}: one transition is too few to train a model and test it")
 
     train = compiled(dynamics_update, args, run.device)
     for epoch in run.epochs("dynamics", int(learner.dynamics.epochs[0]), args.max_dynamics_epochs):
         if epoch > learner.dynamics.epochs[1] + args.dynamics_patience:
             break
+        losses = []
         for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=run.device)]
-            metrics = train(learner, x[chosen], z[chosen], terminations[chosen])
+            losses.append(train(learner, x[chosen], z[chosen], terminations[chosen]))
         error = keep_better(learner.dynamics, learner.training_dynamics, x[held_out], z[held_out], epoch)
-        errors = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
-        run.log(0, {"dynamics/epoch": epoch} | metrics | errors)
+        metrics = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        metrics |= {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        run.log(0, {"dynamics/epoch": epoch} | metrics)
         run.save_checkpoint(0)
     run.save_part("dynamics")
 
 
 # --- Rollouts -------------------------------------------------------------------------------------------------------
-
-TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {  # of s', as the environment has it: [batch] of bool
-    "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
-    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
-    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
-    **dict.fromkeys(("HalfCheetah", "Pendulum"), lambda s: torch.zeros_like(s[:, 0])),
-}
-
-
-def termination_rule(args: Args, env_id: str | None) -> str:
-    """What ends a rollout: a name in TERMINATION_RULES, "learned" or "never". Raises BadInput if no rule is known."""
-    name = (env_id or "").split("-")[0]
-    if args.termination in ("learned", "never"):
-        return args.termination
-    known = name in TERMINATION_RULES
-    check(known or args.termination == "auto", f"--termination rule: none is known for {env_id}; take learned or never")
-    return name if known else "learned"
 
 
 def model_step(elites: Dynamics, buffer: ReplayBuffer, observations: Tensor, actions: Tensor, ending: str) -> Batch:
@@ -356,7 +347,8 @@ def model_step(elites: Dynamics, buffer: ReplayBuffer, observations: Tensor, act
     elif ending == "never":
         terminations = torch.zeros_like(rewards)
     else:
-        terminations = TERMINATION_RULES[ending](next_observations * buffer.observation_std + buffer.observation_mean)
+        raw = next_observations * buffer.observation_std + buffer.observation_mean
+        terminations = TERMINATION_RULES[ending](raw)
     return Batch(observations, actions, rewards, next_observations, terminations.float())
 
 
@@ -383,7 +375,7 @@ def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: st
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }        (eq. 3)
+    """L_Q = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }
 
     The first rows of the batch are data, the others rollouts. `noise` [batch, action_dim] is standard normal.
     """
@@ -453,17 +445,20 @@ def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss:
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    ending = termination_rule(args, buffer.dataset.env_id)
+    rule = termination_rule(buffer.dataset.env_id)
+    known = args.termination != "rule" or rule is not None
+    check_argument(args, "termination", known, f"none is known for {buffer.dataset.env_id}; take learned or never")
+    ending = args.termination if args.termination in ("learned", "never") else rule or "learned"
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    if args.dynamics is not None:
+    if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_part("dynamics", args.dynamics, buffer, learner)
     train = compiled(update, args, device)
     run = Run(args, buffer, learner)
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
         fit_dynamics(run, buffer, learner, args)
-    elites = learner.dynamics.members(learner.dynamics.holdout_error.argsort()[: args.num_elites])
+    elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
     for step in run.steps():
         rolled_out = (step - 1) % args.rollout_every == 0

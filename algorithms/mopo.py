@@ -6,7 +6,7 @@ return there is to be a lower bound of the true one. With x = (s, a), z = (s' - 
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
-    r~      = r - penalty_coefficient u(s, a),  (s', r) drawn from one of the elites                 (eq. 7)
+    r~      = r - penalty_coefficient u(s, a),  (s', r) drawn from one of the elites           (section 4.2)
     y       = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
     L_Q     = sum_i E[ (Q_i(s, a) - y)^2 ]
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
@@ -15,14 +15,15 @@ return there is to be a lower bound of the true one. With x = (s, a), z = (s' - 
 The batches of L_Q and L_pi are rollouts but for the share --real-ratio, which is data (its r has no penalty). The
 uncertainty u is the --penalty, in the units of (s' - s, r) as the policy sees them, over the elites k:
 
-    max_std       max_k |std_k|                                                          (section 4.3)
+    max_std       max_k |std_k|                                          (section 4.3, as in the authors' code)
     ensemble_std  |sqrt(E_k[std_k^2] + Var_k[mean_k])|, the standard deviation of the elites' mixture
     disagreement  max_k |mean_k - E_k[mean_k]|, which ignores the noise of the environment itself
 
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: z is normalised, too; batches of each member are drawn with replacement, where the authors shuffle; one
-step trains actor, critic and temperature, each loss seeing the others as they were before it.
+Differences: observations, and so u, are in standard deviations of the data, where the authors' u is in units of the
+environment, and over all members; z is normalised; each member draws its batches with replacement and has bounds of
+its variance for itself; the target entropy is -action_dim, theirs -3; one step trains actor, critic and temperature.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -45,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python 
 from common.datasets import check, load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, load_part, set_up
 from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
+from common.terminations import TERMINATION_RULES, termination_rule
 
 Metrics = dict[str, Tensor]
 
@@ -58,7 +60,7 @@ class Args(ExperimentArgs):
     penalty: Literal["max_std", "ensemble_std", "disagreement"] = "max_std"
     """u(s, a), what stands for the model's error (paper: max_std)"""
     penalty_coefficient: float = 1.0
-    """lambda, the weight of u in the reward; 0 trusts the model (paper: 0.5 to 5)"""
+    """lambda, the weight of u in the reward; 0 trusts the model (paper: 0.5 to 5, in other units of u)"""
     rollout_length: int = 5
     """steps of a rollout, h (paper: 1 or 5)"""
     rollout_batch_size: int = 50_000
@@ -84,7 +86,7 @@ class Args(ExperimentArgs):
     dynamics_batch_size: int = 256
     """transitions per member and step (authors' code)"""
     dynamics_patience: int = 5
-    """epochs without a member better by 1% on held-out data that end the training (authors' code)"""
+    """epochs without a member better by 1% on held-out data that end the training (MBPO)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
     tau: float = 0.005
@@ -164,13 +166,14 @@ class Dynamics(nn.Module):
         """Mean and standard deviation of (s' - s, r) as the buffer has them, and the logit of termination."""
         x = torch.cat([observations, actions], dim=-1).expand(len(self.max_log_variance), -1, -1)
         mean, log_variance, logit = self(x)
+        mean = mean.clamp(-100, 100)  # standard deviations of the data's: a rollout gone astray stays finite
         return self.z_scale[0] + self.z_scale[1] * mean, self.z_scale[1] * torch.exp(0.5 * log_variance), logit
 
-    def members(self, chosen: Tensor) -> "Dynamics":
-        """An ensemble of these members [n] alone."""
+    def elites(self, count: int) -> "Dynamics":
+        """The `count` members of least error on held-out data as an ensemble of their own."""
         ensemble = copy.deepcopy(self).requires_grad_(False)
         for parameter in ensemble.parameters():
-            parameter.data = parameter.data[chosen]
+            parameter.data = parameter.data[self.holdout_error.argsort()[:count]]
         return ensemble
 
 
@@ -246,14 +249,15 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     dynamics = Dynamics(observation_dim, action_dim, args).to(device)
-    decays = [2.5e-5, 5e-5, 7.5e-5, *[7.5e-5] * (len(dynamics.layers) - 4), 1e-4]  # from the first layer to the last
-    layers = [{"params": x.parameters(), "weight_decay": y} for x, y in zip(dynamics.layers, decays, strict=False)]
-    layers.append({"params": [dynamics.max_log_variance, dynamics.min_log_variance]})
+    layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
+    decays = [*[2.5e-5, 5e-5, 7.5e-5][: len(layers) - 1], *[7.5e-5] * (len(layers) - 4), 1e-4]  # first to last layer
+    groups_d = [{"params": [x.weight], "weight_decay": y} for x, y in zip(layers, decays, strict=True)]
+    groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
     capacity = args.rollout_batch_size * args.rollout_length * args.rollouts_kept
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    dynamics_optimizer = torch.optim.Adam(layers, lr=args.dynamics_learning_rate, fused=True)
+    dynamics_optimizer = torch.optim.Adam(groups_d, lr=args.dynamics_learning_rate, fused=True)
     optimizer = torch.optim.Adam(groups, fused=True)
     return Learner(actor, critic, target_critic, best, dynamics, model_buffer, dynamics_optimizer, optimizer)
 
@@ -268,8 +272,10 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     variance are drawn together a little, so that they end where the data needs them (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # D4RL files without next observations: s' = s there
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
-    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=(1, 2))  # [members]
+    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
+    nll = (nll * known).mean(dim=1)  # [members]
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum()
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
@@ -312,39 +318,25 @@ def fit_dynamics(run: Run, buffer: ReplayBuffer, learner: Learner, args: Args) -
         dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
+    check(len(rows) > 0, f"{args.dataset_id}: one transition is too few to train a model and test it")
 
     train = compiled(dynamics_update, args, run.device)
     for epoch in run.epochs("dynamics", int(learner.dynamics.epochs[0]), args.max_dynamics_epochs):
         if epoch > learner.dynamics.epochs[1] + args.dynamics_patience:
             break
+        losses = []
         for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=run.device)]
-            metrics = train(learner, x[chosen], z[chosen], terminations[chosen])
+            losses.append(train(learner, x[chosen], z[chosen], terminations[chosen]))
         error = keep_better(learner.dynamics, learner.training_dynamics, x[held_out], z[held_out], epoch)
-        errors = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
-        run.log(0, {"dynamics/epoch": epoch} | metrics | errors)
+        metrics = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        metrics |= {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        run.log(0, {"dynamics/epoch": epoch} | metrics)
         run.save_checkpoint(0)
     run.save_part("dynamics")
 
 
 # --- Rollouts -------------------------------------------------------------------------------------------------------
-
-TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {  # of s', as the environment has it: [batch] of bool
-    "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
-    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
-    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
-    **dict.fromkeys(("HalfCheetah", "Pendulum"), lambda s: torch.zeros_like(s[:, 0])),
-}
-
-
-def termination_rule(args: Args, env_id: str | None) -> str:
-    """What ends a rollout: a name in TERMINATION_RULES, "learned" or "never". Raises BadInput if no rule is known."""
-    name = (env_id or "").split("-")[0]
-    if args.termination in ("learned", "never"):
-        return args.termination
-    known = name in TERMINATION_RULES
-    check(known or args.termination == "auto", f"--termination rule: none is known for {env_id}; take learned or never")
-    return name if known else "learned"
 
 
 def uncertainty(mean: Tensor, std: Tensor, penalty: str) -> Tensor:
@@ -352,7 +344,7 @@ def uncertainty(mean: Tensor, std: Tensor, penalty: str) -> Tensor:
     if penalty == "max_std":  # max_k |std_k|
         return std.norm(dim=-1).amax(dim=0)
     if penalty == "ensemble_std":  # |sqrt(E_k[std_k^2] + Var_k[mean_k])|
-        return (std.square().mean(dim=0) + mean.var(dim=0, correction=0)).sqrt().norm(dim=-1)
+        return (std.square() + (mean - mean.mean(dim=0)).square()).mean(dim=0).sqrt().norm(dim=-1)
     return (mean - mean.mean(dim=0)).norm(dim=-1).amax(dim=0)  # max_k |mean_k - E_k[mean_k]|
 
 
@@ -372,7 +364,8 @@ def model_step(
     elif ending == "never":
         terminations = torch.zeros_like(rewards)
     else:
-        terminations = TERMINATION_RULES[ending](next_observations * buffer.observation_std + buffer.observation_mean)
+        raw = next_observations * buffer.observation_std + buffer.observation_mean
+        terminations = TERMINATION_RULES[ending](raw)
     return Batch(observations, actions, rewards, next_observations, terminations.float()), u
 
 
@@ -391,11 +384,10 @@ def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: st
             us, rolled = [*us, u], [*rolled, transitions]
     data = buffer.sample(10_000)
     u_data = uncertainty(*elites.predict(data.observations, data.actions)[:2], args.penalty)
-    metrics = {
-        f"model/{name}": torch.cat([getattr(t, name) for t in rolled]).mean() for name in ("rewards", "terminations")
-    }
+    rewards, ends = zip(*((transitions.rewards, transitions.terminations) for transitions in rolled), strict=True)
+    metrics = {"model/rewards": torch.cat(rewards).mean(), "model/terminations": torch.cat(ends).mean()}
     for name, u in (("data", u_data), ("rollouts", torch.cat(us))):  # how far beyond the data the policy went
-        metrics |= {f"u/{name}_mean": u.mean(), f"u/{name}_p95": u.quantile(0.95), f"u/{name}_max": u.max()}
+        metrics |= {f"u/{name}_mean": u.mean(), f"u/{name}_p95": u[: 2**24].quantile(0.95), f"u/{name}_max": u.max()}
     return metrics
 
 
@@ -466,17 +458,20 @@ def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss:
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    ending = termination_rule(args, buffer.dataset.env_id)
+    rule = termination_rule(buffer.dataset.env_id)
+    known = args.termination != "rule" or rule is not None
+    check_argument(args, "termination", known, f"none is known for {buffer.dataset.env_id}; take learned or never")
+    ending = args.termination if args.termination in ("learned", "never") else rule or "learned"
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    if args.dynamics is not None:
+    if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_part("dynamics", args.dynamics, buffer, learner)
     train = compiled(update, args, device)
     run = Run(args, buffer, learner)
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
         fit_dynamics(run, buffer, learner, args)
-    elites = learner.dynamics.members(learner.dynamics.holdout_error.argsort()[: args.num_elites])
+    elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
     for step in run.steps():
         rolled_out = (step - 1) % args.rollout_every == 0

@@ -219,11 +219,12 @@ class Run:
             began, self.pause_seconds = time.perf_counter(), 0.0
             yield step
             self.update_seconds += time.perf_counter() - began - self.pause_seconds
-            if self.interrupted:
-                self.save_checkpoint(step)
 
     def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
-        """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own."""
+        """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own.
+
+        The script saves a checkpoint after each; Ctrl-C ends them after the next one.
+        """
         yield from self._interruptible(f"{name} epoch", done, total)
 
     def _interruptible(self, unit: str, done: int, total: int) -> Iterator[int]:
@@ -239,6 +240,8 @@ class Run:
                     yield number
                     self.progress.update()
                     if self.interrupted:
+                        if unit == "update":
+                            self.save_checkpoint(number)
                         self.progress.close()
                         _exit(130, f"interrupted at {unit} {number}; go on with --resume --run-dir {self.dir}")
         finally:
@@ -278,7 +281,8 @@ class Run:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
         state = {name: part.state_dict() for name, part in self.learner._asdict().items()}
         for name, part in state.items():
-            if not all(bool(tensor.isfinite().all()) for tensor in _tensors(part)):
+            pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
                 raise Diverged(f"{name} is not finite at update {step}; the last checkpoint in {self.dir} is kept")
         checkpoint = {
             "algorithm": self.args.algorithm,
@@ -300,8 +304,9 @@ class Run:
 
     def save_part(self, name: str) -> None:
         """Writes one part of the learner to <name>.pt, for runs on the same data; load_part reads it."""
-        state = {"dataset_fingerprint": self.buffer.fingerprint, name: getattr(self.learner, name).state_dict()}
-        self._replace(f"{name}.pt", lambda path: torch.save(state, path))
+        content = {name: getattr(self.learner, name).state_dict(), "dataset_fingerprint": self.buffer.fingerprint}
+        content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
+        self._replace(f"{name}.pt", lambda path: torch.save(content, path))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
@@ -430,14 +435,16 @@ def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
     """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
     try:
         saved = torch.load(path, map_location=buffer.storage.device, weights_only=True)
-        fingerprint, state = saved["dataset_fingerprint"], saved[name]
+        state, fingerprint, scale = saved[name], saved["dataset_fingerprint"], saved["observation_scale"]
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"--{name} {path}: cannot be read: {one_line(error)}") from None
     same_data = fingerprint == buffer.fingerprint
     check(same_data, f"--{name} {path}: was trained on other data than {buffer.dataset.dataset_id} holds")
+    same_scale = torch.equal(scale, torch.stack([buffer.observation_mean, buffer.observation_std]))
+    check(same_scale, f"--{name} {path}: was trained with the other setting of --normalize-observations")
     try:
         getattr(learner, name).load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
 
 

@@ -133,7 +133,8 @@ class RingBuffer:
         return _split(self.storage.index_select(0, index), self.observation_dim, self.action_dim)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.storage[: len(self)].clone(), "num_added": self.num_added}
+        full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied
+        return {"rows": self.storage if full else self.storage[: len(self)].clone(), "num_added": self.num_added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.storage[: len(state["rows"])] = state["rows"]

@@ -6,7 +6,7 @@ import combo
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_twins, random_batch
+from conftest import numpy_twins, random_batch, run_script
 
 CPU = torch.device("cpu")
 
@@ -76,6 +76,32 @@ def test_each_loss_trains_its_own_network_only(learner, args):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
             assert touched == (name == other), f"{name} loss and {other}"
+
+
+def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):
+    batches, total_loss = [], combo.total_loss
+
+    def spy(learner, batch, noise, args):
+        batches.append(batch)
+        return total_loss(learner, batch, noise, args)
+
+    monkeypatch.setitem(combo.update.__kwdefaults__, "total_loss", spy)
+    arguments = ["--batch-size", "16", "--real-ratio", "0.25", "--num-updates", "4", "--dynamics-hidden-dims", "8"]
+    arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+    run = run_script("combo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert len(batches) == 4
+    data = pendulum.transitions
+    for batch in batches:
+        real = torch.isin(batch.rewards, data.rewards)
+        real &= torch.isin(batch.next_observations[:, 0], data.next_observations[:, 0])
+        assert real.tolist() == [True] * 4 + [False] * 12
+
+
+@pytest.mark.parametrize("real_ratio", ["nan", "inf", "0", "1", "0.001"])
+def test_a_batch_needs_both_data_and_rollouts(real_ratio, tmp_path):
+    run = run_script("combo", "--real-ratio", real_ratio, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 2 and run.stderr.startswith("error: --real-ratio ") and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("rollout_policy", ["policy", "uniform"])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import signal
 import time
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import random_batch, random_episode, run_script, start_script
 
-from common.datasets import BadInput
+from common.terminations import TERMINATION_RULES, termination_rule
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,44 @@ def test_dynamics_loss(script):
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum().item()
     assert metrics["dynamics/nll"].item() == pytest.approx(np.mean(nll), rel=1e-5)
     assert loss.item() == pytest.approx(sum(nll) + sum(ends) + bounds, rel=1e-5)
+
+
+def test_where_a_file_does_not_say_what_followed_nothing_is_learned_but_the_end(script):
+    """D4RL files without next observations repeat the last one where an episode was terminated."""
+    learner, _ = make_learner(script)
+    x, z, terminations = data(8)
+    z[:, :2, :-1] = 0
+    terminations[:, 0], terminations[:, 1] = 1, 0  # the second stood still, which can be
+    metrics = []
+    for change in (0.0, 1.0):
+        z[:, 0, -1] += change
+        metrics.append(script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1])
+    assert metrics[0]["dynamics/nll"] == metrics[1]["dynamics/nll"]
+    z[:, 1, -1] += 1
+    assert (
+        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/nll"]
+        != metrics[0]["dynamics/nll"]
+    )
+    terminations[:, 0] = 0
+    assert (
+        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/ends"]
+        != metrics[0]["dynamics/ends"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden_dims", "decays"),
+    [
+        ((8,) * 4, [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]),
+        ((8,), [2.5e-5, 1e-4]),
+        ((8,) * 5, [2.5e-5, 5e-5, *[7.5e-5] * 3, 1e-4]),
+    ],
+)
+def test_weights_decay_layer_by_layer_and_nothing_else_does(script, hidden_dims, decays):
+    learner, _ = make_learner(script, dynamics_hidden_dims=hidden_dims)
+    found = {id(p): group["weight_decay"] for group in learner.dynamics_optimizer.param_groups for p in group["params"]}
+    assert [found.pop(id(layer.weight)) for layer in learner.training_dynamics.layers] == decays
+    assert set(found.values()) == {0} and len(found) == len(decays) + 2  # biases and bounds
 
 
 def test_prediction_is_in_the_units_of_the_buffer(script):
@@ -172,7 +211,7 @@ def test_the_better_members_are_kept(script):
 def test_elites_are_the_best_on_held_out_data(script):
     learner, args = make_learner(script)
     learner.dynamics.holdout_error.copy_(torch.tensor([0.5, 0.9, 0.1]))
-    elites = learner.dynamics.members(learner.dynamics.holdout_error.argsort()[: args.num_elites])
+    elites = learner.dynamics.elites(args.num_elites)
     batch = random_batch()
     for ours, everyone in zip(
         elites.predict(batch.observations, batch.actions),
@@ -211,7 +250,7 @@ def stairs(script, monkeypatch):
         observation_mean=torch.tensor([10.0]),
         observation_std=torch.tensor([2.0]),
     )
-    monkeypatch.setitem(script.TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
+    monkeypatch.setitem(TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
     return learner, args, buffer
 
 
@@ -266,29 +305,16 @@ def test_each_row_draws_its_member_and_its_noise(script):
         ("Pendulum", [1.0, 0.0, 8.0], []),
     ],
 )
-def test_termination_rules(script, name, alive, dead):
-    ends = script.TERMINATION_RULES[name](torch.tensor([alive, *dead]))
-    assert ends.bool().tolist() == [False] + [True] * len(dead)
+def test_termination_rules(name, alive, dead):
+    assert TERMINATION_RULES[name](torch.tensor([alive, *dead])).tolist() == [False] + [True] * len(dead)
 
 
 @pytest.mark.parametrize(
-    ("termination", "env_id", "expected"),
-    [
-        ("auto", "Hopper-v5", "Hopper"),
-        ("auto", "InvertedPendulum-v5", "learned"),
-        ("auto", None, "learned"),
-        ("rule", "Pendulum-v1", "Pendulum"),
-        ("learned", "Hopper-v5", "learned"),
-        ("never", "Hopper-v5", "never"),
-    ],
+    ("env_id", "rule"),
+    [("Hopper-v5", "Hopper"), ("Pendulum-v1", "Pendulum"), ("InvertedPendulum-v5", None), (None, None)],
 )
-def test_what_ends_a_rollout(script, termination, env_id, expected):
-    assert script.termination_rule(script.Args(termination=termination), env_id) == expected
-
-
-def test_a_rule_that_nobody_knows_is_refused(script):
-    with pytest.raises(BadInput, match="--termination rule: none is known for Swimmer-v5"):
-        script.termination_rule(script.Args(termination="rule"), "Swimmer-v5")
+def test_rules_are_found_by_the_environments_id(env_id, rule):
+    assert termination_rule(env_id) == rule
 
 
 # --- Runs ---
@@ -309,8 +335,48 @@ def tensors(state):
     return []
 
 
+def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
+    """With a learning rate of nothing the first epoch is the best; what is held out is never trained on."""
+    seen, update = [], script.dynamics_update
+
+    def spy(learner, x, z, terminations):
+        seen.append(x)
+        return update(learner, x, z, terminations)
+
+    monkeypatch.setattr(script, "dynamics_update", spy)
+    folder = tmp_path / "run"
+    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
+    run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert checkpoint(folder)["learner"]["dynamics"]["epochs"].tolist() == [3, 1]
+    columns = pendulum.transitions
+    x = torch.cat([columns.observations, columns.actions], dim=1)
+    held_out = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:1000]]
+    assert len(seen) == 3 * math.ceil((len(x) - 1000) / 512)
+    drawn = {tuple(row) for batch in seen[:20] for row in batch.flatten(0, 1).tolist()}
+    everything = {tuple(row) for row in x.tolist()}
+    assert drawn <= everything and not drawn & {tuple(row) for row in held_out.tolist()}
+
+    seen.clear()
+    run = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(folder))
+    assert run.returncode == 0 and not seen, run.stderr
+
+
+def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
+    arguments = [*SMALL, "--dynamics-patience", "1000", "--num-updates", "3", "--run-dir", str(tmp_path / "run")]
+    process = start_script(algorithm, *arguments)
+    while not (tmp_path / "run" / "metrics.csv").is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "interrupted at dynamics epoch" in errors.splitlines()[-1]
+    stopped = checkpoint(tmp_path / "run")
+    assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epochs"][0] >= 1
+
+
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL, "--max-dynamics-epochs", "6", "--num-updates", "25"]
+    arguments = [*SMALL, "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = start_script(algorithm, *arguments, "--run-dir", str(killed))
@@ -321,7 +387,7 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stopped = checkpoint(killed)
-    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epochs"][0] < 6
+    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epochs"][0] < 20
     assert run_script(algorithm, "--resume", "--run-dir", str(killed)).returncode == 0
     expected, found = checkpoint(whole), checkpoint(killed)
     assert torch.equal(expected["random_state"], found["random_state"])
@@ -345,9 +411,15 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     assert "dynamics/epoch" not in (second / "metrics.csv").read_text()
     assert json.loads((second / "args.json").read_text())["dynamics"] == saved
 
+    first.rename(tmp_path / "elsewhere")
+    resumed = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(second))
+    assert resumed.returncode == 0, resumed.stderr
+
+    saved = str(tmp_path / "elsewhere" / "dynamics.pt")
     other = make_dataset(episodes=[random_episode(0)], env="Pendulum-v1")
     for wrong, reason in (
         (["--dynamics", saved, "--dataset-id", other], f"{saved}: was trained on other data than {other} holds"),
+        (["--dynamics", saved, "--no-normalize-observations"], "the other setting of --normalize-observations"),
         (["--dynamics", saved, "--num-models", "3"], f"{saved}: does not fit the arguments of this run"),
         (["--dynamics", str(tmp_path / "none.pt")], "none.pt: cannot be read"),
     ):
@@ -356,10 +428,27 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         assert run.stderr.startswith("error: --dynamics ") and reason in run.stderr and run.stderr.count("\n") == 1
 
 
-def test_a_run_says_what_ends_its_rollouts(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL, "--num-updates", "2", "--max-dynamics-epochs", "1"]
-    for termination, said in (("auto", "Pendulum"), ("learned", "learned")):
-        folder = str(tmp_path / termination)
-        run = run_script(algorithm, *arguments, "--termination", termination, "--run-dir", folder)
-        assert run.returncode == 0, run.stderr
-        assert f"terminations in the model: {said}\n" in run.stdout
+@pytest.mark.parametrize(
+    ("env_id", "termination", "said"),
+    [
+        ("Pendulum-v1", "auto", "Pendulum"),
+        ("Pendulum-v1", "rule", "Pendulum"),
+        ("Pendulum-v1", "learned", "learned"),
+        ("Pendulum-v1", "never", "never"),
+        (None, "auto", "learned"),
+    ],
+)
+def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said, tmp_path, make_dataset):
+    dataset_id = make_dataset(**({} if env_id is None else {"env": env_id}))
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
+    folder = tmp_path / "run"
+    run = run_script(algorithm, *SMALL, *arguments, "--termination", termination, "--run-dir", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert f"terminations in the model: {said}\n" in run.stdout
+
+
+def test_a_rule_that_nobody_knows_is_refused(algorithm, tmp_path, make_dataset):
+    arguments = ["--dataset-id", make_dataset(), "--termination", "rule", "--run-dir", str(tmp_path / "run")]
+    run = run_script(algorithm, *arguments)
+    assert run.returncode == 2 and not (tmp_path / "run").exists()
+    assert run.stderr == "error: --termination rule: none is known for None; take learned or never\n"

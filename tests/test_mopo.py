@@ -130,10 +130,11 @@ def test_each_loss_trains_its_own_network_only(learner, args):
 
 
 def test_update_leaves_the_dynamics_alone_and_the_target_follows(learner, args):
-    frozen = [parameter.clone() for parameter in learner.dynamics.parameters()]
+    models = [*learner.dynamics.parameters(), *learner.training_dynamics.parameters()]
+    frozen = [parameter.clone() for parameter in models]
     before = [parameter.clone() for parameter in learner.target_critic.parameters()]
     mopo.update(learner, random_batch(), 1, args)
-    assert all(map(torch.equal, frozen, learner.dynamics.parameters()))
+    assert all(map(torch.equal, frozen, models))
     followed = learner.critic.parameters()
     for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
@@ -155,6 +156,7 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
     run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
+    assert len(batches) == 4
     data = pendulum.transitions
     for batch in batches:
         assert batch.rewards.shape == (16,)
