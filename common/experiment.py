@@ -275,7 +275,7 @@ class Run:
             if not math.isfinite(value):
                 raise Diverged(f"{name} is {value} at update {step}; the last checkpoint in {self.dir} is kept")
         self._append(row)
-        self.tracker.log(row, step)
+        self.tracker.log(row)
 
     def save_checkpoint(self, step: int) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
@@ -471,10 +471,12 @@ class _Tracker:
             resume="allow" if self.id else None,
         )
         self.id = self.run.id
+        self.run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
+        self.run.define_metric("dynamics/*", step_metric="dynamics/epoch")
 
-    def log(self, row: dict[str, Any], step: int) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         if self.run is not None:
-            self._attempt(lambda: self.run.log(row, step=step))
+            self._attempt(lambda: self.run.log(row))
 
     def finish(self, result: dict[str, Any]) -> None:
         if self.run is not None:

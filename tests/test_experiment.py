@@ -369,7 +369,8 @@ def test_a_tracker_that_fails_on_the_way_does_not_stop_training(tmp_path, monkey
     def log(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("wandb.init", lambda **_: SimpleNamespace(id="x", log=log))
+    run = SimpleNamespace(id="x", log=log, define_metric=lambda *_, **__: None)
+    monkeypatch.setattr("wandb.init", lambda **_: run)
     arguments = ["--num-updates", "30", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
     run = run_script("bc", *arguments, *SHORT)
     assert run.returncode == 0, run.stderr
