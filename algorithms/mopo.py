@@ -86,7 +86,7 @@ class Args(ExperimentArgs):
     dynamics_batch_size: int = 256
     """transitions per member and step (authors' code)"""
     dynamics_patience: int = 5
-    """epochs without a member better by 1% on held-out data that end the training (MBPO)"""
+    """epochs without being better by 1% on held-out data after which a member is done (MBPO)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
     tau: float = 0.005
@@ -136,7 +136,8 @@ class Dynamics(nn.Module):
     x_scale: Tensor
     z_scale: Tensor
     holdout_error: Tensor
-    epochs: Tensor
+    best_epoch: Tensor
+    epoch: Tensor
 
     def __init__(self, observation_dim: int, action_dim: int, args: Args) -> None:
         super().__init__()
@@ -148,7 +149,8 @@ class Dynamics(nn.Module):
         for name, size in (("x_scale", widths[0]), ("z_scale", self.sizes[0])):
             self.register_buffer(name, torch.tensor([[0.0], [1.0]]).repeat(1, size))  # mean and standard deviation
         self.register_buffer("holdout_error", torch.full((args.num_models,), 1e30))  # the least so far
-        self.register_buffer("epochs", torch.zeros(2, dtype=torch.long))  # trained, and the last that was better
+        self.register_buffer("best_epoch", torch.zeros(args.num_models, dtype=torch.long))  # when it was the least
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))  # trained so far
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x = (s, a) [members, batch, in] -> mean and log-variance of normalised z = (s' - s, r), [members, batch, out]
@@ -293,27 +295,31 @@ def dynamics_update(
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, epoch: int) -> Tensor:
-    """Copies the members into `best` that are better by 1% on held-out x, z. Mean squared errors [members] of all."""
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+    """After an epoch: copies the members into `best` that are now better by 1% on held-out x, z, but none that was not
+    for `patience` epochs. Mean squared errors [members] of all.
+    """
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
-    better = error < 0.99 * best.holdout_error
+    best.epoch += 1
+    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
     best.holdout_error[better] = error[better]
-    best.epochs.copy_(torch.tensor([epoch, epoch if better.any() else best.epochs[1]]))
+    best.best_epoch[better] = best.epoch
     return error
 
 
 def fit_dynamics(run: Run, buffer: ReplayBuffer, learner: Learner, args: Args) -> None:
-    """Trains the model until no member becomes better on held-out data for --dynamics-patience epochs.
+    """Trains the model until every member is done: see --dynamics-patience.
 
     An epoch has as many batches as the data, less those transitions held out: a fifth, 1,000 at most.
     """
     observations, actions, rewards, next_observations, terminations = buffer.transitions
     x = torch.cat([observations, actions], dim=1)
     z = torch.cat([next_observations - observations, rewards.unsqueeze(1)], dim=1)
-    for dynamics in (learner.dynamics, learner.training_dynamics):
+    best, training = learner.dynamics, learner.training_dynamics
+    for dynamics in (best, training):
         dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
         dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).to(run.device)
@@ -321,14 +327,14 @@ def fit_dynamics(run: Run, buffer: ReplayBuffer, learner: Learner, args: Args) -
     check(len(rows) > 0, f"{args.dataset_id}: one transition is too few to train a model and test it")
 
     train = compiled(dynamics_update, args, run.device)
-    for epoch in run.epochs("dynamics", int(learner.dynamics.epochs[0]), args.max_dynamics_epochs):
-        if epoch > learner.dynamics.epochs[1] + args.dynamics_patience:
+    for epoch in run.epochs("dynamics", int(best.epoch), args.max_dynamics_epochs):
+        if epoch > best.best_epoch.max() + args.dynamics_patience:
             break
         losses = []
         for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=run.device)]
             losses.append(train(learner, x[chosen], z[chosen], terminations[chosen]))
-        error = keep_better(learner.dynamics, learner.training_dynamics, x[held_out], z[held_out], epoch)
+        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         metrics = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
         metrics |= {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         run.log(0, {"dynamics/epoch": epoch} | metrics)

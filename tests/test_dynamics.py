@@ -198,14 +198,26 @@ def test_the_better_members_are_kept(script):
     expected = [np.mean((numpy_prediction(training, k, x.numpy())[0] - z.numpy()) ** 2) for k in range(3)]
     best.holdout_error.copy_(torch.tensor([1e30, expected[1] * 1.005, expected[2] * 1.02]))  # new; 0.5 %, 2 % better
     before = [parameter.clone() for parameter in best.parameters()]
-    error = script.keep_better(best, training, x, z, epoch=4)
+    best.epoch.fill_(3)
+    best.best_epoch.copy_(torch.tensor([0, 3, 3]))
+    error = script.keep_better(best, training, x, z, patience=4)
     np.testing.assert_allclose(error, expected, rtol=1e-4)
     for old, kept, new in zip(before, best.parameters(), training.parameters(), strict=True):
         assert torch.equal(kept[0], new[0]) and torch.equal(kept[1], old[1]) and torch.equal(kept[2], new[2])
     np.testing.assert_allclose(best.holdout_error, [expected[0], expected[1] * 1.005, expected[2]], rtol=1e-4)
-    assert best.epochs.tolist() == [4, 4]
-    script.keep_better(best, training, x, z, epoch=5)
-    assert best.epochs.tolist() == [5, 4]
+    assert best.epoch == 4 and best.best_epoch.tolist() == [4, 3, 4]
+    script.keep_better(best, training, x, z, patience=4)
+    assert best.epoch == 5 and best.best_epoch.tolist() == [4, 3, 4]
+
+
+def test_a_member_that_found_nothing_better_for_long_is_done(script):
+    learner, _ = make_learner(script)
+    best, training = learner.dynamics, learner.training_dynamics
+    best.epoch.fill_(9)
+    best.best_epoch.copy_(torch.tensor([4, 5, 9]))
+    best.holdout_error.fill_(1e30)
+    script.keep_better(best, training, torch.zeros(2, 5), torch.zeros(2, 4), patience=5)
+    assert best.best_epoch.tolist() == [4, 10, 10]  # the first had five epochs, 5 to 9
 
 
 def test_elites_are_the_best_on_held_out_data(script):
@@ -348,7 +360,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
     run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
     assert run.returncode == 0, run.stderr
-    assert checkpoint(folder)["learner"]["dynamics"]["epochs"].tolist() == [3, 1]
+    assert checkpoint(folder)["learner"]["dynamics"]["epoch"] == 3
     columns = pendulum.transitions
     x = torch.cat([columns.observations, columns.actions], dim=1)
     held_out = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:1000]]
@@ -372,7 +384,7 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
     _, errors = process.communicate()
     assert process.returncode == 130 and "interrupted at dynamics epoch" in errors.splitlines()[-1]
     stopped = checkpoint(tmp_path / "run")
-    assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epochs"][0] >= 1
+    assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epoch"] >= 1
 
 
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
@@ -387,7 +399,7 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stopped = checkpoint(killed)
-    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epochs"][0] < 20
+    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 20
     assert run_script(algorithm, "--resume", "--run-dir", str(killed)).returncode == 0
     expected, found = checkpoint(whole), checkpoint(killed)
     assert torch.equal(expected["random_state"], found["random_state"])
