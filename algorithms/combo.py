@@ -360,9 +360,9 @@ def model_step(elites: Dynamics, buffer: ReplayBuffer, observations: Tensor, act
 
 @torch.no_grad()
 def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: str, args: Args) -> Metrics:
-    """Fills the model's buffer with rollouts from states of the data, some at a time."""
+    """Fills the model's buffer with rollouts from states of the data."""
     rolled: list[Batch] = []
-    for observations in buffer.sample(args.rollout_batch_size).observations.split(10_000):
+    for observations in buffer.sample(args.rollout_batch_size).observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
             shape = len(observations), buffer.action_dim
             if args.rollout_policy == "policy":

@@ -377,10 +377,10 @@ def model_step(
 
 @torch.no_grad()
 def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: str, args: Args) -> Metrics:
-    """Fills the model's buffer with rollouts of the current policy from states of the data, some at a time."""
+    """Fills the model's buffer with rollouts of the current policy from states of the data."""
     us: list[Tensor] = []
     rolled: list[Batch] = []
-    for observations in buffer.sample(args.rollout_batch_size).observations.split(10_000):
+    for observations in buffer.sample(args.rollout_batch_size).observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
             noise = torch.randn(len(observations), buffer.action_dim, device=observations.device)
             actions, _ = learner.actor.sample(observations, noise)

@@ -210,7 +210,7 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
     for mode in modes:
         ratio = statistics.median(speed / bound for speed, bound in zip(rates[mode], rates["bound"], strict=True))
         speed, bound = statistics.median(rates[mode]), statistics.median(rates["bound"])
-        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.1f}", f"{bound:.1f}", f"{ratio:.3f}"])
+        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.3g}", f"{bound:.3g}", f"{ratio:.3f}"])
     return rows
 
 
