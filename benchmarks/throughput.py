@@ -1,5 +1,7 @@
 """Updates per second of the algorithms, beside the bound that their matrix products alone set in the same run.
 
+`mopo:dynamics` is an update of MOPO's model, `mopo:rollout` a call of its rollouts with the default arguments.
+
 The products of one update are recorded on their way to the kernels and replayed on operands of the same shapes and
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +36,19 @@ COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "boun
 
 @dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql", "awr", "bcq", "cql")
-    """scripts in algorithms/, without .py"""
+    algorithms: tuple[str, ...] = (
+        "bc",
+        "td3_bc",
+        "iql",
+        "awr",
+        "bcq",
+        "cql",
+        "mopo",
+        "mopo:dynamics",
+        "mopo:rollout",
+        "combo",
+    )
+    """scripts in algorithms/, without .py, or a part of one"""
     compile: bool = False
     """measure --compile too, after checking that it trains to eager's weights"""
     csv: Path | None = None
@@ -53,6 +67,9 @@ class Args:
     """of each measurement"""
 
 
+Operands = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # shape and stride of each
+
+
 class ProductRecorder(TorchDispatchMode):
     """Notes shapes and strides of the operands of every matrix product that passes."""
 
@@ -60,11 +77,11 @@ class ProductRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operands: list[list[tuple[torch.Size, tuple[int, ...]]]] = []
+        self.operands: list[Operands] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in self.PRODUCTS:
-            self.operands.append([(tensor.shape, tensor.stride()) for tensor in args[-2:]])
+            self.operands.append(tuple((tensor.shape, tensor.stride()) for tensor in args[-2:]))
         return func(*args, **(kwargs or {}))
 
 
@@ -84,10 +101,20 @@ def random_buffer(args: Args, device: torch.device, num_episodes: int = 100) -> 
 
 def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool) -> tuple[Callable[[], None], Any]:
     """A function that does the next update, and the learner that it trains."""
-    module = importlib.import_module(algorithm)
+    name, _, part = algorithm.partition(":")
+    module = importlib.import_module(name)
     script_args = module.Args(compile=compile, device=args.device)
     device = set_up(script_args)
     learner = module.build(args.observation_dim, args.action_dim, script_args, device)
+    if part == "rollout":
+        elites = learner.dynamics.elites(script_args.num_elites)
+        return lambda: module.rollout(learner, elites, buffer, "never", script_args), learner
+    if part == "dynamics":
+        shape = script_args.num_models, script_args.dynamics_batch_size
+        x = torch.randn(*shape, args.observation_dim + args.action_dim, device=device)
+        z, ends = torch.randn(*shape, args.observation_dim + 1, device=device), torch.zeros(shape, device=device)
+        train_dynamics = compiled(module.dynamics_update, script_args, device)
+        return lambda: train_dynamics(learner, x, z, ends), learner
     update = compiled(module.update, script_args, device)
     step = 0
 
@@ -102,12 +129,15 @@ def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool
 def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[], None]:
     """A function that does the matrix products of one update, taking turns between `num_updates` recorded ones."""
     train, _ = make_trainer(args, algorithm, random_buffer(args, torch.device("cpu"), 1), compile=False)
+    prepare = prepare_product
+    if algorithm.endswith(":rollout"):  # products of equal shape share their memory, which would be gigabytes
+        prepare, num_updates = cache(prepare_product), 1
     train()  # the first update allocates
     updates = []
     for _ in range(num_updates):  # more than one: some algorithms train the actor every second update
         with ProductRecorder() as recorder:
             train()
-        updates.append([prepare_product(operands, torch.device(args.device)) for operands in recorder.operands])
+        updates.append([prepare(operands, torch.device(args.device)) for operands in recorder.operands])
     turn = 0
 
     def multiply() -> None:
@@ -119,7 +149,7 @@ def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[],
     return multiply
 
 
-def prepare_product(operands: list[tuple[torch.Size, tuple[int, ...]]], device: torch.device) -> tuple[Any, ...]:
+def prepare_product(operands: Operands, device: torch.device) -> tuple[Any, ...]:
     sizes = [1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) for shape, stride in operands]
     left, right = (
         torch.randn(size, device=device).as_strided(shape, stride)
@@ -133,10 +163,9 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
     """Calls per second."""
     began, calls = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        for _ in range(10):
-            step()
-        calls += 10
-        if device == "cuda":
+        step()
+        calls += 1
+        if device == "cuda" and calls % 10 == 0:
             torch.cuda.synchronize()
     return calls / (time.perf_counter() - began)
 
@@ -166,9 +195,9 @@ def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
 def measure(args: Args, algorithm: str) -> list[list[Any]]:
     """A row for each mode."""
     buffer = random_buffer(args, torch.device(args.device))
-    if args.compile:
+    modes = ["eager", "compile"] if args.compile and not algorithm.endswith(":rollout") else ["eager"]
+    if "compile" in modes:
         check_equal(args, algorithm)
-    modes = ["eager", "compile"] if args.compile else ["eager"]
     steps = {mode: make_trainer(args, algorithm, buffer, mode == "compile")[0] for mode in modes}
     steps["bound"] = make_bound(args, algorithm)
     rates: dict[str, list[float]] = {name: [] for name in steps}
@@ -181,7 +210,7 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
     for mode in modes:
         ratio = statistics.median(speed / bound for speed, bound in zip(rates[mode], rates["bound"], strict=True))
         speed, bound = statistics.median(rates[mode]), statistics.median(rates["bound"])
-        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.1f}", f"{bound:.1f}", f"{ratio:.3f}"])
+        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.3g}", f"{bound:.3g}", f"{ratio:.3f}"])
     return rows
 
 

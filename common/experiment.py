@@ -215,22 +215,35 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the updates still to do, under a progress bar. Ctrl-C ends them, with a checkpoint."""
+        for step in self._interruptible("update", self.step, self.args.num_updates):
+            began, self.pause_seconds = time.perf_counter(), 0.0
+            yield step
+            self.update_seconds += time.perf_counter() - began - self.pause_seconds
+
+    def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
+        """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own.
+
+        The script saves a checkpoint after each; Ctrl-C ends them after the next one.
+        """
+        yield from self._interruptible(f"{name} epoch", done, total)
+
+    def _interruptible(self, unit: str, done: int, total: int) -> Iterator[int]:
+        """The numbers after `done` up to `total`, until Ctrl-C."""
         previous = None
         with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
             previous = signal.signal(signal.SIGINT, self._interrupt)
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
-        total = self.args.num_updates
+        name = self.args.algorithm if unit == "update" else f"{self.args.algorithm}, {unit}s"
         try:
-            with tqdm(total=total, initial=self.step, desc=self.args.algorithm, mininterval=interval) as self.progress:
-                for step in range(self.step + 1, total + 1):
-                    began, self.pause_seconds = time.perf_counter(), 0.0
-                    yield step
-                    self.update_seconds += time.perf_counter() - began - self.pause_seconds
+            with tqdm(total=total, initial=done, desc=name, mininterval=interval) as self.progress:
+                for number in range(done + 1, total + 1):
+                    yield number
                     self.progress.update()
                     if self.interrupted:
-                        self.save_checkpoint(step)
+                        if unit == "update":
+                            self.save_checkpoint(number)
                         self.progress.close()
-                        _exit(130, f"interrupted at update {step}; go on with --resume --run-dir {self.dir}")
+                        _exit(130, f"interrupted at {unit} {number}; go on with --resume --run-dir {self.dir}")
         finally:
             if previous is not None:
                 signal.signal(signal.SIGINT, previous)
@@ -262,13 +275,14 @@ class Run:
             if not math.isfinite(value):
                 raise Diverged(f"{name} is {value} at update {step}; the last checkpoint in {self.dir} is kept")
         self._append(row)
-        self.tracker.log(row, step)
+        self.tracker.log(row)
 
     def save_checkpoint(self, step: int) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
         state = {name: part.state_dict() for name, part in self.learner._asdict().items()}
         for name, part in state.items():
-            if not all(bool(tensor.isfinite().all()) for tensor in _tensors(part)):
+            pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
                 raise Diverged(f"{name} is not finite at update {step}; the last checkpoint in {self.dir} is kept")
         checkpoint = {
             "algorithm": self.args.algorithm,
@@ -287,6 +301,12 @@ class Run:
             "policy.pt", lambda path: save_policy(path, self.policy)
         )  # first: the checkpoint ends what is due
         self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
+
+    def save_part(self, name: str) -> None:
+        """Writes one part of the learner to <name>.pt, for runs on the same data; load_part reads it."""
+        content = {name: getattr(self.learner, name).state_dict(), "dataset_fingerprint": self.buffer.fingerprint}
+        content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
+        self._replace(f"{name}.pt", lambda path: torch.save(content, path))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
@@ -411,6 +431,23 @@ class Run:
         self.interrupted = True
 
 
+def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
+    """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
+    try:
+        saved = torch.load(path, map_location=buffer.storage.device, weights_only=True)
+        state, fingerprint, scale = saved[name], saved["dataset_fingerprint"], saved["observation_scale"]
+    except Exception as error:  # unpickling raises many kinds
+        raise BadInput(f"--{name} {path}: cannot be read: {one_line(error)}") from None
+    same_data = fingerprint == buffer.fingerprint
+    check(same_data, f"--{name} {path}: was trained on other data than {buffer.dataset.dataset_id} holds")
+    same_scale = torch.equal(scale, torch.stack([buffer.observation_mean, buffer.observation_std]))
+    check(same_scale, f"--{name} {path}: was trained with the other setting of --normalize-observations")
+    try:
+        getattr(learner, name).load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
+
+
 class _Tracker:
     """Weights & Biases, if --track asks for it. Its first failure is one line and ends tracking, never training."""
 
@@ -434,10 +471,12 @@ class _Tracker:
             resume="allow" if self.id else None,
         )
         self.id = self.run.id
+        self.run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
+        self.run.define_metric("dynamics/*", step_metric="dynamics/epoch")
 
-    def log(self, row: dict[str, Any], step: int) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         if self.run is not None:
-            self._attempt(lambda: self.run.log(row, step=step))
+            self._attempt(lambda: self.run.log(row))
 
     def finish(self, result: dict[str, Any]) -> None:
         if self.run is not None:

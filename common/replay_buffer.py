@@ -1,7 +1,7 @@
 """The replay buffer: every transition of a dataset as one tensor on the device, sampled by index."""
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,13 @@ class Batch(NamedTuple):
     rewards: Tensor  # [batch]
     next_observations: Tensor  # [batch, observation_dim]
     terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
+
+
+def _split(rows: Tensor, observation_dim: int, action_dim: int) -> Batch:
+    observations, actions, rewards, next_observations, terminations = rows.split(
+        [observation_dim, action_dim, 1, observation_dim, 1], dim=1
+    )
+    return Batch(observations, actions, rewards.squeeze(1), next_observations, terminations.squeeze(1))
 
 
 class ReplayBuffer:
@@ -67,10 +74,7 @@ class ReplayBuffer:
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
 
     def _split(self, rows: Tensor) -> Batch:
-        observations, actions, rewards, next_observations, terminations = rows.split(
-            [self.observation_dim, self.action_dim, 1, self.observation_dim, 1], dim=1
-        )
-        return Batch(observations, actions, rewards.squeeze(1), next_observations, terminations.squeeze(1))
+        return _split(rows, self.observation_dim, self.action_dim)
 
     def _fill(self, storage: Tensor, dataset: Dataset) -> tuple[list[int], list[float]]:
         """Copies the episodes, actions mapped from the environment's range to [-1, 1]. Gives lengths and returns."""
@@ -100,3 +104,38 @@ class ReplayBuffer:
             returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         return lengths, returns
+
+
+class RingBuffer:
+    """Up to `capacity` transitions that a script adds itself; the newest replace the oldest.
+
+    Its state_dict holds them, so that it can be part of a checkpoint.
+    """
+
+    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device) -> None:
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.storage = torch.empty(capacity, 2 * observation_dim + action_dim + 2, device=device)
+        self.num_added = 0
+
+    def __len__(self) -> int:
+        return min(self.num_added, len(self.storage))
+
+    def add(self, transitions: Batch) -> None:
+        """Adds `capacity` transitions at most."""
+        rows = torch.column_stack(transitions)
+        index = torch.arange(self.num_added, self.num_added + len(rows), device=rows.device) % len(self.storage)
+        self.storage[index] = rows
+        self.num_added += len(rows)
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of the transitions held, drawn uniformly with replacement."""
+        index = torch.randint(len(self), (batch_size,), device=self.storage.device)
+        return _split(self.storage.index_select(0, index), self.observation_dim, self.action_dim)
+
+    def state_dict(self) -> dict[str, Any]:
+        full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied
+        return {"rows": self.storage if full else self.storage[: len(self)].clone(), "num_added": self.num_added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.storage[: len(state["rows"])] = state["rows"]
+        self.num_added = state["num_added"]

@@ -25,6 +25,9 @@ from common.replay_buffer import Batch
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "2048"]
+MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollout-every", "100"]
+SHORTER = {"mopo": MODEL, "combo": MODEL}
 
 
 def assert_one_line(run, pattern):
@@ -91,10 +94,10 @@ def test_run_folder(algorithm, tmp_path, pendulum):
         "--seed",
         "3",
     ]
-    run = run_script(algorithm, *arguments, *SHORT)
+    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()))
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
-    assert {path.name for path in folder.iterdir()} == expected
+    assert {path.name for path in folder.iterdir()} - {"dynamics.pt"} == expected
 
     args = json.loads((folder / "args.json").read_text())
     assert args["algorithm"] == algorithm and args["seed"] == 3 and args["dataset_fingerprint"] == pendulum.fingerprint
@@ -103,6 +106,7 @@ def test_run_folder(algorithm, tmp_path, pendulum):
 
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert next(iter(rows[0])) == "step"
+    rows = [row for row in rows if int(row["step"]) > 1]  # before it, a model's own rows
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
     assert [bool(row["eval/score"]) for row in rows] == [False, True, False, True, True]
     assert all(np.isfinite(float(row["actor/loss"])) for row in rows)
@@ -200,6 +204,7 @@ def test_metrics_of_only_some_updates_are_logged_too(tmp_path):
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
     arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
+    arguments += SHORTER.get(algorithm, ())
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = start_script(algorithm, *arguments, "--run-dir", str(killed))
@@ -364,7 +369,8 @@ def test_a_tracker_that_fails_on_the_way_does_not_stop_training(tmp_path, monkey
     def log(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("wandb.init", lambda **_: SimpleNamespace(id="x", log=log))
+    run = SimpleNamespace(id="x", log=log, define_metric=lambda *_, **__: None)
+    monkeypatch.setattr("wandb.init", lambda **_: run)
     arguments = ["--num-updates", "30", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
     run = run_script("bc", *arguments, *SHORT)
     assert run.returncode == 0, run.stderr
@@ -411,10 +417,23 @@ NONSENSE = {
     "target_gap": "inf",
     "target_entropy": "nan",
     "hidden_dims": "0",
+    "penalty_coefficient": "-1",
+    "real_ratio": "1.5",
+    "rollout_length": "0",
+    "rollout_batch_size": "0",
+    "rollout_every": "0",
+    "rollouts_kept": "0",
+    "num_models": "0",
+    "num_elites": "0",
+    "dynamics_hidden_dims": "0",
+    "dynamics_learning_rate": "0",
+    "dynamics_batch_size": "0",
+    "dynamics_patience": "0",
+    "max_dynamics_epochs": "0",
 }
 
 
-CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity"}
+CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics"}
 
 
 @every_algorithm

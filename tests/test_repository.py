@@ -16,6 +16,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
 SCRIPT_COMMANDS = [line for line in COMMANDS if line.startswith(("python ", "WANDB_MODE="))]
+FEW = ["--num-updates", "3", "--eval-episodes", "1"]
+SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
 
 
 def imports(path):
@@ -66,8 +68,14 @@ def test_the_readme_has_commands():
     assert {f"algorithms/{name}.py" for name in ALGORITHMS} <= set(re.findall(r"algorithms/\w+\.py", README))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the commands of the README run, one after the other: some use what others wrote."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize("command", SCRIPT_COMMANDS)
-def test_commands_of_the_readme_run(command, tmp_path, make_dataset):
+def test_commands_of_the_readme_run(command, home, make_dataset):
     """Each as it stands, but short; a dataset it would download is made here under the same id."""
     words = shlex.split(command, comments=True)
     environment = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
@@ -76,20 +84,34 @@ def test_commands_of_the_readme_run(command, tmp_path, make_dataset):
     if script.startswith("algorithms/"):
         if "--dataset-id" in words and (dataset_id := words[words.index("--dataset-id") + 1]).count("/") == 2:
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
-        words += ["--num-updates", "3", "--eval-episodes", "1"]
-        words += ["--run-dir", str(tmp_path / "run")]  # the last one counts
-    elif script == "benchmarks/grid.py":
-        words = words[: words.index("--")] if "--" in words else words
-        words += ["--seeds", "0", "--runs-dir", str(tmp_path), "--results", str(tmp_path / "results.csv")]
-        words += ["--", "--num-updates", "3", "--eval-episodes", "1"]
-    elif script == "benchmarks/throughput.py":
-        words += ["--rounds", "1", "--seconds", "0.01", "--csv", str(tmp_path / "table.csv")]
-    elif script == "benchmarks/loading.py":
-        words += ["--num-steps", "2000"]
-    run = subprocess.run(
-        [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
-    )
+        words += FEW + (SMALL_MODEL if script in ("algorithms/mopo.py", "algorithms/combo.py") else [])
+    words = [sys.executable, ROOT / script, *words[2:]]
+    run = subprocess.run(words, cwd=home, capture_output=True, text=True, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
+
+
+BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
+    "grid.py": ["--algorithms", "bc", "iql", "--seeds", "0", "--results", "results.csv", "--", *FEW],
+    "report.py": ["results.csv", "--picture", "picture.png"],
+    "throughput.py": ["--algorithms", "iql", "mopo:dynamics", "--rounds", "1", "--seconds", "0.01", "--csv", "x.csv"],
+    "returns.py": ["--num-episodes", "3", "--rounds", "1"],
+    "loading.py": ["--num-steps", "2000"],
+    "memory.py": ["--num-steps", "2000"],
+}
+
+
+SLOW = {"memory.py": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BENCHMARKS])
+def test_benchmarks_run(name, home, pendulum):
+    words = [sys.executable, ROOT / "benchmarks" / name, *BENCHMARKS[name]]
+    run = subprocess.run(words, cwd=home, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_benchmark_is_tested():
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants authors and permalinks

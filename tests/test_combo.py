@@ -1,0 +1,116 @@
+"""COMBO's critic loss against NumPy on small numbers, where it pushes Q, and whose actions its rollouts take."""
+
+from types import SimpleNamespace
+
+import combo
+import numpy as np
+import pytest
+import torch
+from conftest import numpy_twins, random_batch, run_script
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def args():
+    small = {"hidden_dims": (5, 4), "dynamics_hidden_dims": (5,), "num_models": 5, "rollout_batch_size": 10}
+    return combo.Args(batch_size=8, real_ratio=0.375, beta=2.0, gamma=0.9, **small)  # 3 rows of data, 5 of rollouts
+
+
+@pytest.fixture
+def learner(args):
+    torch.manual_seed(0)
+    learner = combo.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows
+        for parameter in learner.target_critic.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return learner
+
+
+NOISE = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+
+
+def test_critic_loss(learner, args):
+    batch = random_batch()
+    next_actions, _ = learner.actor.sample(batch.next_observations, NOISE[0])
+    next_q = numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions.detach().numpy()).min(0)
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    regulariser = q[:, 3:].mean(axis=1) - q[:, :3].mean(axis=1)
+    expected = (((q - target) ** 2).mean(axis=1) + 2.0 * regulariser).sum()
+    loss, metrics = combo.critic_loss(learner, batch, NOISE[0], args)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert metrics["critic/q_data"].item() == pytest.approx(q[:, :3].mean(), rel=1e-4)
+    assert metrics["critic/q_model"].item() == pytest.approx(q[:, 3:].mean(), rel=1e-4)
+
+
+def test_q_is_pushed_down_at_rollouts_and_up_at_data(learner, args):
+    """The gradient with respect to the values themselves, without the Bellman error."""
+    q, gradients = torch.randn(2, 8, requires_grad=True), []
+    for args.beta in (0.0, 2.0):
+        loss, _ = combo.critic_loss(
+            learner._replace(critic=lambda observations, actions: q), random_batch(), NOISE[0], args
+        )
+        gradients += torch.autograd.grad(loss, q)
+    conservative = gradients[1] - gradients[0]
+    torch.testing.assert_close(conservative[:, :3], torch.full((2, 3), -2 / 3))
+    torch.testing.assert_close(conservative[:, 3:], torch.full((2, 5), 2 / 5))
+
+
+def test_each_loss_trains_its_own_network_only(learner, args):
+    batch = random_batch()
+    temperature = learner.actor.log_temperature.exp()
+    actions, log_prob = learner.actor.sample(batch.observations, NOISE[1])
+    networks = {
+        "critic": list(learner.critic.parameters()),
+        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
+        "temperature": [learner.actor.log_temperature],
+    }
+    losses = {
+        "critic": combo.critic_loss(learner, batch, NOISE[0], args)[0],
+        "actor": combo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        "temperature": combo.temperature_loss(temperature, log_prob, -2.0)[0],
+    }
+    for name, loss in losses.items():
+        for other, parameters in networks.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+            assert touched == (name == other), f"{name} loss and {other}"
+
+
+def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):
+    batches, total_loss = [], combo.total_loss
+
+    def spy(learner, batch, noise, args):
+        batches.append(batch)
+        return total_loss(learner, batch, noise, args)
+
+    monkeypatch.setitem(combo.update.__kwdefaults__, "total_loss", spy)
+    arguments = ["--batch-size", "16", "--real-ratio", "0.25", "--num-updates", "4", "--dynamics-hidden-dims", "8"]
+    arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+    run = run_script("combo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert len(batches) == 4
+    data = pendulum.transitions
+    for batch in batches:
+        real = torch.isin(batch.rewards, data.rewards)
+        real &= torch.isin(batch.next_observations[:, 0], data.next_observations[:, 0])
+        assert real.tolist() == [True] * 4 + [False] * 12
+
+
+@pytest.mark.parametrize("real_ratio", ["nan", "inf", "0", "1", "0.001"])
+def test_a_batch_needs_both_data_and_rollouts(real_ratio, tmp_path):
+    run = run_script("combo", "--real-ratio", real_ratio, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 2 and run.stderr.startswith("error: --real-ratio ") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("rollout_policy", ["policy", "uniform"])
+def test_rollouts_take_the_policys_actions_or_uniform_ones(learner, args, rollout_policy):
+    args.rollout_policy, args.rollout_batch_size, args.rollout_length = rollout_policy, 10, 5
+    with torch.no_grad():
+        learner.actor.net[-2].bias.fill_(5.0)
+    buffer = SimpleNamespace(sample=lambda n: random_batch(n), action_dim=2)
+    combo.rollout(learner, learner.dynamics, buffer, "never", args)
+    actions = learner.model_buffer.storage[:50, 3:5]
+    assert actions.abs().max() <= 1
+    assert (actions.mean() > 0.8) == (rollout_policy == "policy")

@@ -1,0 +1,466 @@
+"""The dynamics ensemble of MOPO and of COMBO: each script has its own, and each is held to the same."""
+
+import importlib
+import json
+import math
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_batch, random_episode, run_script, start_script
+
+from common.terminations import TERMINATION_RULES, termination_rule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["mopo", "combo"])
+def algorithm(request):
+    return request.param
+
+
+@pytest.fixture
+def script(algorithm):
+    return importlib.import_module(algorithm)
+
+
+def make_learner(script, observation_dim=3, action_dim=2, **arguments):
+    small = {"num_models": 3, "num_elites": 2, "dynamics_hidden_dims": (5, 4), "rollout_batch_size": 100}
+    args = script.Args(**(small | arguments))
+    torch.manual_seed(0)
+    return script.build(observation_dim, action_dim, args, CPU), args
+
+
+def data(num_rows, members=3):
+    """x [members, rows, 5], z [members, rows, 4], terminations [members, rows]."""
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(members, num_rows, 5)), rng.normal(size=(members, num_rows, 4))
+    terminations = rng.integers(0, 2, size=(members, num_rows))
+    return [torch.tensor(column, dtype=torch.float32) for column in (*columns, terminations)]
+
+
+def numpy_prediction(dynamics, member, x):
+    """Mean, log-variance and logit of one member without torch."""
+    numbers = {name: value.detach().numpy().astype(np.float64) for name, value in dynamics.state_dict().items()}
+    h = (x - numbers["x_scale"][0]) / numbers["x_scale"][1]
+    num_layers = len(dynamics.layers)
+    for index in range(num_layers):
+        h = h @ numbers[f"layers.{index}.weight"][member] + numbers[f"layers.{index}.bias"][member]
+        if index < num_layers - 1:
+            h = h / (1 + np.exp(-h))  # SiLU
+    size = (h.shape[1] - 1) // 2
+    upper, lower = numbers["max_log_variance"][member], numbers["min_log_variance"][member]
+    log_variance = upper - np.log1p(np.exp(upper - h[:, size:-1]))
+    log_variance = lower + np.log1p(np.exp(log_variance - lower))
+    return h[:, :size], log_variance, h[:, -1]
+
+
+def randomise(dynamics):
+    """Scales and bounds unlike the ones at the start."""
+    with torch.no_grad():
+        for scale in (dynamics.x_scale, dynamics.z_scale):
+            scale.copy_(torch.rand_like(scale) + 0.5)
+        dynamics.max_log_variance.copy_(torch.rand_like(dynamics.max_log_variance))
+        dynamics.min_log_variance.copy_(-torch.rand_like(dynamics.min_log_variance) - 1)
+
+
+# --- Loss and training ---
+
+
+def test_dynamics_loss(script):
+    learner, _ = make_learner(script)
+    dynamics = learner.training_dynamics
+    randomise(dynamics)
+    x, z, terminations = data(8)
+    loss, metrics = script.dynamics_loss(dynamics, x, z, terminations)
+    scale = dynamics.z_scale.numpy()
+    nll, ends = [], []
+    for member in range(3):
+        mean, log_variance, logit = numpy_prediction(dynamics, member, x[member].numpy())
+        error = (z[member].numpy() - scale[0]) / scale[1] - mean
+        nll.append(np.mean(error**2 / np.exp(log_variance) + log_variance))
+        p = 1 / (1 + np.exp(-logit))
+        ends.append(-np.mean(np.where(terminations[member].numpy() == 1, np.log(p), np.log(1 - p))))
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum().item()
+    assert metrics["dynamics/nll"].item() == pytest.approx(np.mean(nll), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(nll) + sum(ends) + bounds, rel=1e-5)
+
+
+def test_where_a_file_does_not_say_what_followed_nothing_is_learned_but_the_end(script):
+    """D4RL files without next observations repeat the last one where an episode was terminated."""
+    learner, _ = make_learner(script)
+    x, z, terminations = data(8)
+    z[:, :2, :-1] = 0
+    terminations[:, 0], terminations[:, 1] = 1, 0  # the second stood still, which can be
+    metrics = []
+    for change in (0.0, 1.0):
+        z[:, 0, -1] += change
+        metrics.append(script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1])
+    assert metrics[0]["dynamics/nll"] == metrics[1]["dynamics/nll"]
+    z[:, 1, -1] += 1
+    assert (
+        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/nll"]
+        != metrics[0]["dynamics/nll"]
+    )
+    terminations[:, 0] = 0
+    assert (
+        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/ends"]
+        != metrics[0]["dynamics/ends"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden_dims", "decays"),
+    [
+        ((8,) * 4, [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]),
+        ((8,), [2.5e-5, 1e-4]),
+        ((8,) * 5, [2.5e-5, 5e-5, *[7.5e-5] * 3, 1e-4]),
+    ],
+)
+def test_weights_decay_layer_by_layer_and_nothing_else_does(script, hidden_dims, decays):
+    learner, _ = make_learner(script, dynamics_hidden_dims=hidden_dims)
+    found = {id(p): group["weight_decay"] for group in learner.dynamics_optimizer.param_groups for p in group["params"]}
+    assert [found.pop(id(layer.weight)) for layer in learner.training_dynamics.layers] == decays
+    assert set(found.values()) == {0} and len(found) == len(decays) + 2  # biases and bounds
+
+
+def test_prediction_is_in_the_units_of_the_buffer(script):
+    learner, _ = make_learner(script)
+    randomise(learner.dynamics)
+    batch = random_batch()
+    mean, std, _ = learner.dynamics.predict(batch.observations, batch.actions)
+    x, scale = torch.cat([batch.observations, batch.actions], dim=1).numpy(), learner.dynamics.z_scale.numpy()
+    for member in range(3):
+        expected_mean, log_variance, _ = numpy_prediction(learner.dynamics, member, x)
+        np.testing.assert_allclose(mean[member].detach(), scale[0] + scale[1] * expected_mean, atol=1e-5)
+        np.testing.assert_allclose(std[member].detach(), scale[1] * np.exp(log_variance / 2), atol=1e-5)
+
+
+def test_ensemble_fits_a_noisy_linear_system_and_disagrees_off_the_data(script):
+    """s' - s = 0.5 s - a + noise of a known size: the mean and the size of the noise are found, within the data."""
+    learner, args = make_learner(script, 1, 1, dynamics_hidden_dims=(32, 32), dynamics_learning_rate=3e-3)
+    noise = torch.tensor([0.1, 0.3])
+    torch.manual_seed(0)
+
+    def truth(x):
+        return torch.stack([0.5 * x[..., 0] - x[..., 1], x[..., 0] + x[..., 1]], dim=-1)
+
+    for _ in range(1000):
+        x = torch.rand(args.num_models, 128, 2) * 2 - 1
+        z = truth(x) + noise * torch.randn(args.num_models, 128, 2)
+        script.dynamics_update(learner, x, z, torch.zeros(args.num_models, 128))
+    inside = torch.rand(500, 2) * 1.8 - 0.9
+    with torch.no_grad():
+        mean, std, logit = learner.training_dynamics.predict(inside[:, :1], inside[:, 1:])
+        far, _, _ = learner.training_dynamics.predict(10 * inside[:, :1], 10 * inside[:, 1:])
+    assert ((mean - truth(inside)).abs().mean(dim=(0, 1)) < 0.4 * noise).all()
+    np.testing.assert_allclose(std.mean(dim=(0, 1)), noise, rtol=0.2)
+    assert far.std(dim=0).mean() > 5 * mean.std(dim=0).mean()
+    assert (logit < -3).all()  # nothing ended
+
+
+def test_termination_head_learns_when_episodes_end(script):
+    learner, args = make_learner(script, 1, 1, dynamics_hidden_dims=(16,), dynamics_learning_rate=1e-2)
+    torch.manual_seed(0)
+    for _ in range(300):
+        x = torch.rand(args.num_models, 128, 2) * 2 - 1
+        script.dynamics_update(learner, x, torch.zeros(args.num_models, 128, 2), (x[..., 0] > 0.3).float())
+    states = torch.tensor([[-0.8], [-0.2], [0.7], [0.9]])
+    with torch.no_grad():
+        _, _, logit = learner.training_dynamics.predict(states, torch.zeros(4, 1))
+    assert (torch.sigmoid(logit[:, :2]) < 0.1).all() and (torch.sigmoid(logit[:, 2:]) > 0.9).all()
+
+
+def test_members_train_apart(script):
+    """The gradient of one member's part of the loss is its own, whatever the others see."""
+    learner, _ = make_learner(script)
+    x, z, terminations = data(8)
+    gradients = []
+    for changed in (z, torch.cat([z[:1], z[1:] + 1])):
+        loss, _ = script.dynamics_loss(learner.training_dynamics, x, changed, terminations)
+        gradients.append(torch.autograd.grad(loss, list(learner.training_dynamics.parameters())))
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first[0], second[0])
+    assert not torch.allclose(gradients[0][0][1], gradients[1][0][1])
+
+
+def test_the_better_members_are_kept(script):
+    learner, _ = make_learner(script)
+    best, training = learner.dynamics, learner.training_dynamics
+    x, z, _ = data(20, members=1)
+    x, z = x[0], z[0]
+    with torch.no_grad():
+        for parameter in training.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = [np.mean((numpy_prediction(training, k, x.numpy())[0] - z.numpy()) ** 2) for k in range(3)]
+    best.holdout_error.copy_(torch.tensor([1e30, expected[1] * 1.005, expected[2] * 1.02]))  # new; 0.5 %, 2 % better
+    before = [parameter.clone() for parameter in best.parameters()]
+    best.epoch.fill_(3)
+    best.best_epoch.copy_(torch.tensor([0, 3, 3]))
+    error = script.keep_better(best, training, x, z, patience=4)
+    np.testing.assert_allclose(error, expected, rtol=1e-4)
+    for old, kept, new in zip(before, best.parameters(), training.parameters(), strict=True):
+        assert torch.equal(kept[0], new[0]) and torch.equal(kept[1], old[1]) and torch.equal(kept[2], new[2])
+    np.testing.assert_allclose(best.holdout_error, [expected[0], expected[1] * 1.005, expected[2]], rtol=1e-4)
+    assert best.epoch == 4 and best.best_epoch.tolist() == [4, 3, 4]
+    script.keep_better(best, training, x, z, patience=4)
+    assert best.epoch == 5 and best.best_epoch.tolist() == [4, 3, 4]
+
+
+def test_a_member_that_found_nothing_better_for_long_is_done(script):
+    learner, _ = make_learner(script)
+    best, training = learner.dynamics, learner.training_dynamics
+    best.epoch.fill_(9)
+    best.best_epoch.copy_(torch.tensor([4, 5, 9]))
+    best.holdout_error.fill_(1e30)
+    script.keep_better(best, training, torch.zeros(2, 5), torch.zeros(2, 4), patience=5)
+    assert best.best_epoch.tolist() == [4, 10, 10]  # the first had five epochs, 5 to 9
+
+
+def test_elites_are_the_best_on_held_out_data(script):
+    learner, args = make_learner(script)
+    learner.dynamics.holdout_error.copy_(torch.tensor([0.5, 0.9, 0.1]))
+    elites = learner.dynamics.elites(args.num_elites)
+    batch = random_batch()
+    for ours, everyone in zip(
+        elites.predict(batch.observations, batch.actions),
+        learner.dynamics.predict(batch.observations, batch.actions),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, everyone[[2, 0]].detach())
+
+
+# --- Rollouts ---
+
+
+class Stairs:
+    """A model without noise: every step adds the action to the state, and the reward is the state before it."""
+
+    @staticmethod
+    def predict(observations, actions):
+        mean = torch.cat([actions, observations], dim=-1).expand(2, -1, -1)
+        return mean, torch.zeros_like(mean), torch.where(observations[:, 0] > 0.5, 50.0, -50.0).expand(2, -1)
+
+
+@pytest.fixture
+def stairs(script, monkeypatch):
+    """A learner, its arguments and a buffer whose states are all 0; the policy always climbs by about 1."""
+    learner, args = make_learner(script, 1, 1, rollout_batch_size=20, rollout_length=5)
+    with torch.no_grad():
+        learner.actor.net[-2].bias.fill_(5.0)
+        learner.actor.log_std.bias.fill_(-5.0)
+        learner.actor.net[-2].weight.zero_()
+        learner.actor.log_std.weight.zero_()
+    zeros = torch.zeros(64)
+    batch = random_batch(64, 1, 1)._replace(observations=torch.zeros(64, 1), rewards=zeros, terminations=zeros)
+    buffer = SimpleNamespace(
+        sample=lambda n: type(batch)(*(column[torch.zeros(n, dtype=torch.long)] for column in batch)),
+        action_dim=1,
+        observation_mean=torch.tensor([10.0]),
+        observation_std=torch.tensor([2.0]),
+    )
+    monkeypatch.setitem(TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
+    return learner, args, buffer
+
+
+@pytest.mark.parametrize(("ending", "steps"), [("Stairs", 3), ("never", 5), ("learned", 2)])
+def test_rollouts_stop_at_terminations(script, stairs, ending, steps):
+    """The rule sees states as the environment has them; the head says stop from states above 0.5."""
+    learner, args, buffer = stairs
+    metrics = script.rollout(learner, Stairs, buffer, ending, args)
+    assert len(learner.model_buffer) == 20 * steps
+    rows = learner.model_buffer.storage[: 20 * steps]
+    observations, terminations, next_observations = rows[:, 0], rows[:, -1], rows[:, 3]
+    height = observations.round()
+    for step in range(steps):
+        assert (height == step).sum() == 20
+        assert (terminations[height == step] == (ending != "never" and step == steps - 1)).all()
+    torch.testing.assert_close(next_observations, observations + rows[:, 1])
+    assert metrics["model/terminations"].item() == pytest.approx(0 if ending == "never" else 1 / steps)
+
+
+def test_rollouts_wrap_around_the_buffers_end(script, stairs):
+    learner, args, buffer = stairs  # capacity 5 times 100
+    for _ in range(7):
+        script.rollout(learner, Stairs, buffer, "never", args)
+    assert len(learner.model_buffer) == 500 and learner.model_buffer.num_added == 700
+    assert (learner.model_buffer.storage[:, 0].round().unique() == torch.arange(5)).all()
+
+
+def test_each_row_draws_its_member_and_its_noise(script):
+    _, args = make_learner(script, 1, 1)
+
+    class TwoMembers:
+        @staticmethod
+        def predict(observations, actions):
+            mean = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]]).expand(2, len(observations), 2)
+            return mean, torch.full_like(mean, 0.1), torch.zeros(2, len(observations))
+
+    arguments = [args] if script.__name__ == "mopo" else []
+    states = torch.zeros(2000, 1)
+    result = script.model_step(TwoMembers, None, states, states, "never", *arguments)
+    moved = (result[0] if script.__name__ == "mopo" else result).next_observations[:, 0]
+    assert 0.4 < (moved > 0).float().mean() < 0.6
+    assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "alive", "dead"),
+    [
+        ("Hopper", [0.8, 0.1, 5.0], [[0.6, 0.1, 5.0], [0.8, 0.3, 5.0], [0.8, 0.1, 101.0]]),
+        ("Walker2d", [1.2, 0.5, 5.0], [[0.7, 0.5, 5.0], [2.1, 0.5, 5.0], [1.2, -1.1, 5.0]]),
+        ("Ant", [0.5, 3.0, 5.0], [[0.1, 0.0, 0.0], [1.1, 0.0, 0.0], [0.5, float("inf"), 0.0]]),
+        ("HalfCheetah", [-9.0, 9.0, 99.0], []),
+        ("Pendulum", [1.0, 0.0, 8.0], []),
+    ],
+)
+def test_termination_rules(name, alive, dead):
+    assert TERMINATION_RULES[name](torch.tensor([alive, *dead])).tolist() == [False] + [True] * len(dead)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "rule"),
+    [("Hopper-v5", "Hopper"), ("Pendulum-v1", "Pendulum"), ("InvertedPendulum-v5", None), (None, None)],
+)
+def test_rules_are_found_by_the_environments_id(env_id, rule):
+    assert termination_rule(env_id) == rule
+
+
+# --- Runs ---
+
+SMALL = ["--dynamics-hidden-dims", "8", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "512"]
+SMALL += ["--rollout-batch-size", "50", "--rollout-every", "10", "--hidden-dims", "16", "--eval-episodes", "1"]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    if isinstance(state, (dict, list, tuple)):
+        return [tensor for part in (state.values() if isinstance(state, dict) else state) for tensor in tensors(part)]
+    return []
+
+
+def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
+    """With a learning rate of nothing the first epoch is the best; what is held out is never trained on."""
+    seen, update = [], script.dynamics_update
+
+    def spy(learner, x, z, terminations):
+        seen.append(x)
+        return update(learner, x, z, terminations)
+
+    monkeypatch.setattr(script, "dynamics_update", spy)
+    folder = tmp_path / "run"
+    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
+    run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert checkpoint(folder)["learner"]["dynamics"]["epoch"] == 3
+    columns = pendulum.transitions
+    x = torch.cat([columns.observations, columns.actions], dim=1)
+    held_out = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:1000]]
+    assert len(seen) == 3 * math.ceil((len(x) - 1000) / 512)
+    drawn = {tuple(row) for batch in seen[:20] for row in batch.flatten(0, 1).tolist()}
+    everything = {tuple(row) for row in x.tolist()}
+    assert drawn <= everything and not drawn & {tuple(row) for row in held_out.tolist()}
+
+    seen.clear()
+    run = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(folder))
+    assert run.returncode == 0 and not seen, run.stderr
+
+
+def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
+    arguments = [*SMALL, "--dynamics-patience", "1000", "--num-updates", "3", "--run-dir", str(tmp_path / "run")]
+    process = start_script(algorithm, *arguments)
+    while not (tmp_path / "run" / "metrics.csv").is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "interrupted at dynamics epoch" in errors.splitlines()[-1]
+    stopped = checkpoint(tmp_path / "run")
+    assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epoch"] >= 1
+
+
+def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
+    arguments = [*SMALL, "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
+    process = start_script(algorithm, *arguments, "--run-dir", str(killed))
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.csv").is_file() or len((killed / "metrics.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    stopped = checkpoint(killed)
+    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 20
+    assert run_script(algorithm, "--resume", "--run-dir", str(killed)).returncode == 0
+    expected, found = checkpoint(whole), checkpoint(killed)
+    assert torch.equal(expected["random_state"], found["random_state"])
+    assert all(map(torch.equal, tensors(expected["learner"]), tensors(found["learner"])))
+    rows = [
+        [line.split(",", 2)[::2] for line in (folder / "metrics.csv").read_text().splitlines()]
+        for folder in (whole, killed)
+    ]
+    assert rows[0] == rows[1]  # all but the seconds
+
+
+def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_dataset):
+    first, second = tmp_path / "first", tmp_path / "second"
+    arguments = [*SMALL, "--num-updates", "5"]
+    assert run_script(algorithm, *arguments, "--max-dynamics-epochs", "2", "--run-dir", str(first)).returncode == 0
+    saved = str(first / "dynamics.pt")
+    run = run_script(algorithm, *arguments, "--seed", "1", "--dynamics", saved, "--run-dir", str(second))
+    assert run.returncode == 0, run.stderr
+    expected, found = checkpoint(first)["learner"], checkpoint(second)["learner"]
+    assert all(map(torch.equal, tensors(expected["dynamics"]), tensors(found["dynamics"])))
+    assert "dynamics/epoch" not in (second / "metrics.csv").read_text()
+    assert json.loads((second / "args.json").read_text())["dynamics"] == saved
+
+    first.rename(tmp_path / "elsewhere")
+    resumed = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(second))
+    assert resumed.returncode == 0, resumed.stderr
+
+    saved = str(tmp_path / "elsewhere" / "dynamics.pt")
+    other = make_dataset(episodes=[random_episode(0)], env="Pendulum-v1")
+    for wrong, reason in (
+        (["--dynamics", saved, "--dataset-id", other], f"{saved}: was trained on other data than {other} holds"),
+        (["--dynamics", saved, "--no-normalize-observations"], "the other setting of --normalize-observations"),
+        (["--dynamics", saved, "--num-models", "3"], f"{saved}: does not fit the arguments of this run"),
+        (["--dynamics", str(tmp_path / "none.pt")], "none.pt: cannot be read"),
+    ):
+        run = run_script(algorithm, *arguments, *wrong, "--run-dir", str(tmp_path / "wrong"))
+        assert run.returncode == 2 and not (tmp_path / "wrong").exists()
+        assert run.stderr.startswith("error: --dynamics ") and reason in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("env_id", "termination", "said"),
+    [
+        ("Pendulum-v1", "auto", "Pendulum"),
+        ("Pendulum-v1", "rule", "Pendulum"),
+        ("Pendulum-v1", "learned", "learned"),
+        ("Pendulum-v1", "never", "never"),
+        (None, "auto", "learned"),
+    ],
+)
+def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said, tmp_path, make_dataset):
+    dataset_id = make_dataset(**({} if env_id is None else {"env": env_id}))
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
+    folder = tmp_path / "run"
+    run = run_script(algorithm, *SMALL, *arguments, "--termination", termination, "--run-dir", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert f"terminations in the model: {said}\n" in run.stdout
+
+
+def test_a_rule_that_nobody_knows_is_refused(algorithm, tmp_path, make_dataset):
+    arguments = ["--dataset-id", make_dataset(), "--termination", "rule", "--run-dir", str(tmp_path / "run")]
+    run = run_script(algorithm, *arguments)
+    assert run.returncode == 2 and not (tmp_path / "run").exists()
+    assert run.stderr == "error: --termination rule: none is known for None; take learned or never\n"

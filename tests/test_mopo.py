@@ -1,0 +1,176 @@
+"""MOPO's uncertainties and losses against NumPy on small numbers, and what each loss may touch."""
+
+import math
+
+import mopo
+import numpy as np
+import pytest
+import torch
+from conftest import numpy_mlp, numpy_twins, random_batch, run_script
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def args():
+    return mopo.Args(hidden_dims=(5, 4), dynamics_hidden_dims=(5,), num_models=3, rollout_batch_size=10, gamma=0.9)
+
+
+@pytest.fixture
+def learner(args):
+    torch.manual_seed(0)
+    learner = mopo.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
+        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        learner.actor.log_temperature.fill_(math.log(0.3))
+    return learner
+
+
+def draws():
+    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+
+
+def numpy_sample(actor, observations, noise):
+    """Actions of the squashed Gaussian and their log-densities, by the change of variables as textbooks have it."""
+    hidden = np.maximum(numpy_mlp(actor.net[:-2], observations), 0)  # numpy_mlp has none after its last layer
+    mean, log_std = (
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.net[-2], actor.log_std)
+    )
+    std = np.exp(np.clip(log_std, -5, 2))
+    u = mean + std * noise.numpy()
+    density = np.exp(-0.5 * noise.numpy() ** 2) / (std * np.sqrt(2 * np.pi))
+    return np.tanh(u), np.log(density / (1 - np.tanh(u) ** 2)).sum(axis=-1)
+
+
+# --- Uncertainty ---
+
+MEAN = torch.tensor([[[0.0, 0.0]], [[3.0, 0.0]], [[0.0, 6.0]]])  # three elites, one row, two outputs; on average (1, 2)
+STD = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]], [[6.0, 8.0]]])
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        ("max_std", 10.0),  # of |(3, 4)| = 5, |(0, 1)| = 1, |(6, 8)| = 10
+        # E[std^2]: (9 + 0 + 36) / 3 = 15, (16 + 1 + 64) / 3 = 27; Var[mean]: (1 + 4 + 1) / 3 = 2, (4 + 4 + 16) / 3 = 8
+        ("ensemble_std", math.sqrt(15 + 2 + 27 + 8)),
+        ("disagreement", math.sqrt(17)),  # of |(-1, -2)|, |(2, -2)|, |(-1, 4)|
+    ],
+)
+def test_uncertainty_by_hand(penalty, expected):
+    assert mopo.uncertainty(MEAN, STD, penalty).tolist() == pytest.approx([expected])
+
+
+def test_rewards_of_the_model_are_penalised(args):
+    class Elites:
+        @staticmethod
+        def predict(observations, actions):
+            return MEAN[:, :, :1].repeat(1, 4, 2), torch.zeros(3, 4, 2), torch.zeros(3, 4)
+
+    args.penalty, args.penalty_coefficient = "disagreement", 2.0
+    transitions, u = mopo.model_step(Elites, None, torch.zeros(4, 1), torch.zeros(4, 1), "never", args)
+    assert u.tolist() == pytest.approx([math.sqrt(8)] * 4)  # the means are (0, 0), (3, 3), (0, 0)
+    reward = transitions.next_observations[:, 0]  # this model's outputs are all the same
+    torch.testing.assert_close(transitions.rewards, reward - 2 * math.sqrt(8))
+
+
+# --- Losses ---
+
+
+def test_critic_loss(learner, args):
+    batch, noise = random_batch(), draws()[0]
+    next_observations = batch.next_observations.numpy()
+    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    loss, metrics = mopo.critic_loss(learner, batch, noise, args)
+    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
+    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
+
+
+def test_actor_and_temperature_losses(learner):
+    batch, noise = random_batch(), draws()[0]
+    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    ours = learner.actor.sample(batch.observations, noise)
+    loss, _ = mopo.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
+    loss, _ = mopo.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
+    assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
+
+
+def test_log_probability_is_finite_where_tanh_is_flat(learner):
+    with torch.no_grad():
+        learner.actor.net[-2].bias.fill_(50.0)
+    actions, log_prob = learner.actor.sample(torch.zeros(1, 3), torch.zeros(1, 2))
+    assert (actions == 1).all() and log_prob.isfinite().all()
+
+
+def test_each_loss_trains_its_own_network_only(learner, args):
+    batch, noise = random_batch(), draws()
+    temperature = learner.actor.log_temperature.exp()
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    networks = {
+        "critic": list(learner.critic.parameters()),
+        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
+        "temperature": [learner.actor.log_temperature],
+    }
+    losses = {
+        "critic": mopo.critic_loss(learner, batch, noise[0], args)[0],
+        "actor": mopo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        "temperature": mopo.temperature_loss(temperature, log_prob, -2.0)[0],
+    }
+    for name, loss in losses.items():
+        for other, parameters in networks.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+            assert touched == (name == other), f"{name} loss and {other}"
+
+
+def test_update_leaves_the_dynamics_alone_and_the_target_follows(learner, args):
+    models = [*learner.dynamics.parameters(), *learner.training_dynamics.parameters()]
+    frozen = [parameter.clone() for parameter in models]
+    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
+    mopo.update(learner, random_batch(), 1, args)
+    assert all(map(torch.equal, frozen, models))
+    followed = learner.critic.parameters()
+    for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
+        torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+# --- Runs ---
+
+
+@pytest.mark.parametrize(("real_ratio", "num_real"), [("0", 0), ("0.25", 4), ("1", 16)])
+def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_path, pendulum):
+    batches, total_loss = [], mopo.total_loss
+
+    def spy(learner, batch, noise, args):
+        batches.append(batch)
+        return total_loss(learner, batch, noise, args)
+
+    monkeypatch.setitem(mopo.update.__kwdefaults__, "total_loss", spy)
+    arguments = ["--batch-size", "16", "--real-ratio", real_ratio, "--num-updates", "4", "--dynamics-hidden-dims", "8"]
+    arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+    run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert len(batches) == 4
+    data = pendulum.transitions
+    for batch in batches:
+        assert batch.rewards.shape == (16,)
+        real = torch.isin(batch.rewards, data.rewards)
+        real &= torch.isin(batch.next_observations[:, 0], data.next_observations[:, 0])
+        assert real[:num_real].all() and not real[num_real:].any()
+
+
+def test_uncertainty_is_logged_on_data_and_on_rollouts(tmp_path, pendulum):
+    arguments = ["--num-updates", "4", "--dynamics-hidden-dims", "8", "--rollout-batch-size", "50"]
+    arguments += ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-every", "3"]
+    run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    for name in ("u/data_mean", "u/data_p95", "u/data_max", "u/rollouts_mean", "u/rollouts_p95", "u/rollouts_max"):
+        values = {int(row[0]): row[header.index(name)] for row in rows}
+        assert float(values[1]) > 0 and float(values[4]) > 0
