@@ -24,7 +24,6 @@ Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/awr.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -127,7 +127,7 @@ class Learner(NamedTuple):
     actor: Actor
     value: Value
     target_value: Value  # V as it was when the returns were last computed: a resumed run computes the same ones
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -139,7 +139,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
         {"params": value.parameters(), "lr": args.value_learning_rate},
     ]
     target_value = copy.deepcopy(value).requires_grad_(False)
-    return Learner(actor, value, target_value, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, value, target_value, Adam(groups))
 
 
 # --- Returns --------------------------------------------------------------------------------------------------------
@@ -225,12 +225,12 @@ def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
     return loss_v + loss_pi, losses | metrics_v | metrics_pi
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of the two networks. `step` counts from 1."""
     loss, metrics = total_loss(learner, batch, args)
-    learner.optimizer.zero_grad()
     loss.backward()
     learner.optimizer.step()
+    learner.optimizer.zero_grad()
     return metrics
 
 

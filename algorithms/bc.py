@@ -12,7 +12,6 @@ Run: python algorithms/bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bc.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -75,14 +75,14 @@ class Learner(NamedTuple):
     """Everything that training changes; a checkpoint holds the state_dict of each."""
 
     actor: Actor
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
     """A fresh network and its optimiser."""
     actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
     groups = [{"params": actor.parameters(), "lr": args.learning_rate}]
-    return Learner(actor, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -97,12 +97,12 @@ def actor_loss(learner: Learner, batch: Batch) -> tuple[Tensor, Metrics]:
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args, *, actor_loss: Callable = actor_loss) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of the actor. `step` counts from 1."""
     loss, metrics = actor_loss(learner, batch)
-    learner.optimizer.zero_grad()
     loss.backward()
     learner.optimizer.step()
+    learner.optimizer.zero_grad()
     return metrics
 
 

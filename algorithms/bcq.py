@@ -24,7 +24,6 @@ Run: python algorithms/bcq.py --dataset-id anchorl/pendulum/mixed-v0
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,10 +31,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bcq.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -203,7 +204,7 @@ class Learner(NamedTuple):
     encoder: Encoder
     target_perturbation: Perturbation
     target_critic: Critic
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -217,7 +218,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     ]
     target_perturbation = copy.deepcopy(actor.perturbation).requires_grad_(False)
     target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
-    return Learner(actor, encoder, target_perturbation, target_critic, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, encoder, target_perturbation, target_critic, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -263,42 +264,36 @@ def actor_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     with torch.no_grad():
         sampled = learner.actor.decoder(batch.observations, noise.clamp(-args.latent_clip, args.latent_clip))
     actions = learner.actor.perturbation(batch.observations, sampled)
-    loss = -learner.actor.critic(batch.observations, actions, twins=1).mean()  # Q_1 alone
+    critic = learner.actor.critic
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    loss = -functional_call(critic, constants, (batch.observations, actions, 1)).mean()  # Q_1 alone
     return loss, {"actor/loss": loss.detach(), "actor/perturbation": (actions.detach() - sampled).abs().mean()}
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(
-    learner: Learner,
-    batch: Batch,
-    step: int,
-    args: Args,
-    *,
-    vae_loss: Callable = vae_loss,
-    critic_loss: Callable = critic_loss,
-    actor_loss: Callable = actor_loss,
-) -> Metrics:
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_VAE + L_Q + L_xi. Each reaches the weights of its own networks only, so one backward pass serves all."""
+    loss_vae, metrics_vae = vae_loss(learner, batch, noise[0], args)
+    loss_pi, metrics_pi = actor_loss(learner, batch, noise[1], args)
+    loss_q, metrics_q = critic_loss(learner, batch, noise[2:], args)
+    return loss_vae + loss_q + loss_pi, metrics_vae | metrics_q | metrics_pi
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of the three networks, then the targets follow. `step` counts from 1."""
     actor, _, target_perturbation, target_critic, optimizer = learner
-    shape = len(batch.rewards), actor.latents.shape[1]
-    optimizer.zero_grad()
-    loss, metrics = vae_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
+    shape = 2 + args.num_target_actions, len(batch.rewards), actor.latents.shape[1]
+    loss, metrics = total_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
     loss.backward()
-
-    noise = torch.randn(args.num_target_actions, *shape, device=batch.actions.device)
-    loss, metrics_q = critic_loss(learner, batch, noise, args)
-    loss.backward()
-
-    loss, metrics_pi = actor_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
-    loss.backward(inputs=list(actor.perturbation.parameters()))  # through the critic, but not into it
     optimizer.step()
+    optimizer.zero_grad()
 
     with torch.no_grad():  # target <- target + tau (network - target)
         torch._foreach_lerp_(list(target_perturbation.parameters()), list(actor.perturbation.parameters()), args.tau)
         torch._foreach_lerp_(list(target_critic.parameters()), list(actor.critic.parameters()), args.tau)
-    return metrics | metrics_q | metrics_pi
+    return metrics
 
 
 # --- Main -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (R
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +45,7 @@ from torch.nn.functional import softplus
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/cql.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -185,7 +185,7 @@ class Learner(NamedTuple):
     target_critic: Critic
     temperature: Coefficient
     multiplier: Coefficient  # of cql_alpha: 1 unless --lagrange trains it
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -198,7 +198,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
         {"params": [*critic.parameters(), *multiplier.parameters()], "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, temperature, multiplier, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, critic, target_critic, temperature, multiplier, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -308,16 +308,16 @@ def total_loss(learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, a
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
     shape = args.num_samples, *batch.actions.shape
     uniform = torch.rand(shape, device=batch.actions.device) * 2 - 1
     noise = torch.randn(2, *shape, device=batch.actions.device)
 
     loss, metrics = total_loss(learner, batch, uniform, noise, args)
-    learner.optimizer.zero_grad()
     loss.backward()
     learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
     with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
         torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)

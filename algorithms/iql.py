@@ -19,7 +19,6 @@ Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -154,7 +154,7 @@ class Learner(NamedTuple):
     critic: Critic
     target_critic: Critic
     value: Value
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -168,7 +168,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
         {"params": value.parameters(), "lr": args.value_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, value, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, critic, target_critic, value, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -217,16 +217,18 @@ def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
     return loss_v + loss_q + loss_pi, losses | metrics_v | metrics_q | metrics_pi
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
-    """One gradient step of the three networks, then the target critic follows the critic. `step` counts from 1."""
-    if args.cosine_decay:
-        rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
-        learner.optimizer.param_groups[0]["lr"] = rate
+def decay_learning_rate(learner: Learner, step: int, args: Args) -> None:
+    """The actor's falls to zero along half a cosine."""
+    rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
+    learner.optimizer.param_groups[0]["lr"].fill_(rate)
 
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of the three networks, then the target critic follows the critic. `step` counts from 1."""
     loss, metrics = total_loss(learner, batch, args)
-    learner.optimizer.zero_grad()
     loss.backward()
     learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
     with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
         torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
@@ -254,6 +256,8 @@ def main(args: Args) -> None:
     train = compiled(update, args, device)
     run = Run(args, buffer, learner)
     for step in run.steps():
+        if args.cosine_decay:
+            decay_learning_rate(learner, step, args)
         metrics = train(learner, buffer.sample(args.batch_size), step, args)
 
         if evaluating := run.is_due(step, args.eval_every):

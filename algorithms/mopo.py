@@ -31,7 +31,6 @@ Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +44,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/mopo.py` finds common/
 from common.datasets import check, load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, load_part, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
 from common.terminations import TERMINATION_RULES, termination_rule
 
@@ -238,8 +238,8 @@ class Learner(NamedTuple):
     dynamics: Dynamics  # each member as it was when its error on held-out data was least
     training_dynamics: Dynamics
     model_buffer: RingBuffer
-    dynamics_optimizer: torch.optim.Adam
-    optimizer: torch.optim.Adam
+    dynamics_optimizer: Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -259,8 +259,8 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    dynamics_optimizer = torch.optim.Adam(groups_d, lr=args.dynamics_learning_rate, fused=True)
-    optimizer = torch.optim.Adam(groups, fused=True)
+    dynamics_optimizer = Adam(groups_d, args.dynamics_learning_rate)
+    optimizer = Adam(groups)
     return Learner(actor, critic, target_critic, best, dynamics, model_buffer, dynamics_optimizer, optimizer)
 
 
@@ -283,14 +283,12 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
 
 
-def dynamics_update(
-    learner: Learner, x: Tensor, z: Tensor, terminations: Tensor, *, dynamics_loss: Callable = dynamics_loss
-) -> Metrics:
+def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor) -> Metrics:
     """One gradient step of all members, each on its own transitions."""
     loss, metrics = dynamics_loss(learner.training_dynamics, x, z, terminations)
-    learner.dynamics_optimizer.zero_grad()
     loss.backward()
     learner.dynamics_optimizer.step()
+    learner.dynamics_optimizer.zero_grad()
     return metrics
 
 
@@ -445,13 +443,13 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args, *, total_loss: Callable = total_loss) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
     noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
     loss, metrics = total_loss(learner, batch, noise, args)
-    learner.optimizer.zero_grad()
     loss.backward()
     learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
     with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
         torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)

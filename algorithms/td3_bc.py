@@ -19,7 +19,6 @@ Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
 import copy
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/td3_bc.py` finds common/
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
@@ -133,7 +133,7 @@ class Learner(NamedTuple):
     critic: Critic
     target_actor: Actor
     target_critic: Critic
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
 
 def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
@@ -146,7 +146,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     ]
     target_actor = copy.deepcopy(actor).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_actor, target_critic, torch.optim.Adam(groups, fused=True))
+    return Learner(actor, critic, target_actor, target_critic, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -180,27 +180,19 @@ def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(
-    learner: Learner,
-    batch: Batch,
-    step: int,
-    args: Args,
-    *,
-    critic_loss: Callable = critic_loss,
-    actor_loss: Callable = actor_loss,
-) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of the critic; every `policy_every`-th, also of actor and targets. `step` counts from 1."""
     actor, critic, target_actor, target_critic, optimizer = learner
     loss, metrics = critic_loss(learner, batch, torch.randn_like(batch.actions), args)
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()  # the actor has no gradient, so Adam passes it over
+    optimizer.zero_grad()
 
     if step % args.policy_every == 0:
         loss, metrics_pi = actor_loss(learner, batch, args)
-        optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # through the critic, but not into it
         optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():  # target <- target + tau (network - target)
             torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.tau)
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -163,20 +162,17 @@ def set_up(args: ExperimentArgs) -> torch.device:
 
 
 def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Callable:
-    """`update` as it is, or with --compile its losses (its keyword-only arguments) each as one compiled graph.
-
-    The optimiser's step stays outside, one fused kernel as it is: inside, it breaks the graph or, worse, does nothing.
-    """
+    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets."""
     if not args.compile:
         return update
-    parameters = inspect.signature(update).parameters.values()
-    losses = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
+    torch._inductor.config.fallback_random = True  # the same random numbers as without --compile
     mode = "reduce-overhead" if device.type == "cuda" else None  # on a GPU: CUDA graphs
-    graphs = {name: torch.compile(loss, fullgraph=True, mode=mode) for name, loss in losses.items()}
+    graph = torch.compile(update, fullgraph=True, mode=mode)
 
     def compiled_update(*arguments: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # until the next one, what CUDA graphs return is not overwritten
-        return update(*arguments, **graphs)
+        return graph(*arguments)
 
     return compiled_update
 

@@ -113,7 +113,7 @@ def test_the_buffer_holds_returns_of_the_datas_own_rewards(monkeypatch, tmp_path
 
     awr_total_loss = awr.total_loss
     monkeypatch.setattr(awr, "td_lambda_returns", spy)
-    monkeypatch.setitem(awr.update.__kwdefaults__, "total_loss", total_loss)
+    monkeypatch.setattr(awr, "total_loss", total_loss)
     arguments = ["--num-updates", "25", "--returns-every", "10", "--batch-size", "8", "--hidden-dims", "8"]
     run = run_script("awr", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr

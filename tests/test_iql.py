@@ -110,11 +110,15 @@ def test_each_loss_trains_its_own_network_only(learner, args):
             assert touched == (name == other), f"{name} loss and {other}"
 
 
-def test_update_moves_the_target_by_tau_and_decays_the_actors_rate(learner, args):
+def test_update_moves_the_target_by_tau(learner, args):
     before = [parameter.clone() for parameter in learner.target_critic.parameters()]
     iql.update(learner, random_batch(), 51, args)
     after, online = learner.target_critic.parameters(), learner.critic.parameters()
     for old, new, target in zip(before, after, online, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
-    rates = [group["lr"] for group in learner.optimizer.param_groups]
+
+
+def test_the_actors_learning_rate_decays(learner, args):
+    iql.decay_learning_rate(learner, 51, args)
+    rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     assert rates == pytest.approx([args.actor_learning_rate / 2, args.critic_learning_rate, args.value_learning_rate])

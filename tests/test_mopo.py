@@ -151,7 +151,7 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
         batches.append(batch)
         return total_loss(learner, batch, noise, args)
 
-    monkeypatch.setitem(mopo.update.__kwdefaults__, "total_loss", spy)
+    monkeypatch.setattr(mopo, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", real_ratio, "--num-updates", "4", "--dynamics-hidden-dims", "8"]
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
     run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
