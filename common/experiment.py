@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -57,7 +58,7 @@ class ExperimentArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one"""
     compile: bool = False
-    """compile the losses with torch.compile; with CUDA graphs on a GPU"""
+    """make each update one graph with torch.compile; on a GPU with CUDA graphs"""
     run_dir: Path | None = None
     """folder of the run; default: runs/<algorithm>/<dataset>/<seed>-<time>"""
     resume: bool = False
@@ -162,8 +163,19 @@ def set_up(args: ExperimentArgs) -> torch.device:
 
 
 def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Callable:
-    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets."""
+    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets.
+
+    Where that cannot be, one line says so and training goes on without.
+    """
     if not args.compile:
+        return update
+    compiler = os.environ.get("CXX", "g++")
+    obstacles = {
+        "this PyTorch is older than 2.13": not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+        f"there is no C++ compiler {compiler!r}": device.type == "cpu" and shutil.which(compiler) is None,
+    }
+    if reasons := [reason for reason, holds in obstacles.items() if holds]:
+        print(f"warning: --compile: {reasons[0]}; training goes on without", file=sys.stderr, flush=True)
         return update
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     torch._inductor.config.fallback_random = True  # the same random numbers as without --compile

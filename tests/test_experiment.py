@@ -528,3 +528,10 @@ def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, doubl
         assert not all(map(torch.equal, initial, learner.actor.parameters()))
     for eager, graph in zip(*finals, strict=True):
         torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
+
+
+def test_without_a_compiler_training_goes_on_without(tmp_path):
+    arguments = ["--compile", "--num-updates", "3", *SHORT, "--run-dir", str(tmp_path / "run")]
+    run = run_script("bc", *arguments, CXX="no-such-compiler")
+    assert run.returncode == 0
+    assert "warning: --compile: there is no C++ compiler 'no-such-compiler'" in run.stderr
