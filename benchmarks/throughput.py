@@ -210,7 +210,8 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
     for mode in modes:
         ratio = statistics.median(speed / bound for speed, bound in zip(rates[mode], rates["bound"], strict=True))
         speed, bound = statistics.median(rates[mode]), statistics.median(rates["bound"])
-        rows.append([algorithm, mode, args.device, args.threads, f"{speed:.3g}", f"{bound:.3g}", f"{ratio:.3f}"])
+        rounded = [np.format_float_positional(x, precision=3, fractional=False, trim="-") for x in (speed, bound)]
+        rows.append([algorithm, mode, args.device, args.threads, *rounded, f"{ratio:.3f}"])
     return rows
 
 
