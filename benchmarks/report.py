@@ -56,7 +56,7 @@ def table(curves: Curves) -> str:
 
 def plot(curves: Curves, path: Path) -> None:
     datasets = list(dict.fromkeys(dataset_id for dataset_id, _ in curves))
-    figure = Figure(figsize=(5.5 * len(datasets), 3.6), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(datasets), 3.6), layout="constrained")
     for axes, dataset_id in zip(np.atleast_1d(figure.subplots(1, len(datasets))), datasets, strict=True):
         for algorithm in (name for found, name in curves if found == dataset_id):
             seeds = list(curves[dataset_id, algorithm].values())
@@ -67,7 +67,7 @@ def plot(curves: Curves, path: Path) -> None:
             axes.fill_between(steps, scores.min(axis=0), scores.max(axis=0), color=line.get_color(), alpha=0.15)
         axes.set(xlabel="updates", ylabel="normalised score: mean and range of seeds", title=dataset_id)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the curves, not on them
     figure.savefig(path, dpi=130)
 
 
