@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -178,6 +179,7 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
         print(f"warning: --compile: {reasons[0]}; training goes on without", file=sys.stderr, flush=True)
         return update
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # else: that a profiler cannot look into Adam's step
     torch._inductor.config.fallback_random = True  # the same random numbers as without --compile
     mode = "reduce-overhead" if device.type == "cuda" else None  # on a GPU: CUDA graphs
     graph = torch.compile(update, fullgraph=True, mode=mode)

@@ -530,6 +530,19 @@ def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, doubl
         torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo"])
+def test_a_compiled_run_resumes_to_the_same_bits(algorithm, tmp_path, pendulum):
+    arguments = ["--compile", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script(algorithm, "--num-updates", "20", *arguments, str(whole)).returncode == 0
+    assert run_script(algorithm, "--num-updates", "10", *arguments, str(stopped)).returncode == 0
+    assert run_script(algorithm, "--resume", "--num-updates", "20", "--run-dir", str(stopped)).returncode == 0
+    policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
+    assert policies[0].keys() == policies[1].keys()
+    assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+
+
 def test_without_a_compiler_training_goes_on_without(tmp_path):
     arguments = ["--compile", "--num-updates", "3", *SHORT, "--run-dir", str(tmp_path / "run")]
     run = run_script("bc", *arguments, CXX="no-such-compiler")
