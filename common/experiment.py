@@ -166,17 +166,13 @@ def set_up(args: ExperimentArgs) -> torch.device:
 def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Callable:
     """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets.
 
-    Where that cannot be, one line says so and training goes on without.
+    Without a C++ compiler, one line says so and training goes on as it is.
     """
     if not args.compile:
         return update
     compiler = os.environ.get("CXX", "g++")
-    obstacles = {
-        "this PyTorch is older than 2.13": not hasattr(torch._dynamo.config, "trace_autograd_ops"),
-        f"there is no C++ compiler {compiler!r}": device.type == "cpu" and shutil.which(compiler) is None,
-    }
-    if reasons := [reason for reason, holds in obstacles.items() if holds]:
-        print(f"warning: --compile: {reasons[0]}; training goes on without", file=sys.stderr, flush=True)
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        print(f"warning: --compile: there is no C++ compiler {compiler!r}; training goes on without", file=sys.stderr)
         return update
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # else: that a profiler cannot look into Adam's step
