@@ -4,9 +4,12 @@ The full runs, three seeds each with the default arguments, are in benchmarks/re
 """
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
-from conftest import run_script
+from conftest import run_script, start_script
 
 SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
@@ -27,14 +30,17 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, pendulum):
-    """The result.json of one run of each algorithm."""
-    found = {}
-    for algorithm, arguments in RUNS.items():
-        folder = tmp_path_factory.mktemp("learning") / algorithm
-        run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
-        assert run.returncode == 0, run.stderr
-        found[algorithm] = json.loads((folder / "result.json").read_text())
-    return found
+    """The result.json of one run of each algorithm, two side by side."""
+    parent = tmp_path_factory.mktemp("learning")
+
+    def train(algorithm):
+        process = start_script(algorithm, *SMALL, *RUNS[algorithm], "--run-dir", str(parent / algorithm))
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return json.loads((parent / algorithm / "result.json").read_text())
+
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"), ThreadPoolExecutor(2) as pool:
+        return dict(zip(RUNS, pool.map(train, RUNS), strict=True))
 
 
 def test_behaviour_cloning_learns_the_average_of_the_data(results):
