@@ -407,7 +407,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = (q - target).square().mean(dim=1).sum()
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
