@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/awr.py` finds common/
+from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 

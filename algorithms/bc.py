@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bc.py` finds common/
+from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
@@ -90,7 +92,7 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
 
 def actor_loss(learner: Learner, batch: Batch) -> tuple[Tensor, Metrics]:
     """L_pi = E[ |pi(s) - a|^2 ], averaged over the action's dimensions"""
-    loss = (learner.actor(batch.observations) - batch.actions).square().mean()
+    loss = F.mse_loss(learner.actor(batch.observations), batch.actions)
     return loss, {"actor/loss": loss.detach()}
 
 

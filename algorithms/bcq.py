@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bcq.py` finds common/
+from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
@@ -232,7 +234,7 @@ def vae_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple
     """
     mean, log_std = learner.encoder(batch.observations, batch.actions)
     std = log_std.exp()
-    reconstruction = (learner.actor.decoder(batch.observations, mean + std * noise) - batch.actions).square().mean()
+    reconstruction = F.mse_loss(learner.actor.decoder(batch.observations, mean + std * noise), batch.actions)
     kl = (0.5 * (mean.square() + std.square() - 1) - log_std).mean()
     loss = reconstruction + args.kl_weight * kl
     return loss, {"vae/loss": loss.detach(), "vae/reconstruction": reconstruction.detach(), "vae/kl": kl.detach()}
@@ -252,7 +254,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = (args.q_mix * lower + (1 - args.q_mix) * higher).amax(dim=0)  # [batch], of the best sample
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.actor.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = (q - target).square().mean(dim=1).sum()
+    loss = 2 * F.mse_loss(q, target.expand_as(q))
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 

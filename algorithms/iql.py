@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/iql.py` finds common/
+from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
@@ -193,7 +195,7 @@ def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tup
         next_value = value(batch.next_observations)  # of s' itself: no action is needed
         target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = critic(batch.observations, batch.actions)  # [2, batch]
-    return (q - target).square().mean(dim=1).sum(), {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+    return 2 * F.mse_loss(q, target.expand_as(q)), {"critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float) -> tuple[Tensor, Metrics]:

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/td3_bc.py` finds common/
+from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, compiled, launch, set_up
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
@@ -163,7 +165,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = (q - target).square().mean(dim=1).sum()
+    loss = 2 * F.mse_loss(q, target.expand_as(q))
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
@@ -172,7 +174,7 @@ def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
     actions = learner.actor(batch.observations)
     q = learner.critic(batch.observations, actions, twins=1)  # Q_1 alone
     lambda_ = args.alpha / q.detach().abs().mean()  # a constant of the loss: no gradient
-    imitation = (actions - batch.actions).square().mean()
+    imitation = F.mse_loss(actions, batch.actions)
     loss = -lambda_ * q.mean() + imitation
     return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean(), "actor/imitation": imitation.detach()}
 

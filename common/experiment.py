@@ -5,11 +5,9 @@ import csv
 import dataclasses
 import io
 import json
-import logging
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -60,6 +58,8 @@ class ExperimentArgs:
     """auto takes CUDA where there is one"""
     compile: bool = False
     """make each update one graph with torch.compile; on a GPU with CUDA graphs"""
+    precision: Literal["float32", "bf16"] = "float32"
+    """of matrix products; bf16 is for GPUs and for processors with AVX512-BF16 or AMX, and slower elsewhere"""
     run_dir: Path | None = None
     """folder of the run; default: runs/<algorithm>/<dataset>/<seed>-<time>"""
     resume: bool = False
@@ -131,7 +131,12 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
     for name in names - {"run_dir"}:
         setattr(before, name, tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
     args = _parse(args_class, command_line, default=before)
-    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {"dataset_id", "seed", "batch_size"}
+    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {
+        "dataset_id",
+        "seed",
+        "batch_size",
+        "precision",
+    }
     for name in sorted(names - plumbing):
         value = getattr(before, name)
         rule = f"the run in {args.run_dir} has {value}; start a new run to change it"
@@ -161,30 +166,6 @@ def set_up(args: ExperimentArgs) -> torch.device:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, so that glibc keeps later blocks of this size: their
     # pages, handed to the system and back at every update, cost BCQ and CQL up to a tenth of their speed
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Callable:
-    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets.
-
-    Without a C++ compiler, one line says so and training goes on as it is.
-    """
-    if not args.compile:
-        return update
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        print(f"warning: --compile: there is no C++ compiler {compiler!r}; training goes on without", file=sys.stderr)
-        return update
-    torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # else: that a profiler cannot look into Adam's step
-    torch._inductor.config.fallback_random = True  # the same random numbers as without --compile
-    mode = "reduce-overhead" if device.type == "cuda" else None  # on a GPU: CUDA graphs
-    graph = torch.compile(update, fullgraph=True, mode=mode)
-
-    def compiled_update(*arguments: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # until the next one, what CUDA graphs return is not overwritten
-        return graph(*arguments)
-
-    return compiled_update
 
 
 class Run:
@@ -343,8 +324,8 @@ class Run:
         self._write_json("result.json", result)
         if final:
             self._replace("learning_curve.png", lambda path: _plot(path, self.args, self.evaluations, average))
-        if self.environments is not None:
-            self.environments.close()
+        for environment in self.environments or ():
+            environment.close()
         self.tracker.finish(result)
         outcome = f"{_headline(final) if final else 'not evaluated'}, dataset average {_headline(average)}"
         print(

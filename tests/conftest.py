@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 sys.path.append(str(ROOT / "algorithms"))
 
+SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
+MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "2048"]
+MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollout-every", "100"]
+SHORTER = {"mopo": MODEL, "combo": MODEL}
+
 # one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order
 os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 torch.set_num_threads(1)

@@ -1,0 +1,180 @@
+"""--compile and --precision: the same training, faster. What needs a GPU skips without one."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import ALGORITHMS, SHORT, SHORTER, run_script
+from torch import Tensor
+
+from common.compile import _eager_seconds, _say_when_it_pays_off, compiled
+from common.replay_buffer import Batch
+
+CUDA = torch.device("cuda")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [(name, {}) for name in ALGORITHMS] + [("cql", {"variant": "rho", "lagrange": True}), ("cql", {"variant": "var"})],
+)
+def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, double_precision):
+    """Compiled losses must train to the same weights, or their speed means nothing.
+
+    In double precision: Adam turns the rounding of a gradient near zero into a step as long as any other.
+    """
+    module, device = importlib.import_module(algorithm), torch.device("cpu")
+    finals = []
+    for compile in (False, True):
+        args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, **arguments)
+        torch.manual_seed(0)
+        learner = module.build(3, 1, args, device)
+        initial = [weight.clone() for weight in learner.actor.parameters()]
+        train = compiled(module.update, args, device)
+        for step in range(1, 31):
+            train(learner, Batch(*(tensor.double() for tensor in pendulum.sample(64))), step, args)
+        finals.append(
+            [
+                weight.detach().clone()
+                for part in learner
+                if isinstance(part, torch.nn.Module)
+                for weight in part.parameters()
+            ]
+        )
+        assert not all(map(torch.equal, initial, learner.actor.parameters()))
+    for eager, graph in zip(*finals, strict=True):
+        torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo"])
+def test_a_compiled_run_resumes_to_the_same_bits(algorithm, tmp_path, pendulum):
+    arguments = ["--compile", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script(algorithm, "--num-updates", "20", *arguments, str(whole)).returncode == 0
+    assert run_script(algorithm, "--num-updates", "10", *arguments, str(stopped)).returncode == 0
+    assert run_script(algorithm, "--resume", "--num-updates", "20", "--run-dir", str(stopped)).returncode == 0
+    policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
+    assert policies[0].keys() == policies[1].keys()
+    assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+
+
+def test_without_a_compiler_training_goes_on_without(tmp_path):
+    arguments = ["--compile", "--num-updates", "3", *SHORT, "--run-dir", str(tmp_path / "run")]
+    run = run_script("bc", *arguments, CXX="no-such-compiler")
+    assert run.returncode == 0
+    assert "warning: --compile: there is no C++ compiler 'no-such-compiler'" in run.stderr
+
+
+def test_trying_eager_updates_changes_nothing(pendulum):
+    module, device = importlib.import_module("td3_bc"), torch.device("cpu")
+    args = module.Args(hidden_dims=(16, 16))
+    learner = module.build(3, 1, args, device)
+    module.update(learner, pendulum.sample(64), 2, args)
+    weights = [weight.clone() for part in learner[:4] for weight in part.parameters()]
+    steps = [group["step"].clone() for group in learner.optimizer.param_groups]
+    random_state = torch.get_rng_state()
+    assert _eager_seconds(module.update, learner, (pendulum.transitions, 3, args), device) > 0
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(map(torch.equal, weights, [weight for part in learner[:4] for weight in part.parameters()]))
+    assert steps == [group["step"] for group in learner.optimizer.param_groups]
+
+
+def test_when_a_graph_pays_off_is_said(capsys):
+    """The first calls took 12 s, each later one saves 4 ms: 3,000 of them are needed."""
+    _say_when_it_pays_off("update", [0.006, 11.986, *[0.002] * 28])
+    expected = "update became a graph in 12 s; a call takes 2.00 ms, without 6.00 ms: pays off after 3,000 of them"
+    assert expected in capsys.readouterr().err
+    _say_when_it_pays_off("update", [0.001, 12.0, *[0.002] * 28])
+    assert "does not pay off" in capsys.readouterr().err
+
+
+# --- Precision ---
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bf16_rounds_the_products_alone(algorithm, pendulum):
+    """Weights stay float32; an update is near float32's, and not the same."""
+    module, device = importlib.import_module(algorithm), torch.device("cpu")
+    steps = []
+    for precision in ("float32", "bf16"):
+        args = module.Args(hidden_dims=(16, 16), precision=precision, batch_size=64)
+        torch.manual_seed(0)
+        learner = module.build(3, 1, args, device)
+        before = torch.cat([weight.detach().flatten() for weight in learner.actor.parameters()])
+        metrics = compiled(module.update, args, device)(learner, pendulum.sample(64), 2, args)
+        weights = list(learner.actor.parameters())
+        assert all(weight.dtype == torch.float32 for weight in weights)
+        assert all(value.isfinite() for value in metrics.values())
+        steps.append(torch.cat([weight.detach().flatten() for weight in weights]) - before)
+    assert not torch.equal(*steps)
+    # Adam's first step is the sign of the gradient: rounding turns few of them
+    assert (steps[0].sign() == steps[1].sign()).float().mean() > 0.9
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path):
+    folder = str(tmp_path / "run")
+    assert run_script("bc", "--num-updates", "2", *SHORT, "--precision", "bf16", "--run-dir", folder).returncode == 0
+    run = run_script("bc", "--num-updates", "4", "--resume", "--run-dir", folder, "--precision", "float32")
+    assert run.returncode == 2
+    assert "--precision float32: the run in" in run.stderr
+
+
+# --- GPU ---
+
+
+def train_on_cuda(algorithm: str, compile: bool, num_updates: int, sync_debug_mode: str = "default") -> list[Tensor]:
+    """The weights after updates on batches that are the same in every call; the third and later ones are watched."""
+    module = importlib.import_module(algorithm)
+    args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, device="cuda")
+    torch.manual_seed(0)
+    learner = module.build(3, 1, args, CUDA)
+    update = compiled(module.update, args, CUDA)
+    for step in range(1, num_updates + 1):
+        x = torch.randn(64, 9, device=CUDA)
+        batch = Batch(x[:, :3], x[:, 3:4].tanh(), x[:, 4], x[:, 5:8], (x[:, 8] > 1).to(x.dtype))
+        torch.cuda.set_sync_debug_mode(sync_debug_mode if step > 2 else "default")
+        update(learner, batch, step, args)
+    torch.cuda.set_sync_debug_mode("default")
+    networks = [part for part in learner if isinstance(part, torch.nn.Module)]
+    return [weight.detach().clone() for network in networks for weight in network.parameters()]
+
+
+@needs_cuda
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_update_never_waits_for_the_device(algorithm):
+    try:
+        train_on_cuda(algorithm, False, 4, sync_debug_mode="error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_cuda_graphs_train_to_eagers_weights(algorithm, double_precision):
+    eager, graph = (train_on_cuda(algorithm, compile, 35) for compile in (False, True))
+    for expected, found in zip(eager, graph, strict=True):
+        torch.testing.assert_close(expected, found, atol=1e-9, rtol=1e-7)
+
+
+@needs_cuda
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_on_the_device_can_be_resumed(algorithm, tmp_path, pendulum):
+    """Sums on a GPU may go in another order, so not to the same bits."""
+    arguments = ["--device", "cuda", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script(algorithm, "--num-updates", "20", *arguments, str(whole)).returncode == 0
+    assert run_script(algorithm, "--num-updates", "10", *arguments, str(stopped)).returncode == 0
+    assert run_script(algorithm, "--resume", "--num-updates", "20", "--run-dir", str(stopped)).returncode == 0
+    policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
+    for name in policies[0]:
+        torch.testing.assert_close(policies[0][name], policies[1][name], atol=1e-4, rtol=1e-3)
