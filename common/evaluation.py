@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 
 from common.datasets import BadInput, Dataset, check, flat_observation_dim, flatten_observations, one_line
@@ -119,7 +118,7 @@ class _BestCandidate(nn.Module):
         return candidates.take_along_dim(best[None, :, None], dim=0)[0]
 
 
-def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | None:
+def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | None:
     """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
 
     The id is looked up in Gymnasium's registry; an entry point that a dataset names is never imported. Raises BadInput
@@ -137,15 +136,13 @@ def make_environments(dataset: Dataset, num_episodes: int) -> SyncVectorEnv | No
     kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
     limit = dataset.max_episode_steps or gym.registry[env_id].max_episode_steps or 1000  # or an episode may never end
 
-    def make() -> gym.Env:
-        return gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-
     try:
-        environments = SyncVectorEnv([make] * num_episodes)
+        environments = [
+            gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs) for _ in range(num_episodes)
+        ]
     except Exception as error:  # a missing simulator raises whatever its binding raises
         return _skip(f"environment {env_id!r} cannot be made ({one_line(error)})")
-    observation_space, action_space = environments.single_observation_space, environments.single_action_space
-    found = flat_observation_dim(observation_space), *(action_space.shape or ())
+    found = flat_observation_dim(environments[0].observation_space), *(environments[0].action_space.shape or ())
     expected = dataset.observation_dim, len(dataset.action_low)
     check(
         found == expected,
@@ -158,17 +155,35 @@ def _skip(reason: str) -> Any:
     print(f"warning: {reason}: training goes on without evaluation", file=sys.stderr, flush=True)
 
 
-def evaluate(policy: Policy, environments: SyncVectorEnv) -> np.ndarray:
+def evaluate(policy: Policy, environments: list[gym.Env]) -> np.ndarray:
     """Undiscounted returns [num_envs], one episode of each environment copy, reset with a fixed seed of its own."""
-    num_envs = environments.num_envs
-    observations, _ = environments.reset(seed=[EVALUATION_SEED + index for index in range(num_envs)])
-    returns, running = np.zeros(num_envs), np.ones(num_envs, dtype=bool)
-    while running.any():
-        actions = policy(flatten_observations(observations, environments.single_observation_space))
-        observations, rewards, terminations, truncations, _ = environments.step(actions)
-        returns += rewards * running  # a copy that has finished starts over, and counts no more
-        running &= ~(terminations | truncations)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
+    try:
+        return _play(policy, environments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _play(policy: Policy, environments: list[gym.Env]) -> np.ndarray:
+    resets = (environment.reset(seed=EVALUATION_SEED + index) for index, environment in enumerate(environments))
+    observations = [_flat(environment, reset[0]) for environment, reset in zip(environments, resets, strict=True)]
+    returns, running = np.zeros(len(environments)), list(range(len(environments)))
+    while running:  # one call of the policy for all the episodes that have not ended
+        actions = policy(np.stack([observations[index] for index in running]))
+        ended = set()
+        for index, action in zip(running, actions, strict=True):
+            observation, reward, terminated, truncated, _ = environments[index].step(action)
+            observations[index] = _flat(environments[index], observation)
+            returns[index] += float(reward)
+            if terminated or truncated:
+                ended.add(index)
+        running = [index for index in running if index not in ended]
     return returns
+
+
+def _flat(environment: gym.Env, observation: Any) -> np.ndarray:
+    return flatten_observations(observation, environment.observation_space)
 
 
 def normalized_score(returns: float, dataset: Dataset) -> float | None:

@@ -1,0 +1,78 @@
+"""Seconds that an evaluation takes, beside the environments' own: the same actions, without policy or bookkeeping.
+
+A policy of 256 x 256 with random weights, ten episodes at once. Both take turns; the ratio is the median over rounds.
+
+Run: python benchmarks/evaluation.py
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+import td3_bc
+
+from common.datasets import Dataset
+from common.evaluation import EVALUATION_SEED, Policy, evaluate, make_environments
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"
+    """with Box observations and actions; MuJoCo's need pip install -e '.[mujoco]'"""
+    num_episodes: int = 10
+    """at once"""
+    rounds: int = 9
+    """times that the two take turns"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    copies = [gym.make(args.env_id) for _ in range(args.num_episodes)]
+    observation_space, action_space = copies[0].observation_space, copies[0].action_space
+    assert isinstance(observation_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)
+    (observation_dim,), (action_dim,) = observation_space.shape, action_space.shape
+    low, high = action_space.low, action_space.high
+    dataset = Dataset("random", 0, observation_dim, low, high, lambda: iter(()), env_id=args.env_id)
+    environments = make_environments(dataset, args.num_episodes)
+    assert environments is not None
+    torch.manual_seed(0)
+    actor = td3_bc.Actor(observation_dim, action_dim, (256, 256))
+    policy = Policy(actor, torch.zeros(observation_dim), torch.ones(observation_dim), low, high)
+    actions: list[np.ndarray] = []
+
+    def recorded(observations: np.ndarray) -> np.ndarray:
+        actions.append(policy(observations))
+        return actions[-1]
+
+    evaluate(recorded, environments)  # type: ignore[arg-type]
+    rows = []
+    for _ in range(args.rounds):
+        began = time.perf_counter()
+        evaluate(policy, environments)
+        evaluated = time.perf_counter() - began
+        for index, copy in enumerate(copies):
+            copy.reset(seed=EVALUATION_SEED + index)
+        began = time.perf_counter()
+        for step in actions:
+            for copy, action in zip(copies, step, strict=True):
+                copy.step(action)
+        rows.append((evaluated, time.perf_counter() - began))
+    ratio = statistics.median(evaluated / alone for evaluated, alone in rows)
+    evaluated, alone = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(
+        f"{args.num_episodes} episodes of {args.env_id}, {len(actions)} steps: evaluation {evaluated:.2f} s, "
+        f"environments alone {alone:.2f} s, ratio {ratio:.2f} ({torch.get_num_threads()} threads)"
+    )
+
+
+if __name__ == "__main__":
+    main()
