@@ -6,17 +6,20 @@ The products of one update are recorded on their way to the kernels and replayed
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
+--peers adds d3rlpy's rows, measured by d3rlpy_speed.py.
+
 Run: python benchmarks/throughput.py --compile --csv benchmarks/results/throughput.csv
 """
 
 import csv
 import importlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+from common.compile import compiled
 from common.datasets import Dataset, Episode
-from common.experiment import compiled, set_up
+from common.experiment import set_up
 from common.replay_buffer import ReplayBuffer
 
+PEERS = "bc", "td3_bc", "iql", "bcq", "cql"  # the algorithms that d3rlpy has, too
 COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "bound_updates_per_second", "ratio"]
 
 
@@ -65,6 +70,8 @@ class Args:
     """times that modes and bound take turns"""
     seconds: float = 1.0
     """of each measurement"""
+    peers: Path | None = None
+    """the Python of an environment with d3rlpy, to measure d3rlpy too (on the CPU)"""
 
 
 Operands = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # shape and stride of each
@@ -170,6 +177,21 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
     return calls / (time.perf_counter() - began)
 
 
+def start_peer(args: Args, algorithm: str) -> Callable[[], float]:
+    """A function that has d3rlpy measure itself, in a process of its own environment that waits in between."""
+    script = Path(__file__).with_name("d3rlpy_speed.py")
+    command = [args.peers, script, algorithm, args.observation_dim, args.action_dim, args.threads]
+    peer = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def clock() -> float:
+        assert peer.stdin is not None and peer.stdout is not None
+        print(args.seconds, file=peer.stdin, flush=True)
+        return float(peer.stdout.readline() or sys.exit(f"{args.peers} cannot run {script}: see above"))
+
+    clock()  # returns when d3rlpy, slow to import, is ready
+    return clock
+
+
 def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
     """Exits unless compiled training gives eager's weights: a speed counts only for training that happens.
 
@@ -200,10 +222,16 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
         check_equal(args, algorithm)
     steps = {mode: make_trainer(args, algorithm, buffer, mode == "compile")[0] for mode in modes}
     steps["bound"] = make_bound(args, algorithm)
-    rates: dict[str, list[float]] = {name: [] for name in steps}
+    clocks: dict[str, Callable[[], float]] = {
+        name: partial(rate, step, args.seconds, args.device) for name, step in steps.items()
+    }
+    if args.peers is not None and algorithm in PEERS:
+        modes.append("d3rlpy")
+        clocks["d3rlpy"] = start_peer(args, algorithm)
+    rates: dict[str, list[float]] = {name: [] for name in clocks}
     for round in range(args.rounds + 1):
-        for name, step in steps.items():
-            value = rate(step, args.seconds, args.device)
+        for name, clock in clocks.items():
+            value = clock()
             if round > 0:  # the first round warms up
                 rates[name].append(value)
     rows = []

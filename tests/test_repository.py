@@ -96,6 +96,7 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "throughput.py": ["--algorithms", "iql", "mopo:dynamics", "--rounds", "1", "--seconds", "0.01", "--csv", "x.csv"],
     "returns.py": ["--num-episodes", "3", "--rounds", "1"],
     "loading.py": ["--num-steps", "2000"],
+    "evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "memory.py": ["--num-steps", "2000"],
 }
 
@@ -110,8 +111,22 @@ def test_benchmarks_run(name, home, pendulum):
     assert run.returncode == 0, run.stderr
 
 
+def test_the_peers_speed_is_asked_for_by_lines(home, tmp_path):
+    """d3rlpy is not among the test's packages: a script answers as d3rlpy_speed.py would."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nwhile read seconds; do echo 12.5; done\n")
+    python.chmod(0o755)
+    words = [*BENCHMARKS["throughput.py"], "--algorithms", "bc", "--peers", python]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "throughput.py", *words], cwd=home, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", run.stdout)
+
+
 def test_every_benchmark_is_tested():
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys()
+    tried_with_its_peer = {"d3rlpy_speed.py"}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys() | tried_with_its_peer
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants authors and permalinks
