@@ -254,7 +254,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = (args.q_mix * lower + (1 - args.q_mix) * higher).amax(dim=0)  # [batch], of the best sample
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.actor.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 

@@ -195,7 +195,8 @@ def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tup
         next_value = value(batch.next_observations)  # of s' itself: no action is needed
         target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = critic(batch.observations, batch.actions)  # [2, batch]
-    return 2 * F.mse_loss(q, target.expand_as(q)), {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    return loss, {"critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float) -> tuple[Tensor, Metrics]:

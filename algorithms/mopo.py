@@ -411,7 +411,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 

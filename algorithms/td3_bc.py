@@ -165,7 +165,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
