@@ -208,7 +208,7 @@ def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
         finals.append([weight for part in learner if isinstance(part, torch.nn.Module) for weight in part.parameters()])
     difference = max(float((eager - graph).detach().abs().max()) for eager, graph in zip(*finals, strict=True))
     torch.set_default_dtype(torch.float32)
-    if difference > 1e-8:
+    if not difference <= 1e-8:  # nor NaN
         sys.exit(
             f"{algorithm}: after {num_updates} updates compiled weights differ from eager ones by {difference:.2g}"
         )

@@ -29,7 +29,7 @@ class Adam:
                     "params": parameters,
                     "lr": torch.tensor(float(group.get("lr", lr)), device=parameters[0].device),
                     "weight_decay": float(group.get("weight_decay", 0)),
-                    "step": torch.zeros((), device=parameters[0].device),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameters[0].device),
                     "means": [torch.zeros_like(parameter) for parameter in parameters],  # m, of the gradient
                     "squares": [torch.zeros_like(parameter) for parameter in parameters],  # v
                 }
