@@ -1,8 +1,8 @@
 """Updates per second of d3rlpy, for throughput.py --peers, which runs this with the Python of d3rlpy's environment.
 
 Each line on standard input asks for one measurement of that many seconds, and is answered by a line on standard output.
-Batches of 256, three hidden layers in CQL and 10 samples per state in BCQ, as in our scripts; all else, such as two
-hidden layers of 256 and CQL's 10 samples, is d3rlpy's default and ours.
+Batches of 256, three hidden layers in CQL and 10 samples per state in BCQ, as in our scripts; all else is d3rlpy's
+default, its networks then of the size of ours and its CQL's samples as many. Its CQL tunes alpha, ours does not.
 """
 
 import logging
