@@ -87,7 +87,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None) -> Dataset:
         raise BadInput(f"no dataset {dataset_id!r}: give {known}") from None
     try:
         if not (get_dataset_path(dataset_id) / "data").exists():
-            with _scratch_root(dataset_id):
+            with scratch_root(dataset_id, same_data=True):
                 _make_pendulum() if dataset_id == BUILT_IN_ID else _download(dataset_id)
     except OSError as error:
         advice = "point MINARI_DATASETS_PATH to a folder that can be written"
@@ -96,8 +96,12 @@ def load_dataset(dataset_id: str, env_id: str | None = None) -> Dataset:
 
 
 @contextlib.contextmanager
-def _scratch_root(dataset_id: str) -> Iterator[None]:
-    """Minari writes to a folder aside, which is renamed into place: killed or concurrent runs leave no half dataset."""
+def scratch_root(dataset_id: str, same_data: bool) -> Iterator[None]:
+    """Minari writes to a folder aside, which is renamed into place: killed or concurrent runs leave no half dataset.
+
+    `same_data` says that whoever else makes `dataset_id` meanwhile makes it of the same data, so that theirs will do.
+    Raises OSError if the folder cannot be written or, without `same_data`, if the dataset has come to exist.
+    """
     root = get_dataset_path()
     with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
         os.environ["MINARI_DATASETS_PATH"] = scratch  # Minari's only way to say where
@@ -108,10 +112,11 @@ def _scratch_root(dataset_id: str) -> Iterator[None]:
             os.environ["MINARI_DATASETS_PATH"] = str(root)
         for source in sorted(Path(scratch).rglob("namespace_metadata.json")):
             target = root / source.relative_to(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+            if not target.exists():  # what the user wrote of a namespace stays
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
         (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # another run was faster, and has the same data
+        with contextlib.suppress(*[OSError] if same_data else []):  # another run was faster
             os.rename(Path(scratch) / dataset_id, root / dataset_id)
 
 
@@ -141,7 +146,8 @@ def _flat_keys(space: gym.spaces.Dict) -> list[str]:
     return sorted(space)  # the order in which Minari stores them
 
 
-def _action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+def action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a vector Box of some extent."""
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
@@ -173,7 +179,7 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"cannot read dataset {dataset_id} in {path}: {one_line(error)}") from None
     try:
-        low, high = _action_bounds(dataset.action_space)
+        low, high = action_bounds(dataset.action_space)
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
@@ -231,7 +237,7 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
     known_bounds = False
     if env_id in gym.registry:
         with contextlib.suppress(gym.error.Error, ImportError), gym.make(env_id) as env:  # evaluation warns of these
-            low, high = _action_bounds(env.action_space)
+            low, high = action_bounds(env.action_space)
             known_bounds = True
             check(len(low) == dim, f"{env_id} has actions of size {len(low)}, {path} of size {dim}")
 

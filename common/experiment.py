@@ -97,10 +97,13 @@ class Diverged(RuntimeError):
     """A loss or a weight is no longer finite; the last checkpoint is from before."""
 
 
-def launch(main: Callable[[Any], None], args_class: type[ExperimentArgs]) -> None:
-    """Runs a script. Exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted; one line on stderr says why."""
+def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
+    """Runs a script. Exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted; one line on stderr says why.
+
+    `args_class` is a dataclass of arguments: a subclass of ExperimentArgs, or one of a script that trains nothing.
+    """
     try:
-        main(parse_args(args_class))
+        main(parse_args(args_class) if issubclass(args_class, ExperimentArgs) else _parse(args_class))
     except BadInput as error:
         _exit(2, f"error: {error}")
     except Diverged as error:
@@ -144,12 +147,13 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
     return args
 
 
-def _parse(args_class: type[Args], command_line: list[str] | None, default: Args) -> Args:
+def _parse(args_class: type[Any], command_line: list[str] | None = None, default: Any = None) -> Any:
     description = sys.modules[args_class.__module__].__doc__
+    defaults = {} if default is None else {"default": default}  # tyro has a mark of its own for none
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_class, args=command_line, description=description, default=default)
+            return tyro.cli(args_class, args=command_line, description=description, **defaults)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

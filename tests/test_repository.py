@@ -98,7 +98,9 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "loading.py": ["--num-steps", "2000"],
     "evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "memory.py": ["--num-steps", "2000"],
+    "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
 }
+LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 
 SLOW = {"memory.py": pytest.mark.slow}
@@ -106,6 +108,7 @@ SLOW = {"memory.py": pytest.mark.slow}
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BENCHMARKS])
 def test_benchmarks_run(name, home, pendulum):
+    (home / "logs.csv").write_text(LOGS)
     words = [sys.executable, ROOT / "benchmarks" / name, *BENCHMARKS[name]]
     run = subprocess.run(words, cwd=home, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,0 +1,309 @@
+"""A table of logs becomes a dataset with the same numbers, or one line says why not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import minari
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from common.datasets import load_dataset
+from common.evaluation import make_environments
+from common.replay_buffer import ReplayBuffer
+
+ID = "test/imported-v0"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A datasets folder of this test alone; tables are written beside it."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    return tmp_path / "datasets"
+
+
+def table(**changes):
+    """Two episodes of three rows: "b" terminates, "a" is cut. A change of None removes the column."""
+    columns = {
+        "episode": ["b", "b", "b", "a", "a", "a"],
+        "obs_10": np.arange(6) / 7,
+        "obs_2": np.arange(6) + 10.1,
+        "action_0": [-1.5, 0.3, 0.5, 0.6, 2.5, 0.1],
+        "reward": [1.0, 2.0, 3.0, 4.0, 5.0, 6.1],
+        "terminated": [False, False, True, False, False, False],
+        "truncated": [False, False, False, False, False, True],
+        "note": "of no interest",
+    }
+    return pd.DataFrame({name: values for name, values in (columns | changes).items() if values is not None})
+
+
+def following(**changes):
+    """The table with next observations; the last ones of the episodes are in no other row."""
+    values = table()
+    last = {2: (70.0, 80.0), 5: (71.0, 81.0)}
+    for index, name in enumerate(("obs_10", "obs_2")):
+        column = values[name].shift(-1)
+        for row, observation in last.items():
+            column[row] = observation[index]
+        values[f"next_{name}"] = column
+    return values.assign(**changes)
+
+
+def write(values, path):
+    values.to_csv(path, index=False) if path.suffix == ".csv" else values.to_parquet(path)
+    return path
+
+
+def import_logs(path, *arguments):
+    return run_script("benchmarks.import_logs", str(path), "--dataset-id", ID, *arguments)
+
+
+def load(dataset_id=ID):
+    return ReplayBuffer(load_dataset(dataset_id), torch.device("cpu"), normalize_observations=False)
+
+
+def imported(values, tmp_path, *arguments):
+    outcome = import_logs(write(values, tmp_path / "logs.csv"), *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    return load(), outcome.stdout
+
+
+# --- What is written ---
+
+
+def test_values_without_next_observations(tmp_path):
+    buffer, said = imported(table(), tmp_path)
+    rows = [0, 1, 2, 3, 4]  # row 5 is what row 4 led to
+    transitions = buffer.transitions
+    observations = table()[["obs_2", "obs_10"]].to_numpy(np.float32)
+    np.testing.assert_array_equal(transitions.observations, observations[rows])
+    np.testing.assert_array_equal(transitions.next_observations, observations[[1, 2, 2, 4, 5]])
+    assert transitions.rewards.tolist() == [1, 2, 3, 4, 5]
+    assert transitions.terminations.tolist() == [0, 0, 1, 0, 0]
+    assert buffer.episode_lengths.tolist() == [3, 2]
+    assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-1.5], [2.5])
+    np.testing.assert_allclose(transitions.actions[:, 0], [-1, -0.1, 0, 0.05, 1], atol=1e-6)
+    assert "observations: obs_2, obs_10\n" in said
+    assert "dropped 1 rows" in said
+    assert f"{ID}: 5 transitions in 2 episodes\n" in said
+    truncations = [episode.truncations.tolist() for episode in minari.load_dataset(ID)]
+    assert truncations == [[False, False, False], [False, True]]
+
+
+def test_values_with_next_observations(tmp_path):
+    buffer, said = imported(following(), tmp_path)
+    expected = following()[["next_obs_2", "next_obs_10"]].to_numpy(np.float32)
+    np.testing.assert_array_equal(buffer.transitions.next_observations, expected)
+    assert buffer.transitions.terminations.tolist() == [0, 0, 1, 0, 0, 0]
+    assert buffer.transitions.rewards[-1] == np.float32(6.1)
+    assert "dropped" not in said
+
+
+@pytest.mark.parametrize("changes", [{"truncated": None}, {"truncated": [0] * 6}])
+def test_an_episode_that_does_not_terminate_is_cut_by_the_end_of_the_log(tmp_path, changes):
+    buffer, _ = imported(table(**changes), tmp_path)
+    assert buffer.fingerprint == imported(table(), tmp_path, "--dataset-id", "test/again-v0")[0].fingerprint
+    assert minari.load_dataset(ID)[1].truncations.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("values", [table(), following()])
+def test_csv_and_parquet_give_the_same_dataset(tmp_path, values):
+    values["action_0"] = np.random.default_rng(0).normal(size=6)
+    buffer, _ = imported(values, tmp_path)
+    indexed = values.set_index("obs_2")  # pandas' own index is a column like others
+    path = write(indexed, tmp_path / "logs.parquet")
+    assert run_script("benchmarks.import_logs", str(path), "--dataset-id", "test/parquet-v0").returncode == 0
+    assert load("test/parquet-v0").fingerprint == buffer.fingerprint
+
+
+def test_other_names(tmp_path):
+    names = {"episode": "trip", "reward": "gain", "terminated": "done", "truncated": "cut", "action_0": "u"}
+    names |= {"obs_2": "s2", "obs_10": "s10", "next_obs_2": "s_next2", "next_obs_10": "s_next10"}
+    options = ["--episode", "trip", "--reward", "gain", "--terminated", "done", "--truncated", "cut"]
+    options += ["--observation-prefix", "s", "--action-prefix", "u", "--next-observation-prefix", "s_next"]
+    renamed, _ = imported(following().rename(columns=names), tmp_path, *options)
+    assert renamed.fingerprint == imported(following(), tmp_path, "--dataset-id", "test/again-v0")[0].fingerprint
+
+
+@pytest.mark.parametrize("flags", [[0, 0, 1, 0, 0, 0], ["false", "FALSE", "True", "0", "0", "false"]])
+def test_flags_are_numbers_or_words(tmp_path, flags):
+    assert imported(table(terminated=flags), tmp_path)[0].transitions.terminations.tolist() == [0, 0, 1, 0, 0]
+
+
+def test_a_cut_episode_of_one_row_is_no_transition(tmp_path):
+    buffer, said = imported(table(episode=["b", "b", "b", "a", "a", "c"]), tmp_path)
+    assert buffer.episode_lengths.tolist() == [3, 1]
+    assert "dropped 2 rows" in said
+
+
+def test_action_bounds_that_are_given(tmp_path):
+    values = table(action_1=[0.0] * 6)
+    buffer, said = imported(values, tmp_path, "--action-low", "-3", "-1", "--action-high", "1")
+    assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-3, -1], [1, 1])
+    assert "1 rows have actions beyond the bounds" in said
+
+
+def test_a_constant_action_is_the_middle_of_narrow_bounds(tmp_path):
+    buffer, said = imported(table(action_1=[200.0] * 6), tmp_path)
+    assert buffer.dataset.action_low[1] < 200 < buffer.dataset.action_high[1] < 201
+    assert buffer.transitions.actions[:, 1].tolist() == pytest.approx([0] * 5, abs=1e-3)
+    assert "constant, with bounds just around it: action_1\n" in said
+
+
+def test_the_environment_is_the_one_that_training_evaluates_in(tmp_path):
+    values = table(obs_11=[0.5] * 6)
+    assert imported(values, tmp_path)[0].dataset.env_id is None
+    buffer, _ = imported(values, tmp_path, "--dataset-id", "test/env-v0", "--env-id", "Pendulum-v1")
+    assert (buffer.dataset.env_id, buffer.dataset.max_episode_steps) == ("Pendulum-v1", 200)
+    assert len(make_environments(buffer.dataset, 2)) == 2
+
+
+def test_training_on_an_imported_dataset(tmp_path):
+    imported(table(), tmp_path)
+    run = run_script("bc", "--dataset-id", ID, "--num-updates", "2", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_namespace_keeps_its_description(tmp_path, folder):
+    minari.create_namespace("test", description="ours")
+    imported(table(), tmp_path)
+    assert json.loads((folder / "test" / "namespace_metadata.json").read_text()) == {"description": "ours"}
+    assert sorted(path.name for path in folder.iterdir()) == ["test"]
+
+
+def test_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.import_logs", str(write(table(), tmp_path / "logs.csv"))]
+    run = subprocess.run([*command, "--dataset-id", ID], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert load().dataset.num_steps == 5
+
+
+# --- What is refused ---
+
+
+def assert_refused(outcome, message, folder: Path):
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
+    assert message in outcome.stderr
+    assert not folder.exists() or not os.listdir(folder)
+
+
+TABLES = {
+    "missing columns": (
+        table(reward=None, terminated=None),
+        "lacks the columns reward, terminated: it has episode, obs",
+    ),
+    "no observations": (table(obs_2=None, obs_10=None), "no column that begins with obs_: it has episode, action_0"),
+    "no actions": (table(action_0=None), "no column that begins with action_: it has"),
+    "no rows": (table().iloc[:0], "the table is empty"),
+    "text": (table(obs_2=[1, 2, "x", 4, 5, 6]).astype({"obs_2": str}), "row 3, column obs_2: 'x' is not a finite"),
+    "infinite": (table(action_0=[1, np.inf, 3, 4, 5, 6]), "row 2, column action_0: 'inf' is not a finite"),
+    "nan": (table(reward=[1, 2, 3, np.nan, 5, 6]), "row 4, column reward: "),
+    "beyond float32": (table(obs_2=[1, 2, 3, 4, 5, 1e300]), "row 6, column obs_2: '1e+300' is not a finite"),
+    "dates": (table(obs_2=pd.Timestamp("2020-01-01")), "row 1, column obs_2: '2020-01-01"),
+    "flag": (table(terminated=[0, 0, 2, 0, 0, 0]), "row 3, column terminated: '2' is neither"),
+    "no id": (table(episode=["b", "b", None, "a", "a", "a"]), "row 3, column episode: no episode id"),
+    "id again": (table(episode=["b", "b", "a", "a", "b", "b"]), "row 5, column episode: episode b comes again"),
+    "after the end": (table(terminated=[0, 1, 1, 0, 0, 0]), "row 3: follows row 2, which ended the same episode"),
+    "after a cut": (table(truncated=[0, 0, 0, 1, 0, 0]), "row 5: follows row 4, which ended the same episode"),
+    "no transitions": (table(episode=range(6), terminated=0, truncated=None), "no transition is left"),
+    "gap": (following().drop(index=4), "row 4: its next observation is not that of row 5"),
+    "unpaired": (following().drop(columns="next_obs_2"), "next_obs_10 must match obs_2, obs_10"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("name", TABLES)
+def test_refuses_tables(name, suffix, tmp_path, folder):
+    values, message = TABLES[name]
+    assert_refused(import_logs(write(values, tmp_path / f"logs{suffix}")), message, folder)
+
+
+FILES = {
+    "logs.txt": (b"", "unknown suffix '.txt'"),
+    "empty.csv": (b"", "lacks the columns episode, reward, terminated: it has no columns"),
+    "damaged.parquet": (b"PAR1 and no more", "cannot read"),
+    "binary.csv": (b"episode,\xff\xfe\n", "cannot read"),
+    "twice.csv": (b"episode,obs_0,obs_0,action_0,reward,terminated\n1,1,1,1,1,0\n", "several columns named obs_0"),
+    "long.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1,1,0,9\n", "cannot read"),
+    "longer.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0,9\n", "cannot read"),
+    "short.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1\n", "row 2, column reward: "),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_refuses_files(name, tmp_path, folder):
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert_refused(import_logs(tmp_path / name), message, folder)
+
+
+def test_refuses_a_file_that_is_not_there(tmp_path, folder):
+    assert_refused(import_logs(tmp_path / "absent.csv"), "no file", folder)
+
+
+ARGUMENTS = {
+    "id": (["--dataset-id", "no-version"], "no Minari id"),
+    "path as id": (["--dataset-id", "../x-v0"], "no Minari id"),
+    "short namespace": (["--dataset-id", "x/y-v0"], "no Minari id"),
+    "reserved id": (["--dataset-id", "anchorl/mine-v0"], "for built-in datasets"),
+    "environment": (["--env-id", "os:Env-v0"], "no such environment is installed"),
+    "number of bounds": (["--action-low", "1", "2"], "has 2 numbers"),
+    "infinite bounds": (["--action-high", "inf"], "must be finite"),
+    "bounds in disorder": (["--action-low", "3"], "action_0: its lower bound 3.0 is not below its upper one 2.5"),
+    "one column twice": (["--reward", "episode"], "name one column twice"),
+    "empty prefix": (["--action-prefix", ""], "must differ and not be empty"),
+    "unknown argument": (["--rewards", "x"], "--help"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_refuses_arguments(name, tmp_path, folder):
+    arguments, message = ARGUMENTS[name]
+    assert_refused(import_logs(write(table(), tmp_path / "logs.csv"), *arguments), message, folder)
+
+
+@pytest.mark.parametrize("module", ["pandas", "pyarrow"])
+def test_pandas_is_not_installed(tmp_path, folder, monkeypatch, module):
+    path = write(table(), tmp_path / "logs.csv")
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(import_logs(path), "pip install -e '.[logs]'", folder)
+
+
+def test_refuses_an_existing_dataset(tmp_path):
+    before = imported(table(), tmp_path)[0].fingerprint
+    outcome = import_logs(write(following(), tmp_path / "logs.csv"))
+    assert outcome.returncode == 2 and "exists: take another id" in outcome.stderr
+    assert load().fingerprint == before
+
+
+def test_a_dataset_that_appears_meanwhile_is_kept(tmp_path, folder, monkeypatch):
+    create = minari.create_dataset_from_buffers
+
+    def create_late(*arguments, **options):
+        (folder / ID / "data").mkdir(parents=True)
+        create(*arguments, **options)
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", create_late)
+    outcome = import_logs(write(table(), tmp_path / "logs.csv"))
+    assert outcome.returncode == 2 and outcome.stderr.startswith(f"error: cannot write {ID}")
+    assert not os.listdir(folder / ID / "data")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
+    def fail(dataset_id, *_, **__):
+        (Path(os.environ["MINARI_DATASETS_PATH"]) / dataset_id).mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", fail)
+    assert_refused(import_logs(write(table(), tmp_path / "logs.csv")), "No space left on device", folder)
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    outcome = import_logs(tmp_path / "logs.csv")
+    assert outcome.returncode == 2 and "MINARI_DATASETS_PATH" in outcome.stderr
