@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run_script
+from minari.namespace import create_namespace
 
 from common.datasets import load_dataset
 from common.evaluation import make_environments
@@ -60,18 +61,18 @@ def write(values, path):
     return path
 
 
-def import_logs(path, *arguments):
-    return run_script("benchmarks.import_logs", str(path), "--dataset-id", ID, *arguments)
+def import_logs(path, *arguments, dataset_id=ID):
+    return run_script("benchmarks.import_logs", str(path), "--dataset-id", dataset_id, *arguments)
 
 
 def load(dataset_id=ID):
     return ReplayBuffer(load_dataset(dataset_id), torch.device("cpu"), normalize_observations=False)
 
 
-def imported(values, tmp_path, *arguments):
-    outcome = import_logs(write(values, tmp_path / "logs.csv"), *arguments)
+def imported(values, tmp_path, *arguments, dataset_id=ID, suffix=".csv"):
+    outcome = import_logs(write(values, tmp_path / f"logs{suffix}"), *arguments, dataset_id=dataset_id)
     assert outcome.returncode == 0, outcome.stderr
-    return load(), outcome.stdout
+    return load(dataset_id), outcome.stdout
 
 
 # --- What is written ---
@@ -108,7 +109,7 @@ def test_values_with_next_observations(tmp_path):
 @pytest.mark.parametrize("changes", [{"truncated": None}, {"truncated": [0] * 6}])
 def test_an_episode_that_does_not_terminate_is_cut_by_the_end_of_the_log(tmp_path, changes):
     buffer, _ = imported(table(**changes), tmp_path)
-    assert buffer.fingerprint == imported(table(), tmp_path, "--dataset-id", "test/again-v0")[0].fingerprint
+    assert buffer.fingerprint == imported(table(), tmp_path, dataset_id="test/again-v0")[0].fingerprint
     assert minari.load_dataset(ID)[1].truncations.tolist() == [False, True]
 
 
@@ -117,9 +118,8 @@ def test_csv_and_parquet_give_the_same_dataset(tmp_path, values):
     values["action_0"] = np.random.default_rng(0).normal(size=6)
     buffer, _ = imported(values, tmp_path)
     indexed = values.set_index("obs_2")  # pandas' own index is a column like others
-    path = write(indexed, tmp_path / "logs.parquet")
-    assert run_script("benchmarks.import_logs", str(path), "--dataset-id", "test/parquet-v0").returncode == 0
-    assert load("test/parquet-v0").fingerprint == buffer.fingerprint
+    again, _ = imported(indexed, tmp_path, dataset_id="test/parquet-v0", suffix=".parquet")
+    assert again.fingerprint == buffer.fingerprint
 
 
 def test_other_names(tmp_path):
@@ -128,7 +128,7 @@ def test_other_names(tmp_path):
     options = ["--episode", "trip", "--reward", "gain", "--terminated", "done", "--truncated", "cut"]
     options += ["--observation-prefix", "s", "--action-prefix", "u", "--next-observation-prefix", "s_next"]
     renamed, _ = imported(following().rename(columns=names), tmp_path, *options)
-    assert renamed.fingerprint == imported(following(), tmp_path, "--dataset-id", "test/again-v0")[0].fingerprint
+    assert renamed.fingerprint == imported(following(), tmp_path, dataset_id="test/again-v0")[0].fingerprint
 
 
 @pytest.mark.parametrize("flags", [[0, 0, 1, 0, 0, 0], ["false", "FALSE", "True", "0", "0", "false"]])
@@ -159,7 +159,7 @@ def test_a_constant_action_is_the_middle_of_narrow_bounds(tmp_path):
 def test_the_environment_is_the_one_that_training_evaluates_in(tmp_path):
     values = table(obs_11=[0.5] * 6)
     assert imported(values, tmp_path)[0].dataset.env_id is None
-    buffer, _ = imported(values, tmp_path, "--dataset-id", "test/env-v0", "--env-id", "Pendulum-v1")
+    buffer, _ = imported(values, tmp_path, "--env-id", "Pendulum-v1", dataset_id="test/env-v0")
     assert (buffer.dataset.env_id, buffer.dataset.max_episode_steps) == ("Pendulum-v1", 200)
     assert len(make_environments(buffer.dataset, 2)) == 2
 
@@ -171,7 +171,7 @@ def test_training_on_an_imported_dataset(tmp_path):
 
 
 def test_the_namespace_keeps_its_description(tmp_path, folder):
-    minari.create_namespace("test", description="ours")
+    create_namespace("test", description="ours")
     imported(table(), tmp_path)
     assert json.loads((folder / "test" / "namespace_metadata.json").read_text()) == {"description": "ours"}
     assert sorted(path.name for path in folder.iterdir()) == ["test"]
