@@ -2,21 +2,26 @@
 
 The table has one row per step; the rows of an episode follow each other, in order. A row holds what was observed, the
 action taken on it, the reward that came of it, and whether it ended the episode: `terminated` if the task did,
-`truncated` if a time limit or the logging did. Columns of vectors share a prefix: obs_0, obs_1, ..., action_0, ...
+`truncated` if a time limit did; an episode with neither is taken as cut where its rows end. The columns of a vector
+share a prefix: those that are numbered (obs_0, obs_1, ...) go by number, others stay in the table's order.
 
-The next observation of a row is the observation of the row after it. That of an episode's last row is in columns
-next_obs_0, next_obs_1, ... Without them nothing is lost of an episode that terminated, since nothing looks past its
-end; the last row of any other episode only says what the row before it led to, and its action and reward are dropped.
+What a step led to is the observation of the row after it. An episode's last row has none after it:
 
-Rows are counted from 1, without the header. Observations and actions become float32, as training has them.
+- If it is terminated, nothing is missing: no value is asked of what follows an end. The dataset repeats the row's own
+  observation there, and models of the environment do not learn from it.
+- If it is not, values would be asked of an observation that nobody knows. The row is then no transition: its
+  observation says what the row before it led to, its action and reward are dropped. (An episode may so end in a row
+  for its last observation, with any numbers for action and reward.)
+- Columns next_obs_0, next_obs_1, ... say what each step led to; with them every row is a transition.
+
+Observations and actions become float32, as training has them. Rows are counted from 1, without the header. Time grows
+with the rows and, since Minari stores each episode by itself, by some milliseconds for every episode.
 
 Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
 """
 
-import csv
-import re
+import shutil
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +36,7 @@ from minari.namespace import validate_namespace
 from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.datasets import BadInput, action_bounds, check, one_line, scratch_root
-from common.evaluation import register_environments
+from common.datasets import BadInput, check, one_line, scratch_root
 from common.experiment import launch
 
 
@@ -49,19 +53,17 @@ class Args:
     terminated: str = "terminated"
     """column, true (or 1) where the task ended the episode"""
     truncated: str = "truncated"
-    """column, true (or 1) where a limit cut the episode; may be absent"""
+    """column, true (or 1) where a limit cut the episode; may be absent under the default's name"""
     observation_prefix: str = "obs_"
     """columns of the observation begin with this"""
     action_prefix: str = "action_"
     """columns of the action begin with this"""
     next_observation_prefix: str = "next_obs_"
-    """columns of the next observation begin with this; may be absent"""
+    """columns of the next observation begin with this; may be absent under the default's name; "" ignores them"""
     action_low: tuple[float, ...] | None = None
-    """lowest actions, one per column or one for all; default: the lowest in the table"""
+    """lowest actions, one per column or one for all; default: the data's lowest"""
     action_high: tuple[float, ...] | None = None
-    """highest actions, one per column or one for all; default: the highest in the table"""
-    env_id: str | None = None
-    """environment to evaluate in; default: none, and training skips evaluation"""
+    """highest actions, one per column or one for all; default: the data's highest"""
 
 
 class Columns(NamedTuple):
@@ -69,8 +71,9 @@ class Columns(NamedTuple):
 
     observations: list[str]
     actions: list[str]
-    next_observations: list[str]  # empty where the table has none
-    truncated: str | None
+    next_observations: list[str]  # of the observations, one by one; empty where the table has none
+    flags: list[str]  # terminated and, where the table has it, truncated
+    unused: list[str]
 
 
 class Steps(NamedTuple):
@@ -94,47 +97,45 @@ def read_header(path: Path) -> list[str]:
     check(path.is_file(), f"no file {path}: give the path of a .csv or .parquet file")
     try:
         import pandas  # noqa: F401, needed for what follows
-        from pyarrow import parquet
+        from pyarrow import csv, parquet
     except ImportError:
         raise BadInput("reading logs needs pandas and pyarrow: pip install -e '.[logs]'") from None
     try:
         if path.suffix.lower() == ".parquet":
             return list(parquet.read_schema(path).names)
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return next((row for row in csv.reader(file) if row), [])
+        with csv.open_csv(path) as reader:
+            return list(reader.schema.names)
     except Exception as error:  # the readers raise many kinds
         raise BadInput(f"cannot read {path}: {one_line(error)}") from None
 
 
 def read_table(path: Path, names: list[str], episode: str) -> Any:
-    """A pandas table of at least the columns `names`. Raises BadInput if the file is damaged or holds no rows."""
-    import pandas
-    from pyarrow import parquet
+    """A pandas table of the columns `names`. Raises BadInput if the file is damaged or holds no rows."""
+    import pyarrow
+    from pyarrow import csv, parquet
 
     try:
         if path.suffix.lower() == ".parquet":
             with parquet.ParquetFile(path) as file:
-                table = file.read(columns=names).to_pandas(ignore_metadata=True, split_blocks=True, self_destruct=True)
+                table = file.read(columns=names)
         else:
-            with warnings.catch_warnings(action="ignore"):  # newer versions round correctly, and warn of being asked to
-                warnings.simplefilter("error", pandas.errors.ParserWarning)  # a first row longer than the header
-                table = pandas.read_csv(
-                    path,
-                    index_col=False,
-                    dtype={episode: str},
-                    na_filter=False,  # an empty cell is to be found by the checks, an episode may be called NA
-                    float_precision="round_trip",
-                    low_memory=False,
-                )
+            table = csv.read_csv(
+                path,
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(include_columns=names, column_types={episode: pyarrow.string()}),
+            )
     except Exception as error:  # the readers raise many kinds
         raise BadInput(f"cannot read {path}: {one_line(error)}") from None
     check(len(table) > 0, f"{path}: the table is empty: it has a header and no rows")
-    return table
+    return table.to_pandas(ignore_metadata=True)  # which may say that a column is the index
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sorts obs_2 before obs_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+def in_order(names: list[str], prefix: str) -> list[str]:
+    """Numbered columns by number, so that obs_2 is before obs_10; others as they stand."""
+    suffixes = [name.removeprefix(prefix) for name in names]
+    if not all(suffix.isdecimal() for suffix in suffixes):
+        return names
+    return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
 
 
 def find_columns(path: Path, names: list[str], args: Args) -> Columns:
@@ -142,64 +143,70 @@ def find_columns(path: Path, names: list[str], args: Args) -> Columns:
     found = f"it has {', '.join(names[:50]) or 'no columns'}"
     single = [args.episode, args.reward, args.terminated, args.truncated]
     check(len(set(single)) == 4, f"--episode, --reward, --terminated and --truncated name one column twice: {single}")
-    missing = [name for name in single[:3] if name not in names]
+    flags = [args.terminated, args.truncated]
+    if args.truncated == Args.truncated and args.truncated not in names:
+        flags, single = flags[:1], single[:3]
+    missing = [name for name in single if name not in names]
     check(not missing, f"{path} lacks the columns {', '.join(missing)}: {found}")
+
     prefixes = [args.observation_prefix, args.action_prefix, args.next_observation_prefix]
-    check(len(set(prefixes)) == 3 and all(prefixes), f"the three prefixes must differ and not be empty: {prefixes}")
-    members: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    differ = len(set(prefixes)) == 3 and "" not in prefixes[:2]
+    check(differ, f"the three prefixes must differ, and only that of next observations may be empty: {prefixes}")
+    members: dict[str, list[str]] = {prefix: [] for prefix in prefixes if prefix}
     for name in names:
-        fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
+        fitting = [prefix for prefix in members if name.startswith(prefix)]
         if fitting and name not in single:
             members[max(fitting, key=len)].append(name)
-    for prefix in prefixes[:2]:
-        check(len(members[prefix]) > 0, f"{path} has no column that begins with {prefix}: {found}")
-    observations, actions, following = (sorted(members[prefix], key=natural_key) for prefix in prefixes)
-    twice = sorted({name for name in [*single, *observations, *actions, *following] if names.count(name) > 1})
+    may_lack = Args.next_observation_prefix if args.next_observation_prefix == Args.next_observation_prefix else ""
+    for prefix, group in members.items():
+        check(bool(group) or prefix == may_lack, f"{path} has no column that begins with {prefix}: {found}")
+    used = {*single, *(name for group in members.values() for name in group)}
+    twice = sorted(name for name in used if names.count(name) > 1)
     check(not twice, f"{path} has several columns named {', '.join(twice)}: rename them")
-    suffixes = [
-        [name.removeprefix(prefix) for name in group]
-        for prefix, group in ((prefixes[0], observations), (prefixes[2], following))
-    ]
-    paired = f"{path}: columns {', '.join(following)} must match {', '.join(observations)}, one by one"
-    check(not following or suffixes[0] == suffixes[1], paired)
-    return Columns(observations, actions, following, args.truncated if args.truncated in names else None)
+
+    observations, actions = (in_order(members[prefix], prefix) for prefix in prefixes[:2])
+    next_observations = members.get(args.next_observation_prefix, [])
+    if next_observations:
+        partners = [args.next_observation_prefix + name.removeprefix(args.observation_prefix) for name in observations]
+        paired = f"{path}: columns {', '.join(next_observations)} must match {', '.join(observations)}, one by one"
+        check(sorted(partners) == sorted(next_observations), paired)
+        next_observations = partners
+    return Columns(observations, actions, next_observations, flags, [name for name in names if name not in used])
 
 
 # --- Checking -------------------------------------------------------------------------------------------------------
 
 
-def to_numbers(path: Path, column: Any, dtype: type) -> np.ndarray:
-    """A column [rows] as numbers. Raises BadInput at the first cell that is none, or not finite in float32."""
+def to_floats(column: Any) -> np.ndarray:
+    """A column [rows] in double precision, true as 1, false as 0, and what is no number as NaN."""
     import pandas
 
-    numbers = column
     if column.dtype.kind not in "biuf":
-        numbers = pandas.to_numeric(column.astype(str), errors="coerce")
+        text = column.astype(str).str.strip().str.lower().replace({"true": "1", "false": "0"})
+        column = pandas.to_numeric(text, errors="coerce")
+    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def check_cells(path: Path, column: Any, good: np.ndarray, problem: str) -> None:
+    """Raises BadInput with the first cell of the column that is not good [rows]."""
+    if not good.all():
+        row = int(np.argmin(good))
+        raise BadInput(f"{path}, row {row + 1}, column {column.name}: {str(column.iloc[row])!r} {problem}")
+
+
+def to_numbers(path: Path, column: Any) -> np.ndarray:
+    """A column [rows] in double precision. Raises BadInput at the first cell that is not finite in float32."""
+    values = to_floats(column)
     with np.errstate(over="ignore"):
-        values = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
         finite = np.isfinite(values.astype(np.float32))
-        values = values.astype(dtype, copy=False)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        what = "is not a finite number: repair the row or remove its episode"
-        raise BadInput(f"{path}, row {row + 1}, column {column.name}: {str(column.iloc[row])!r} {what}")
+    check_cells(path, column, finite, "is not a finite number: repair the row or remove its episode")
     return values
 
 
 def to_flags(path: Path, column: Any) -> np.ndarray:
-    """A column [rows] of true and false, or 1 and 0. Raises BadInput at the first cell that is neither."""
-    import pandas
-
-    numbers = column
-    if column.dtype.kind not in "biuf":
-        text = column.astype(str).str.strip().str.lower()
-        numbers = pandas.to_numeric(text.replace({"true": "1", "false": "0"}), errors="coerce")
-    values = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
-    known = np.isin(values, (0, 1))
-    if not known.all():
-        row = int(np.argmin(known))
-        what = "is neither true (or 1) nor false (or 0)"
-        raise BadInput(f"{path}, row {row + 1}, column {column.name}: {str(column.iloc[row])!r} {what}")
+    """A column [rows] of true and false. Raises BadInput at the first cell that is neither."""
+    values = to_floats(column)
+    check_cells(path, column, np.isin(values, (0, 1)), "is neither true (or 1) nor false (or 0)")
     return values == 1
 
 
@@ -207,7 +214,7 @@ def to_matrix(path: Path, table: Any, names: list[str]) -> np.ndarray:
     """Columns [rows, len(names)], float32. Raises BadInput as to_numbers does."""
     matrix = np.empty((len(table), len(names)), np.float32)
     for index, name in enumerate(names):
-        matrix[:, index] = to_numbers(path, table[name], np.float32)
+        matrix[:, index] = to_numbers(path, table[name])
     return matrix
 
 
@@ -216,15 +223,13 @@ def episode_ends(path: Path, column: Any) -> np.ndarray:
     import pandas
 
     codes, _ = pandas.factorize(column)  # numbers in order of appearance, -1 where an id is missing
-    missing = (codes == -1) | (column.astype(str).to_numpy() == "" if column.dtype.kind not in "biuf" else False)
-    where = f"{path}, row {int(np.argmax(missing)) + 1}, column {column.name}"
-    check(not missing.any(), f"{where}: no episode id: fill it in")
+    present = (codes != -1) & (column.astype(str) != "").to_numpy()
+    check_cells(path, column, present, "is no episode's id: fill it in")
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    again = codes[starts] != np.arange(len(starts))
-    row = int(starts[np.argmax(again)])
+    first_time = np.ones(len(codes), bool)
+    first_time[starts] = codes[starts] == np.arange(len(starts))
     advice = "the rows of an episode must follow each other: sort them, or give each episode its own id"
-    where = f"{path}, row {row + 1}, column {column.name}"
-    check(not again.any(), f"{where}: episode {column.iloc[row]} comes again after another one: {advice}")
+    check_cells(path, column, first_time, f"comes again after another episode: {advice}")
     return np.append(starts[1:], len(codes))
 
 
@@ -238,28 +243,27 @@ def check_order(path: Path, steps: Steps) -> None:
     check(not early.any(), f"{path}, row {row + 1}: follows row {row}, which ended the same episode: {advice}")
     if steps.next_observations is None:
         return
-    differs = ~np.isclose(steps.next_observations[:-1], steps.observations[1:], rtol=1e-4, atol=1e-6).all(axis=1)
-    differs &= ~last[:-1]
-    row = int(np.argmax(differs)) + 1 if len(differs) else 0
-    advice = "rows are missing or out of order (or leave next observations out: --next-observation-prefix none)"
-    check(not differs.any(), f"{path}, row {row}: its next observation is not that of row {row + 1}: {advice}")
+    follows = np.isclose(steps.next_observations[:-1], steps.observations[1:], rtol=1e-4, atol=1e-6).all(axis=1)
+    gaps = np.flatnonzero(~follows & ~last[:-1])
+    row = int(gaps[0]) + 1 if len(gaps) else 0
+    advice = "rows are missing or out of order (--next-observation-prefix '' ignores those columns)"
+    check(len(gaps) == 0, f"{path}, row {row}: its next observation is not that of row {row + 1}: {advice}")
 
 
 def read_steps(path: Path, args: Args) -> tuple[Columns, Steps]:
     """The checked table. Raises BadInput at the first thing that is wrong with it."""
     columns = find_columns(path, read_header(path), args)
-    flags = [args.terminated] + ([columns.truncated] if columns.truncated else [])
     vectors = [*columns.observations, *columns.actions, *columns.next_observations]
-    table = read_table(path, [args.episode, args.reward, *flags, *vectors], args.episode)
-    ends = episode_ends(path, table[args.episode])
+    table = read_table(path, [args.episode, args.reward, *columns.flags, *vectors], args.episode)
+    terminations, *truncations = (to_flags(path, table[name]) for name in columns.flags)
     steps = Steps(
         observations=to_matrix(path, table, columns.observations),
         actions=to_matrix(path, table, columns.actions),
-        rewards=to_numbers(path, table[args.reward], np.float64),
-        terminations=to_flags(path, table[args.terminated]),
-        truncations=to_flags(path, table[columns.truncated]) if columns.truncated else np.zeros(len(table), bool),
+        rewards=to_numbers(path, table[args.reward]),
+        terminations=terminations,
+        truncations=truncations[0] if truncations else np.zeros(len(table), bool),
         next_observations=to_matrix(path, table, columns.next_observations) if columns.next_observations else None,
-        ends=ends,
+        ends=episode_ends(path, table[args.episode]),
     )
     check_order(path, steps)
     return columns, steps
@@ -281,11 +285,11 @@ def check_id(dataset_id: str) -> None:
     try:
         exists = get_dataset_path(dataset_id).exists()
     except OSError as error:
-        raise _cannot_write(dataset_id, error) from None
+        raise cannot_write(dataset_id, error) from None
     check(not exists, f"--dataset-id {dataset_id}: exists: take another id, such as the next version")
 
 
-def _cannot_write(dataset_id: str, error: OSError) -> BadInput:
+def cannot_write(dataset_id: str, error: Exception) -> BadInput:
     advice = "point MINARI_DATASETS_PATH to a folder that can be written"
     return BadInput(f"cannot write {dataset_id} to the datasets folder ({one_line(error)}): {advice}")
 
@@ -299,28 +303,26 @@ def action_space(args: Args, names: list[str], actions: np.ndarray) -> gym.space
         margin = np.where(constant, np.maximum(np.abs(low), 1) * np.float32(1e-3), 0).astype(np.float32)
         low, high = low - margin, high + margin
         print(f"constant, with bounds just around it: {', '.join(np.array(names)[constant])}")
-    low = low if args.action_low is None else _given_bounds("--action-low", args.action_low, names)
-    high = high if args.action_high is None else _given_bounds("--action-high", args.action_high, names)
+    low = low if args.action_low is None else given_bounds("--action-low", args.action_low, names)
+    high = high if args.action_high is None else given_bounds("--action-high", args.action_high, names)
     for name, lowest, highest in zip(names, low, high, strict=True):
-        advice = "give both --action-low and --action-high"
-        check(
-            bool(lowest < highest), f"{name}: its lower bound {lowest} is not below its upper one {highest}: {advice}"
-        )
+        with np.errstate(over="ignore"):
+            extent = highest - lowest
+        problem = f"{name}: the bounds {lowest:g} and {highest:g} do not make a finite interval"
+        check(bool(0 < extent < np.inf), f"{problem}: give --action-low and --action-high")
+    print("actions:", ", ".join(f"{name} from {a:g} to {b:g}" for name, a, b in zip(names, low, high, strict=True)))
     beyond = int(((actions < low) | (actions > high)).any(axis=1).sum())
     if beyond:
-        print(f"{beyond} rows have actions beyond the bounds, where training clips them")
-    space = gym.spaces.Box(low, high, dtype=np.float32)
-    action_bounds(space)
-    return space
+        print(f"{beyond} rows have actions beyond the bounds: the dataset keeps them, training clips them")
+    return gym.spaces.Box(low, high, dtype=np.float32)
 
 
-def _given_bounds(option: str, values: tuple[float, ...], names: list[str]) -> np.ndarray:
+def given_bounds(option: str, values: tuple[float, ...], names: list[str]) -> np.ndarray:
+    """[len(names)]. Raises BadInput unless there is one number for all, or one for each."""
     fits = f"{option} has {len(values)} numbers: give one for all, or one for each of {', '.join(names)}"
     check(len(values) in (1, len(names)), fits)
     with np.errstate(over="ignore"):
-        bounds = np.array(values, np.float32)
-    check(bool(np.isfinite(bounds).all()), f"{option} {' '.join(map(str, values))}: must be finite numbers")
-    return np.broadcast_to(bounds, len(names))
+        return np.broadcast_to(np.array(values, np.float32), len(names))
 
 
 def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
@@ -331,53 +333,68 @@ def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
         if steps.next_observations is not None:
             observations = np.concatenate([observations, steps.next_observations[last:end]])
         elif steps.terminations[last]:
-            observations = np.concatenate([observations, observations[-1:]])  # nothing looks at it
+            observations = np.concatenate([observations, observations[-1:]])  # no value is asked of it
         else:
             end = last  # the last row's observation is all that is known of what the row before led to
         rows = slice(start, end)
         if end > start:
             truncations = steps.truncations[rows].copy()
             truncations[-1] |= not steps.terminations[end - 1]
-            fields = steps.actions[rows], steps.rewards[rows], steps.terminations[rows], truncations
-            names = "actions", "rewards", "terminations", "truncations"
-            buffers.append(EpisodeBuffer(observations=observations, **dict(zip(names, fields, strict=True))))
+            buffers.append(
+                EpisodeBuffer(
+                    observations=observations,
+                    actions=steps.actions[rows],
+                    rewards=steps.rewards[rows],
+                    terminations=steps.terminations[rows],
+                    truncations=truncations,
+                )
+            )
         start = last + 1
     return buffers
 
 
-def write_dataset(args: Args, buffers: list[EpisodeBuffer], observation_dim: int, actions: gym.spaces.Box) -> None:
+def write_dataset(args: Args, columns: Columns, buffers: list[EpisodeBuffer], actions: gym.spaces.Box) -> None:
     """Writes the dataset, all of it or nothing. Raises BadInput where it cannot be written."""
+    size = sum(getattr(b, name).nbytes for b in buffers for name in ("observations", "actions", "rewards"))
+    need = 2 * size + 2**15 * len(buffers)  # with what HDF5 adds; where the disk fills up, it crashes
+    free = shutil.disk_usage(get_dataset_path()).free
+    where = f"the {need / 2**20:.0f} MiB of {args.dataset_id} in {get_dataset_path()}"
+    advice = "point MINARI_DATASETS_PATH to a larger disk"
+    check(free > need, f"no room for {where}, where {free / 2**20:.0f} are free: {advice}")
+    names = f"observations {', '.join(columns.observations)}; actions {', '.join(columns.actions)}"
     try:
         with scratch_root(args.dataset_id, same_data=False):
             minari.create_dataset_from_buffers(
                 args.dataset_id,
                 buffers,
-                eval_env=args.env_id,
-                observation_space=gym.spaces.Box(-np.inf, np.inf, (observation_dim,), np.float32),
+                observation_space=gym.spaces.Box(-np.inf, np.inf, (len(columns.observations),), np.float32),
                 action_space=actions,
-                description=f"imported from {args.file.name}",
+                description=f"imported from {args.file.name}: {names}",
             )
     except OSError as error:
-        raise _cannot_write(args.dataset_id, error) from None
+        raise cannot_write(args.dataset_id, error) from None
 
 
 def main(args: Args) -> None:
     check_id(args.dataset_id)
-    if args.env_id is not None:
-        register_environments()
-        known = args.env_id in gym.registry  # "module:Name" is not: Gymnasium would import the module
-        check(known, f"--env-id {args.env_id}: no such environment is installed: check its name and version")
     columns, steps = read_steps(args.file, args)
-    print(f"observations: {', '.join(columns.observations)}")
-    print(f"actions: {', '.join(columns.actions)}")
-    bounds = action_space(args, columns.actions, steps.actions)
+    if columns.unused:
+        print("not used:", ", ".join(columns.unused))
+    print("observations:", ", ".join(columns.observations))
+    ended = steps.terminations | steps.truncations
+    unmarked = int((~ended[steps.ends - 1]).sum())
+    if unmarked:
+        print(f"{unmarked} episodes end neither terminated nor truncated: taken as truncated")
     buffers = split_episodes(steps)
     num_steps = sum(map(len, buffers))
+    check(num_steps > 0, f"{args.file}: no transition is left: every episode is one row, with no next observation")
     dropped = len(steps.rewards) - num_steps
     if dropped:
-        print(f"dropped {dropped} rows: the last ones of episodes that were cut, with no next observation")
-    check(num_steps > 0, f"{args.file}: no transition is left: every episode is one row, with no next observation")
-    write_dataset(args, buffers, len(columns.observations), bounds)
+        print(f"dropped {dropped} rows: the last ones of episodes that did not terminate, with no next observation")
+    if len(buffers) < len(steps.ends):
+        print(f"dropped {len(steps.ends) - len(buffers)} episodes with them: they had no other row")
+    actions = action_space(args, columns.actions, np.concatenate([buffer.actions for buffer in buffers]))
+    write_dataset(args, columns, buffers, actions)
     print(f"{args.dataset_id}: {num_steps} transitions in {len(buffers)} episodes")
 
 

@@ -116,8 +116,11 @@ def scratch_root(dataset_id: str, same_data: bool) -> Iterator[None]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
         (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(*[OSError] if same_data else []):  # another run was faster
+        try:
             os.rename(Path(scratch) / dataset_id, root / dataset_id)
+        except OSError:  # another run was faster
+            if not same_data:
+                raise
 
 
 def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
@@ -146,8 +149,7 @@ def _flat_keys(space: gym.spaces.Dict) -> list[str]:
     return sorted(space)  # the order in which Minari stores them
 
 
-def action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a vector Box of some extent."""
+def _action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
@@ -179,7 +181,7 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"cannot read dataset {dataset_id} in {path}: {one_line(error)}") from None
     try:
-        low, high = action_bounds(dataset.action_space)
+        low, high = _action_bounds(dataset.action_space)
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
@@ -237,7 +239,7 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
     known_bounds = False
     if env_id in gym.registry:
         with contextlib.suppress(gym.error.Error, ImportError), gym.make(env_id) as env:  # evaluation warns of these
-            low, high = action_bounds(env.action_space)
+            low, high = _action_bounds(env.action_space)
             known_bounds = True
             check(len(low) == dim, f"{env_id} has actions of size {len(low)}, {path} of size {dim}")
 

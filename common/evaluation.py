@@ -118,21 +118,16 @@ class _BestCandidate(nn.Module):
         return candidates.take_along_dim(best[None, :, None], dim=0)[0]
 
 
-def register_environments() -> None:
-    """Puts what is installed into Gymnasium's registry: D4RL's hands, mazes and kitchen beside Gymnasium's own."""
-    with contextlib.suppress(ImportError):
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-
-
 def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | None:
     """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
 
     The id is looked up in Gymnasium's registry; an entry point that a dataset names is never imported. Raises BadInput
     if the environment's observations or actions are not of the dataset's size.
     """
-    register_environments()
+    with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
     env_id = dataset.env_id
     if env_id is None:
         return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
