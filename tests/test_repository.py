@@ -9,13 +9,19 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ALGORITHMS, ROOT, run_script
+from conftest import ALGORITHMS, ROOT
 
 SECTIONS = ["# --- Networks", "# --- Losses", "# --- Update", "# --- Main"]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
 SCRIPT_COMMANDS = [line for line in COMMANDS if line.startswith(("python ", "WANDB_MODE="))]
+STEPS = [  # in the README's order: some use what others wrote
+    step
+    for language, block in BLOCKS
+    for step in ([block] if language == "python" else block.splitlines())
+    if language == "python" or step in SCRIPT_COMMANDS
+]
 FEW = ["--num-updates", "3", "--eval-episodes", "1"]
 SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
 
@@ -70,22 +76,26 @@ def test_the_readme_has_commands():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where the commands of the README run, one after the other: some use what others wrote."""
+    """Where all that the README has to run runs, one after the other."""
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.mark.parametrize("command", SCRIPT_COMMANDS)
-def test_commands_of_the_readme_run(command, home, make_dataset):
-    """Each as it stands, but short; a dataset it would download is made here under the same id."""
-    words = shlex.split(command, comments=True)
-    environment = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
-    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-    script = words[1]
-    if script.startswith("algorithms/"):
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
+def test_the_readme_runs(step, home, make_dataset, monkeypatch):
+    """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
+    if step not in SCRIPT_COMMANDS:
+        monkeypatch.chdir(home)
+        exec(compile(step, "README.md", "exec"), {})
+        return
+    words = shlex.split(step, comments=True)
+    environment = {"PYTHONPATH": str(ROOT)}  # for python -m: its folder is the repository there
+    environment |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    words = [word for word in words if not re.match(r"[A-Z_]+=", word)][1:]
+    if words[0].startswith("algorithms/"):
         if "--dataset-id" in words and (dataset_id := words[words.index("--dataset-id") + 1]).count("/") == 2:
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
-        words += FEW + (SMALL_MODEL if script in ("algorithms/mopo.py", "algorithms/combo.py") else [])
-    words = [sys.executable, ROOT / script, *words[2:]]
+        words += FEW + (SMALL_MODEL if words[0] in ("algorithms/mopo.py", "algorithms/combo.py") else [])
+    words = [sys.executable, *([] if words[0] == "-m" else [ROOT / words.pop(0)]), *words]
     run = subprocess.run(words, cwd=home, capture_output=True, text=True, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
 
@@ -130,17 +140,3 @@ def test_the_peers_speed_is_asked_for_by_lines(home, tmp_path):
 def test_every_benchmark_is_tested():
     tried_with_its_peer = {"d3rlpy_speed.py"}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys() | tried_with_its_peer
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants authors and permalinks
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """One snippet records a dataset that a script then trains on, another acts with a trained policy."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    assert run_script("bc", "--num-updates", "2", "--run-dir", "runs/my-run").returncode == 0
-    recorded, acted = {}, {}
-    snippets = [block for language, block in BLOCKS if language == "python"]
-    for snippet, namespace in zip(snippets, (recorded, acted), strict=True):
-        exec(compile(snippet, "README.md", "exec"), namespace)
-    assert run_script("iql", "--dataset-id", "my/logs-v0", "--num-updates", "2").returncode == 0
-    assert acted["actions"].shape == (5, 1)
