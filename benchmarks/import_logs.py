@@ -223,7 +223,7 @@ def episode_ends(path: Path, column: Any) -> np.ndarray:
     import pandas
 
     codes, _ = pandas.factorize(column)  # numbers in order of appearance, -1 where an id is missing
-    present = (codes != -1) & (column.astype(str) != "").to_numpy()
+    present = (codes != -1) & (column != "").to_numpy()
     check_cells(path, column, present, "is no episode's id: fill it in")
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     first_time = np.ones(len(codes), bool)
