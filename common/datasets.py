@@ -149,7 +149,8 @@ def _flat_keys(space: gym.spaces.Dict) -> list[str]:
     return sorted(space)  # the order in which Minari stores them
 
 
-def _action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+def action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a vector Box with finite bounds."""
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
@@ -181,7 +182,7 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"cannot read dataset {dataset_id} in {path}: {one_line(error)}") from None
     try:
-        low, high = _action_bounds(dataset.action_space)
+        low, high = action_bounds(dataset.action_space)
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
@@ -239,7 +240,7 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
     known_bounds = False
     if env_id in gym.registry:
         with contextlib.suppress(gym.error.Error, ImportError), gym.make(env_id) as env:  # evaluation warns of these
-            low, high = _action_bounds(env.action_space)
+            low, high = action_bounds(env.action_space)
             known_bounds = True
             check(len(low) == dim, f"{env_id} has actions of size {len(low)}, {path} of size {dim}")
 

@@ -118,30 +118,38 @@ class _BestCandidate(nn.Module):
         return candidates.take_along_dim(best[None, :, None], dim=0)[0]
 
 
-def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | None:
-    """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
+def make_environment(env_id: str, max_episode_steps: int | None = None, **kwargs: Any) -> gym.Env:
+    """One copy of an environment in Gymnasium's registry; its episodes end after 1,000 steps if nothing else says when.
 
-    The id is looked up in Gymnasium's registry; an entry point that a dataset names is never imported. Raises BadInput
-    if the environment's observations or actions are not of the dataset's size.
+    An entry point that a dataset names is never imported. Raises BadInput where the environment cannot be made.
     """
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
-    env_id = dataset.env_id
-    if env_id is None:
-        return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
-    if env_id not in gym.registry:  # and never a "module:Name", which would be imported: that is code execution by data
-        return _skip(f"environment {env_id!r} is not installed")
-    kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
-    limit = dataset.max_episode_steps or gym.registry[env_id].max_episode_steps or 1000  # or an episode may never end
+    # and never a "module:Name", which would be imported: that is code execution by data
+    check(env_id in gym.registry, f"environment {env_id!r} is not installed")
+    limit = max_episode_steps or gym.registry[env_id].max_episode_steps or 1000
+    try:
+        return gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    except Exception as error:  # a missing simulator raises whatever its binding raises
+        raise BadInput(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
 
+
+def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | None:
+    """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
+
+    Raises BadInput if the environment's observations or actions are not of the dataset's size.
+    """
+    if dataset.env_id is None:
+        return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
+    kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
     try:
         environments = [
-            gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs) for _ in range(num_episodes)
+            make_environment(dataset.env_id, dataset.max_episode_steps, **kwargs) for _ in range(num_episodes)
         ]
-    except Exception as error:  # a missing simulator raises whatever its binding raises
-        return _skip(f"environment {env_id!r} cannot be made ({one_line(error)})")
+    except BadInput as error:
+        return _skip(str(error))
     found = flat_observation_dim(environments[0].observation_space), *(environments[0].action_space.shape or ())
     expected = dataset.observation_dim, len(dataset.action_low)
     check(

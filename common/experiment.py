@@ -293,11 +293,11 @@ class Run:
         )  # first: the checkpoint ends what is due
         self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
-    def save_part(self, name: str) -> None:
-        """Writes one part of the learner to <name>.pt, for runs on the same data; load_part reads it."""
+    def save_part(self, name: str, file: str | None = None) -> None:
+        """Writes one part of the learner to <file or name>.pt, for runs on the same data; load_part reads it."""
         content = {name: getattr(self.learner, name).state_dict(), "dataset_fingerprint": self.buffer.fingerprint}
         content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
-        self._replace(f"{name}.pt", lambda path: torch.save(content, path))
+        self._replace(f"{file or name}.pt", lambda path: torch.save(content, path))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""

@@ -132,6 +132,11 @@ class RingBuffer:
         index = torch.randint(len(self), (batch_size,), device=self.storage.device)
         return _split(self.storage.index_select(0, index), self.observation_dim, self.action_dim)
 
+    def newest(self, count: int) -> Batch:
+        """The `count` transitions added last, in the order in which they were; `capacity` at most."""
+        index = torch.arange(self.num_added - count, self.num_added, device=self.storage.device) % len(self.storage)
+        return _split(self.storage[index], self.observation_dim, self.action_dim)
+
     def state_dict(self) -> dict[str, Any]:
         full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied
         return {"rows": self.storage if full else self.storage[: len(self)].clone(), "num_added": self.num_added}

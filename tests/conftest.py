@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,20 @@ def numpy_twins(critic: torch.nn.Module, observations: np.ndarray, actions: np.n
     return np.stack(values)
 
 
+def numpy_sample(
+    actor: torch.nn.Module, observations: np.ndarray, noise: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Actions of the squashed Gaussian and their log-densities, by the change of variables as textbooks have it."""
+    hidden = np.maximum(numpy_mlp(actor.net[:-2], observations), 0)  # numpy_mlp has none after its last layer
+    mean, log_std = (
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.net[-2], actor.log_std)
+    )
+    std = np.exp(np.clip(log_std, -5, 2))
+    u = mean + std * noise.numpy()
+    density = np.exp(-0.5 * noise.numpy() ** 2) / (std * np.sqrt(2 * np.pi))
+    return np.tanh(u), np.log(density / (1 - np.tanh(u) ** 2)).sum(axis=-1)
+
+
 class Outcome(NamedTuple):
     returncode: int
     stdout: str
@@ -151,6 +166,13 @@ def run_script(algorithm: str, *arguments: str, **environment: str) -> Outcome:
         except SystemExit as stop:
             code = stop.code or 0
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def assert_one_line(run: Outcome, pattern: str) -> None:
+    """Bad input: exit code 2 and one line, which matches."""
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert re.search(pattern, run.stderr), run.stderr
 
 
 def start_script(algorithm: str, *arguments: str) -> subprocess.Popen[str]:

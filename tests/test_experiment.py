@@ -15,7 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ALGORITHMS, ROOT, SHORT, SHORTER, random_episode, run_script, start_script
+from conftest import (
+    ALGORITHMS,
+    ROOT,
+    SHORT,
+    SHORTER,
+    assert_one_line,
+    random_episode,
+    run_script,
+    start_script,
+)
 from wandb.proto import wandb_internal_pb2
 
 from common.datasets import BUILT_IN_ID, BadInput
@@ -23,12 +32,6 @@ from common.evaluation import evaluate, load_policy, make_environments
 from common.experiment import Run, parse_args
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
-
-
-def assert_one_line(run, pattern):
-    assert run.returncode == 2, run.stderr
-    assert run.stderr.count("\n") == 1, run.stderr
-    assert re.search(pattern, run.stderr), run.stderr
 
 
 def checkpoint(folder):

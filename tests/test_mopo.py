@@ -6,7 +6,7 @@ import mopo
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, numpy_twins, random_batch, run_script
+from conftest import numpy_sample, numpy_twins, random_batch, run_script
 
 CPU = torch.device("cpu")
 
@@ -29,18 +29,6 @@ def learner(args):
 
 def draws():
     return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
-
-
-def numpy_sample(actor, observations, noise):
-    """Actions of the squashed Gaussian and their log-densities, by the change of variables as textbooks have it."""
-    hidden = np.maximum(numpy_mlp(actor.net[:-2], observations), 0)  # numpy_mlp has none after its last layer
-    mean, log_std = (
-        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.net[-2], actor.log_std)
-    )
-    std = np.exp(np.clip(log_std, -5, 2))
-    u = mean + std * noise.numpy()
-    density = np.exp(-0.5 * noise.numpy() ** 2) / (std * np.sqrt(2 * np.pi))
-    return np.tanh(u), np.log(density / (1 - np.tanh(u) ** 2)).sum(axis=-1)
 
 
 # --- Uncertainty ---

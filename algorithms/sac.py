@@ -1,0 +1,356 @@
+"""Soft actor-critic (SAC): the online agent beneath the offline ones, and the one that makes their data.
+
+It plays in the environment and learns from its own episodes: an action that its critic believes too good of is tried,
+and the belief corrected. Offline nothing corrects it, which is what every other file here is about. The policy earns
+its entropy, too, at a price `temperature` that is tuned to keep it near a target. With Q' the target critic:
+
+    y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')      (eq. 5, 6)
+    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ]
+    L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable           (eq. 9)
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]                                    (eq. 18)
+
+Paper: Haarnoja, Zhou, Hartikainen, Tucker, Ha, Tan, Kumar, Zhu, Gupta, Abbeel, Levine, "Soft Actor-Critic Algorithms
+and Applications", 2018, arXiv 1812.05905.
+Differences: the squared error has no factor 1/2; one optimiser step trains everything, each loss seeing the others as
+they were before it. There is no dataset: the first --random-steps, of uniformly random actions, take its place in the
+run folder, and their average return is the dashed line of the learning curve. After them every update follows one
+step in the environment. Each episode has a seed of its own, so that a resumed run finds its way back into the episode
+it was in by playing that episode's actions again.
+
+Run: python algorithms/sac.py --env-id Pendulum-v1
+"""
+
+import copy
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/sac.py` finds common/
+from common.compile import compiled
+from common.datasets import Dataset, Episode, action_bounds, flat_observation_dim, flatten_observations
+from common.evaluation import make_environment
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "sac"
+
+    dataset_id: tyro.conf.Suppress[str] = ""  # the environment's id stands for it
+    env_id: str = "Pendulum-v1"
+    """environment to play in"""
+    gamma: float = 0.99
+    """discount (paper)"""
+    random_steps: int = 1_000
+    """steps of uniformly random actions to begin with, to the end of an episode (authors' code)"""
+    replay_size: int = 1_000_000
+    """transitions kept, the newest (paper)"""
+    tau: float = 0.005
+    """rate at which the target critic follows the critic (paper)"""
+    actor_learning_rate: float = 3e-4
+    """also of the temperature (paper)"""
+    critic_learning_rate: float = 3e-4
+    """paper"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of actor and critics (paper)"""
+    keep_actors: bool = False
+    """keep the actor of each evaluation, as actor-<step>.pt: benchmarks/collect.py chooses among them"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.dataset_id = self.env_id
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        for name in ("random_steps", "replay_size"):
+            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch].
+
+        log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
+        where the left side would be log 0.
+        """
+        hidden = self.net[:-2](observations)
+        log_std = self.log_std(hidden).clamp(-5, 2)
+        u = self.net[-2](hidden) + log_std.exp() * noise
+        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
+        return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    replay: RingBuffer
+    episodes: "Episodes"
+    optimizer: Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    replay = RingBuffer(args.replay_size, observation_dim, action_dim, device)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, replay, Episodes(), Adam(groups))
+
+
+# --- Environment ----------------------------------------------------------------------------------------------------
+
+
+class Episodes:
+    """The steps of each episode so far, the random ones first. The last is still going on."""
+
+    def __init__(self) -> None:
+        self.lengths = [0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lengths": list(self.lengths)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lengths = list(state["lengths"])
+
+
+def reset(environment: gym.Env, args: Args, episode: int) -> np.ndarray:
+    """The first observation of an episode. Its number is its seed: what went before it has no part in it."""
+    seed = np.random.SeedSequence((args.seed, episode)).generate_state(1)
+    observation, _ = environment.reset(seed=int(seed[0]))
+    return flatten_observations(observation, environment.observation_space)
+
+
+def random_dataset(environment: gym.Env, args: Args) -> Dataset:
+    """What the agent begins with: whole episodes of uniformly random actions, `random_steps` steps or more."""
+    low, high = action_bounds(environment.action_space)
+    limit = environment.spec.max_episode_steps  # make_environment sees to it that there is one
+
+    def read_episodes() -> Iterator[Episode]:
+        rng, num_steps = np.random.default_rng(args.seed), 0
+        for number in itertools.count():
+            if num_steps >= args.random_steps:
+                return
+            observations, actions, rewards, ended = [reset(environment, args, number)], [], [], False
+            while not ended:
+                actions.append(rng.uniform(low, high).astype(np.float32))
+                observation, reward, terminated, truncated, _ = environment.step(actions[-1])
+                observations.append(flatten_observations(observation, environment.observation_space))
+                rewards.append(float(reward))
+                ended = terminated or truncated
+            num_steps += len(rewards)
+            terminations = np.zeros(len(rewards), dtype=bool)
+            terminations[-1] = terminated
+            yield Episode(*map(np.array, (observations[:-1], actions, rewards, observations[1:])), terminations)
+
+    observation_dim = flat_observation_dim(environment.observation_space)
+    return Dataset(args.env_id, args.random_steps + limit, observation_dim, low, high, read_episodes, args.env_id)
+
+
+class Player:
+    """The agent in its environment. A resumed run's plays the episode's actions again, to be where it was."""
+
+    def __init__(self, environment: gym.Env, learner: Learner, args: Args) -> None:
+        self.environment, self.learner, self.args = environment, learner, args
+        low, high = action_bounds(environment.action_space)
+        self.low, self.high, self.center, self.half_range = low, high, (high + low) / 2, (high - low) / 2
+        lengths = learner.episodes.lengths
+        self.observation = reset(environment, args, len(lengths) - 1)
+        for action in learner.replay.newest(lengths[-1]).actions.cpu().numpy():
+            self._step(action)
+
+    @torch.no_grad()
+    def play(self) -> None:
+        """One step with an action drawn from pi, into the replay buffer; after an episode's last, the next begins."""
+        replay, lengths = self.learner.replay, self.learner.episodes.lengths
+        device = replay.storage.device
+        observation = torch.as_tensor(self.observation, dtype=torch.float32, device=device).unsqueeze(0)
+        noise = torch.randn(1, len(self.low), device=device)
+        action, _ = self.learner.actor.sample(observation, noise)
+        reward, terminated, truncated = self._step(action[0].cpu().numpy())
+        next_observation = torch.as_tensor(self.observation, dtype=torch.float32, device=device).unsqueeze(0)
+        numbers = torch.tensor([[reward], [terminated]], dtype=torch.float32, device=device)
+        replay.add(Batch(observation, action, numbers[0], next_observation, numbers[1]))
+        lengths[-1] += 1
+        if terminated or truncated:
+            lengths.append(0)
+            self.observation = reset(self.environment, self.args, len(lengths) - 1)
+
+    def _step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        scaled = np.clip(self.center + self.half_range * action, self.low, self.high)
+        observation, reward, terminated, truncated, _ = self.environment.step(scaled)
+        self.observation = flatten_observations(observation, self.environment.observation_space)
+        return float(reward), terminated, truncated
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    loss = (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+    temperature = learner.actor.log_temperature.exp()
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    environment = make_environment(args.env_id)
+    buffer = ReplayBuffer(random_dataset(environment, args), device, normalize_observations=False)
+    rule = f"must hold the random steps and an episode: {buffer.dataset.num_steps}"
+    check_argument(args, "replay_size", args.replay_size >= buffer.dataset.num_steps, rule)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    learner.replay.add(buffer.transitions)
+    learner.episodes.lengths = [*buffer.episode_lengths.tolist(), 0]
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    player = Player(environment, learner, args)
+    for step in run.steps():
+        player.play()
+        metrics = train(learner, learner.replay.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating and args.keep_actors:
+            run.save_part("actor", f"actor-{step}")
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    environment.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,195 @@
+"""SAC's losses against NumPy on small numbers, its way through the environment, and that it learns."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import sac
+import torch
+from conftest import assert_one_line, numpy_sample, numpy_twins, random_batch, run_script
+
+from common.evaluation import load_policy, make_environment
+from common.replay_buffer import ReplayBuffer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def args():
+    return sac.Args(hidden_dims=(5, 4), gamma=0.9, random_steps=250, replay_size=1000, seed=3)
+
+
+@pytest.fixture
+def learner(args):
+    torch.manual_seed(0)
+    learner = sac.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
+        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        learner.actor.log_temperature.fill_(math.log(0.3))
+    return learner
+
+
+def draws():
+    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+
+
+# --- Losses ---
+
+
+def test_critic_loss(learner, args):
+    batch, noise = random_batch(), draws()[0]
+    next_observations = batch.next_observations.numpy()
+    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    loss, metrics = sac.critic_loss(learner, batch, noise, args)
+    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
+    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
+
+
+def test_actor_and_temperature_losses(learner):
+    batch, noise = random_batch(), draws()[0]
+    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    ours = learner.actor.sample(batch.observations, noise)
+    loss, _ = sac.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
+    loss, _ = sac.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
+    assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
+
+
+def test_each_loss_trains_its_own_network_only(learner, args):
+    batch, noise = random_batch(), draws()
+    temperature = learner.actor.log_temperature.exp()
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    networks = {
+        "critic": list(learner.critic.parameters()),
+        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
+        "temperature": [learner.actor.log_temperature],
+    }
+    losses = {
+        "critic": sac.critic_loss(learner, batch, noise[0], args)[0],
+        "actor": sac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        "temperature": sac.temperature_loss(temperature, log_prob, -2.0)[0],
+    }
+    for name, loss in losses.items():
+        for other, parameters in networks.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+            assert touched == (name == other), f"{name} loss and {other}"
+
+
+def test_the_target_follows(learner, args):
+    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
+    sac.update(learner, random_batch(), 1, args)
+    followed = learner.critic.parameters()
+    for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
+        torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+# --- Environment ---
+
+
+def test_the_random_episodes_are_whole_and_the_seed_determines_them(args):
+    with make_environment("Pendulum-v1") as environment:
+        buffers = [ReplayBuffer(sac.random_dataset(environment, args), CPU, False) for _ in range(2)]
+        args.seed = 4
+        other = ReplayBuffer(sac.random_dataset(environment, args), CPU, False)
+    assert buffers[0].episode_lengths.tolist() == [200, 200]  # 250 steps or more, to the end of an episode
+    assert buffers[0].fingerprint == buffers[1].fingerprint != other.fingerprint
+    actions = buffers[0].transitions.actions
+    assert -1 <= actions.min() < -0.98 and 0.98 < actions.max() <= 1 and actions.mean().abs() < 0.15
+    assert not buffers[0].transitions.terminations.any()  # Pendulum-v1 only ever cuts its episodes
+
+
+def play(environment, args, learner, count):
+    player = sac.Player(environment, learner, args)
+    for _ in range(count):
+        player.play()
+    return player
+
+
+def test_the_player_records_what_happened(args):
+    torch.manual_seed(0)
+    learner = sac.build(3, 1, args, CPU)
+    with make_environment("Pendulum-v1") as environment:
+        play(environment, args, learner, 203)
+        assert learner.episodes.lengths == [200, 3]
+        transitions = learner.replay.newest(203)
+        for first, last, episode in ((0, 200, 0), (200, 203, 1)):  # played again by hand
+            observation = sac.reset(environment, args, episode)
+            for row in range(first, last):
+                np.testing.assert_array_equal(transitions.observations[row].numpy(), observation)
+                action = 2 * transitions.actions[row].numpy()  # the torque reaches from -2 to 2
+                observation, reward, *_ = environment.step(action)
+                np.testing.assert_array_equal(transitions.next_observations[row].numpy(), observation)
+                assert transitions.rewards[row].item() == pytest.approx(reward)
+
+
+def test_a_termination_is_one_and_a_time_limit_is_none(args):
+    learner = sac.build(4, 1, args, CPU)
+    with make_environment("InvertedPendulum-v5") as environment:
+        play(environment, args, learner, 300)
+    lengths = learner.episodes.lengths
+    ends = np.cumsum(lengths[:-1]) - 1
+    expected = np.isin(np.arange(300), ends).astype(np.float32)
+    np.testing.assert_array_equal(learner.replay.newest(300).terminations.numpy(), expected)
+
+
+def test_a_resumed_player_is_where_the_episode_was(args):
+    torch.manual_seed(0)
+    learner = sac.build(3, 1, args, CPU)
+    with make_environment("Pendulum-v1") as environment, make_environment("Pendulum-v1") as fresh:
+        player = play(environment, args, learner, 217)
+        resumed = sac.Player(fresh, learner, args)
+        np.testing.assert_array_equal(resumed.observation, player.observation)
+        for torque in (0.5, -0.3):
+            for one in (player, resumed):
+                one._step(np.array([torque], np.float32))
+            np.testing.assert_array_equal(resumed.observation, player.observation)
+
+
+def test_the_newest_of_a_full_ring_come_in_order(args):
+    learner = sac.build(3, 2, args, CPU)
+    for start in (0, 600):
+        batch = random_batch(600)
+        learner.replay.add(batch._replace(rewards=torch.arange(start, start + 600.0)))
+    assert learner.replay.newest(1000).rewards.tolist() == list(range(200, 1200))
+
+
+# --- Runs ---
+
+SMALL = ["--hidden-dims", "64", "64", "--tau", "0.02", "--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3"]
+
+
+def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
+    arguments = ["--num-updates", "4000", "--eval-every", "2000", "--gamma", "0.95", "--keep-actors"]
+    run = run_script("sac", *arguments, *SMALL, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["dataset_id"] == "Pendulum-v1"
+    assert result["dataset_return_mean"] < -900 and result["final_return_mean"] > -300
+    policy, actor = load_policy(tmp_path / "run").actor, torch.load(tmp_path / "run" / "actor-4000.pt")["actor"]
+    assert (tmp_path / "run" / "actor-2000.pt").exists()
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, actor[f"net.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
+        (["--env-id", "json:NoSuch-v0"], "environment 'json:NoSuch-v0' is not installed"),
+        (["--env-id", "CartPole-v1"], r"actions must be vectors of real numbers \(a Box\), not Discrete"),
+        (["--random-steps", "0"], "--random-steps 0: must be at least 1"),
+        (["--replay-size", "1100"], "--replay-size 1100: must hold the random steps and an episode: 1200"),
+        (["--tau", "2"], r"--tau 2.0: must be in \(0, 1\]"),
+        (["--dataset-id", "anchorl/pendulum/mixed-v0"], "[Uu]nrecognized"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    assert_one_line(run_script("sac", *arguments, "--run-dir", str(tmp_path / "run")), message)
+    assert not (tmp_path / "run").exists()
