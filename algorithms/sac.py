@@ -200,12 +200,13 @@ def reset(environment: gym.Env, args: Args, episode: int) -> np.ndarray:
 def random_dataset(environment: gym.Env, args: Args) -> Dataset:
     """What the agent begins with: whole episodes of uniformly random actions, `random_steps` steps or more."""
     low, high = action_bounds(environment.action_space)
-    limit = environment.spec.max_episode_steps  # make_environment sees to it that there is one
+    assert environment.spec is not None and environment.spec.max_episode_steps is not None  # make_environment's
+    num_steps = args.random_steps + environment.spec.max_episode_steps  # at most: the last episode goes to its end
 
     def read_episodes() -> Iterator[Episode]:
-        rng, num_steps = np.random.default_rng(args.seed), 0
+        rng, steps = np.random.default_rng(args.seed), 0
         for number in itertools.count():
-            if num_steps >= args.random_steps:
+            if steps >= args.random_steps:
                 return
             observations, actions, rewards, ended = [reset(environment, args, number)], [], [], False
             while not ended:
@@ -214,13 +215,14 @@ def random_dataset(environment: gym.Env, args: Args) -> Dataset:
                 observations.append(flatten_observations(observation, environment.observation_space))
                 rewards.append(float(reward))
                 ended = terminated or truncated
-            num_steps += len(rewards)
+            steps += len(rewards)
             terminations = np.zeros(len(rewards), dtype=bool)
             terminations[-1] = terminated
-            yield Episode(*map(np.array, (observations[:-1], actions, rewards, observations[1:])), terminations)
+            states = np.array(observations)
+            yield Episode(states[:-1], np.array(actions), np.array(rewards), states[1:], terminations)
 
     observation_dim = flat_observation_dim(environment.observation_space)
-    return Dataset(args.env_id, args.random_steps + limit, observation_dim, low, high, read_episodes, args.env_id)
+    return Dataset(args.env_id, num_steps, observation_dim, low, high, read_episodes, args.env_id)
 
 
 class Player:

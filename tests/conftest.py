@@ -27,7 +27,7 @@ from common.replay_buffer import Batch, ReplayBuffer
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
-sys.path.append(str(ROOT / "algorithms"))
+sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
 MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "2048"]

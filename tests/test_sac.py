@@ -162,7 +162,17 @@ def test_the_newest_of_a_full_ring_come_in_order(args):
 
 # --- Runs ---
 
-SMALL = ["--hidden-dims", "64", "64", "--tau", "0.02", "--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3"]
+SMALL = [
+    "--hidden-dims",
+    "64",
+    "64",
+    "--tau",
+    "0.02",
+    "--actor-learning-rate",
+    "1e-3",
+    "--critic-learning-rate",
+    "1e-3",
+]
 
 
 def test_sac_learns_to_swing_the_pendulum_up(tmp_path):

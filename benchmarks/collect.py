@@ -1,0 +1,358 @@
+"""Makes Minari datasets of an environment in D4RL's sense, from the course of an online agent, algorithms/sac.py.
+
+The agent is trained first, in a run folder of its own; a command that was stopped goes on when it is given again, and
+so do more --num-updates. Its learning curve is the picture there. Then, with S(policy) the return of a policy:
+
+    random         uniformly random actions: score 0
+    expert         the actor with the highest S of all evaluations: score 100
+    medium         the actor of the first evaluation that reaches --medium, by default a third, of the way between them
+    medium-replay  every transition that the agent had seen when it was medium, as `replay` was in D4RL's first version
+    full-replay    every transition that the agent saw at all
+    medium-expert  the episodes of medium and those of expert
+
+Actors act as they learned to, by sampling. The reference scores are the mean returns of --reference-episodes episodes,
+of the expert's mean action as an evaluation plays it. Beside the data of medium and expert lie actor.pt, the behaviour
+policy as sac.Actor has it, and policy.pt, its mean action for common.evaluation.load_policy. infos["log_prob"] of
+random, medium, expert and medium-expert holds the log-density of each action in the environment's units.
+
+Run: python -m benchmarks.collect --env-id Pendulum-v1 --num-updates 5000 --steps 20000
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+import sac
+
+from common.datasets import BadInput, action_bounds, check, flat_observation_dim, flatten_observations, scratch_root
+from common.evaluation import Policy, evaluate, make_environment, save_policy
+from common.experiment import check_argument, launch
+from common.replay_buffer import RingBuffer
+
+Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
+
+
+@dataclass
+class Args:
+    env_id: str
+    """environment of Gymnasium's registry, with Box actions"""
+    quality: tuple[Quality, ...] = ("random", "medium", "medium-replay", "full-replay", "expert", "medium-expert")
+    """datasets to make"""
+    prefix: str | None = None
+    """datasets are called <prefix>/<quality>-v0; default: sac/<environment's name>"""
+    num_updates: int = 100_000
+    """steps of the agent's training, an update each; D4RL's took 1,000,000"""
+    steps: int = 100_000
+    """of each dataset but the replays, to the end of an episode; medium-expert has both halves"""
+    medium: float = 1 / 3
+    """where the medium policy is between random, 0, and expert, 1"""
+    reference_episodes: int = 20
+    """episodes behind each reference score"""
+    seed: int = 0
+    """of the agent and of the episodes"""
+    run_dir: Path | None = None
+    """the agent's run folder; default: runs/collect/<environment's name>-<seed>"""
+    agent: tyro.conf.Positional[tuple[str, ...]] = ()
+    """after `--`: arguments of sac.py, where the agent is new"""
+
+    def validate(self) -> None:
+        for name in ("num_updates", "steps", "reference_episodes"):
+            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
+        check_argument(self, "medium", 0 < self.medium < 1, "must be between 0 and 1")
+        check_argument(self, "seed", 0 <= self.seed < 2**31, "must be in [0, 2^31)")
+
+
+class Play(NamedTuple):
+    """An environment, and how the actions of policies, in [-1, 1], become its own."""
+
+    env_id: str
+    environment: gym.Env
+    low: np.ndarray  # [action_dim], as is high
+    high: np.ndarray
+
+    def scaled(self, action: np.ndarray) -> np.ndarray:
+        """As common.evaluation.Policy does."""
+        return np.clip((self.high + self.low) / 2 + (self.high - self.low) / 2 * action, self.low, self.high)
+
+
+Act = Callable[[np.ndarray], tuple[np.ndarray, float]]  # observation -> action in the environment's units, log-density
+
+
+# --- Behaviour policies ---------------------------------------------------------------------------------------------
+
+
+def random_behaviour(play: Play, seed: int) -> Act:
+    rng = np.random.default_rng(seed)
+    log_prob = -float(np.log(play.high - play.low).sum())
+    return lambda observation: (rng.uniform(play.low, play.high).astype(np.float32), log_prob)
+
+
+def actor_behaviour(actor: sac.Actor, play: Play, seed: int) -> Act:
+    """a = center + half_range a', a' ~ pi(.|s): the log-density loses the logarithm of every half range."""
+    generator = torch.Generator().manual_seed(seed)
+    log_scale = float(np.log((play.high - play.low) / 2).sum())
+
+    @torch.no_grad()
+    def act(observation: np.ndarray) -> tuple[np.ndarray, float]:
+        inputs = torch.as_tensor(observation, dtype=torch.float32).unsqueeze(0)
+        action, log_prob = actor.sample(inputs, torch.randn(1, len(play.low), generator=generator))
+        return play.scaled(action[0].numpy()), float(log_prob) - log_scale
+
+    return act
+
+
+def roll_out(act: Act, play: Play, seed: int) -> EpisodeBuffer:
+    """One episode; infos["log_prob"] [T + 1] has an entry per observation, and NaN at the last, where nobody acts."""
+    environment = play.environment
+    observation, _ = environment.reset(seed=seed)
+    observations = [flatten_observations(observation, environment.observation_space)]
+    actions, rewards, log_probs, terminated, truncated = [], [], [], False, False
+    while not (terminated or truncated):
+        action, log_prob = act(observations[-1])
+        observation, reward, terminated, truncated, _ = environment.step(action)
+        observations.append(flatten_observations(observation, environment.observation_space))
+        actions.append(action)
+        rewards.append(float(reward))
+        log_probs.append(log_prob)
+    infos = {"log_prob": np.array([*log_probs, np.nan])}
+    return whole_episode(np.array(observations), np.array(actions), np.array(rewards), terminated, infos)
+
+
+def whole_episode(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    terminated: bool,
+    infos: dict[str, np.ndarray] | None = None,
+) -> EpisodeBuffer:
+    """T + 1 observations and T steps; what did not terminate was cut after its last step."""
+    ends = np.zeros((2, len(rewards)), dtype=bool)
+    ends[0 if terminated else 1, -1] = True
+    return EpisodeBuffer(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        terminations=ends[0],
+        truncations=ends[1],
+        infos=infos,
+    )
+
+
+def roll_outs(name: str, act: Act, play: Play, steps: int, seed: np.random.SeedSequence) -> list[EpisodeBuffer]:
+    """Episodes of `steps` steps together, or a few more: the last one goes to its end."""
+    episodes: list[EpisodeBuffer] = []
+    with tqdm(total=steps, desc=name, mininterval=0.1 if sys.stderr.isatty() else 10) as progress:
+        while progress.n < steps:
+            episodes.append(roll_out(act, play, int(seed.spawn(1)[0].generate_state(1)[0])))
+            progress.update(len(episodes[-1]))
+    return episodes
+
+
+# --- The agent's course ---------------------------------------------------------------------------------------------
+
+
+def train(args: Args, run_dir: Path) -> None:
+    """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
+    finished = run_dir / "result.json"
+    if finished.exists() and json.loads(finished.read_text())["num_updates"] >= args.num_updates:
+        return
+    command = [sys.executable, sac.__file__, "--run-dir", str(run_dir)]
+    command += ["--num-updates", str(args.num_updates)]
+    if (run_dir / "checkpoint.pt").exists():
+        command += ["--resume"]
+    else:
+        command += ["--env-id", args.env_id, "--seed", str(args.seed), "--keep-actors", *args.agent]
+    code = subprocess.run(command).returncode
+    if code:
+        raise SystemExit(code)
+
+
+class Agent(NamedTuple):
+    """What the agent's run folder holds."""
+
+    returns: dict[int, float]  # of the evaluation after each update
+    replay: RingBuffer
+    episode_lengths: list[int]  # of what `replay` holds, in order; the last one may be cut
+    num_random: int  # steps before the first update
+    folder: Path
+    hidden_dims: tuple[int, ...]
+
+    def actor(self, step: int) -> sac.Actor:
+        actor = sac.Actor(self.replay.observation_dim, self.replay.action_dim, self.hidden_dims)
+        actor.load_state_dict(torch.load(self.path(step), map_location="cpu", weights_only=True)["actor"])
+        return actor
+
+    def policy(self, step: int, play: Play) -> Policy:
+        zeros = torch.zeros(self.replay.observation_dim)
+        return Policy(self.actor(step), zeros, zeros + 1, play.low, play.high)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"actor-{step}.pt"
+
+
+def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
+    """Raises BadInput if the folder holds the run of another script or environment, or has lost a part of its data."""
+    saved = json.loads((run_dir / "args.json").read_text())
+    expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_actors": True}
+    for name, value in expected.items():
+        found = saved.get(name)
+        check(found == value, f"--run-dir {run_dir}: {name} is {found!r} there, not {value!r}; name another folder")
+    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
+    check(
+        state["num_added"] == len(state["rows"]),
+        f"--run-dir {run_dir}: its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger",
+    )
+    sizes = flat_observation_dim(play.environment.observation_space), len(play.low)
+    replay = RingBuffer(len(state["rows"]), *sizes, torch.device("cpu"))
+    replay.load_state_dict(state)
+    returns = {row["step"]: row["eval/return_mean"] for row in checkpoint["evaluations"]}
+    num_random = state["num_added"] - checkpoint["step"]
+    return Agent(returns, replay, lengths, num_random, run_dir, tuple(saved["hidden_dims"]))
+
+
+def replay_episodes(agent: Agent, num_steps: int, play: Play) -> list[EpisodeBuffer]:
+    """The first `num_steps` steps that the agent saw, the last episode cut where they end."""
+    transitions = agent.replay.newest(len(agent.replay))
+    columns = [column[:num_steps].numpy() for column in transitions]
+    episodes, end = [], 0
+    for length in agent.episode_lengths:
+        start, end = end, min(end + length, num_steps)
+        if end > start:
+            observations, actions, rewards, following, terminations = (column[start:end] for column in columns)
+            observations = np.concatenate([observations, following[-1:]])
+            episodes.append(whole_episode(observations, play.scaled(actions), rewards, bool(terminations[-1])))
+    return episodes
+
+
+def choose_medium(returns: dict[int, float], random: float, expert: float, medium: float) -> int:
+    """The step of the first evaluation at `medium` of the way from random to expert. Raises BadInput if none is."""
+    reached = [step for step, value in sorted(returns.items()) if value >= random + medium * (expert - random)]
+    check(bool(reached), f"no evaluation reached {medium:.2f} of the expert's return: train longer")
+    return reached[0]
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    args.validate()
+    name = args.env_id.split("/")[-1].rsplit("-v", 1)[0].lower()
+    ids = new_ids(args, f"sac/{name}")
+    run_dir = args.run_dir or Path("runs/collect") / f"{name}-{args.seed}"
+    environment = make_environment(args.env_id)
+    play = Play(args.env_id, environment, *action_bounds(environment.action_space))
+    flat_observation_dim(environment.observation_space)  # refuses images before anything is trained
+    train(args, run_dir)
+    agent = read_agent(run_dir, play, args)
+
+    steps = {"expert": max(agent.returns, key=lambda step: agent.returns[step])}
+    references = random_return(play, args), expert_return(agent.policy(steps["expert"], play), args)
+    steps["medium"] = choose_medium(agent.returns, *references, args.medium)
+    seen = {"medium-replay": steps["medium"], "full-replay": max(agent.returns)}
+    print(
+        f"{args.env_id}: random {references[0]:.1f}, expert {references[1]:.1f} (update {steps['expert']}), medium",
+        end="",
+    )
+    print(
+        f" {agent.returns[steps['medium']]:.1f} (update {steps['medium']}); see {run_dir}/learning_curve.png",
+        flush=True,
+    )
+
+    @cache  # medium-expert takes the episodes of both
+    def episodes(quality: str) -> list[EpisodeBuffer]:
+        if quality in seen:
+            return replay_episodes(agent, agent.num_random + seen[quality], play)
+        if quality == "medium-expert":
+            return episodes("medium") + episodes("expert")
+        seed = np.random.SeedSequence((args.seed, ["random", "medium", "expert"].index(quality)))
+        if quality == "random":
+            return roll_outs(quality, random_behaviour(play, args.seed), play, args.steps, seed)
+        return roll_outs(quality, actor_behaviour(agent.actor(steps[quality]), play, args.seed), play, args.steps, seed)
+
+    sources = {"random": "uniformly random actions", "medium-expert": "medium and expert"}
+    sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
+    sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
+    for quality, dataset_id in ids.items():
+        with scratch_root(dataset_id, same_data=False):
+            write_dataset(dataset_id, episodes(quality), play, references, sources[quality])
+            if quality in steps:
+                record_behaviour(get_dataset_path(dataset_id), agent, steps[quality], play)
+
+
+def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
+    """The id of each dataset to make. Raises BadInput if one is none, or is taken."""
+    ids: dict[str, str] = {quality: f"{args.prefix or default_prefix}/{quality}-v0" for quality in args.quality}
+    for dataset_id in ids.values():
+        try:
+            parse_dataset_id(dataset_id)
+        except ValueError:
+            raise BadInput(
+                f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"
+            ) from None
+        check(not get_dataset_path(dataset_id).exists(), f"{dataset_id} exists: delete it, or give another --prefix")
+    return ids
+
+
+def random_return(play: Play, args: Args) -> float:
+    act = random_behaviour(play, args.seed)
+    episodes = [roll_out(act, play, 10_000 + index) for index in range(args.reference_episodes)]
+    return float(np.mean([np.sum(episode.rewards) for episode in episodes]))
+
+
+def expert_return(policy: Policy, args: Args) -> float:
+    return float(evaluate(policy, [make_environment(args.env_id) for _ in range(args.reference_episodes)]).mean())
+
+
+def write_dataset(
+    dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
+) -> None:
+    """Writes a Minari dataset, and says in a line what it is."""
+    environment = play.environment
+    space = environment.observation_space
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        episodes,
+        env=environment.spec,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (flat_observation_dim(space),), np.float64)
+        if isinstance(space, gym.spaces.Dict)
+        else space,
+        action_space=environment.action_space,
+        ref_min_score=references[0],
+        ref_max_score=references[1],
+        algorithm_name=f"{source}; AnchoRL's algorithms/sac.py",
+        author="AnchoRL",
+        description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
+    )
+    average = float(np.mean([np.sum(episode.rewards) for episode in episodes]))
+    score = 100 * (average - references[0]) / (references[1] - references[0])
+    size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"
+    print(f"{dataset_id}: {source}; {size}, return {average:.1f}, score {score:.1f}", flush=True)
+
+
+def record_behaviour(folder: Path, agent: Agent, step: int, play: Play) -> None:
+    """Puts the policy that acted beside its data."""
+    shutil.copy(agent.path(step), folder / "actor.pt")
+    save_policy(folder / "policy.pt", agent.policy(step, play))
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,158 @@
+"""collect.py: what it writes is what happened, with the boundaries and probabilities right; all or nothing."""
+
+import shutil
+
+import minari
+import numpy as np
+import pytest
+import torch
+from collect import Args as CollectArgs
+from collect import Play as CollectPlay
+from collect import actor_behaviour, choose_medium, random_behaviour, read_agent, roll_out
+from conftest import assert_one_line, numpy_sample, run_script
+
+from common.datasets import action_bounds, load_dataset
+from common.evaluation import load_policy, make_environment
+from common.replay_buffer import ReplayBuffer
+
+CPU = torch.device("cpu")
+PREFIX = "collected/pendulum"
+FAST = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
+FAST += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
+COLLECT = ["--env-id", "Pendulum-v1", "--num-updates", "2000", "--steps", "300", "--reference-episodes", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, datasets_path):
+    """The agent's run folder; all six datasets of it are there under PREFIX."""
+    folder = tmp_path_factory.mktemp("collect") / "run"
+    run = run_script("collect", *COLLECT, "--prefix", PREFIX, "--run-dir", str(folder), "--", *FAST)
+    assert run.returncode == 0, run.stderr
+    yield folder
+    shutil.rmtree(datasets_path / "collected")
+
+
+@pytest.fixture
+def play():
+    with make_environment("Pendulum-v1") as environment:
+        yield CollectPlay("Pendulum-v1", environment, *action_bounds(environment.action_space))
+
+
+def dataset(quality):
+    return minari.load_dataset(f"{PREFIX}/{quality}-v0")
+
+
+def returns(quality):
+    return [episode.rewards.sum() for episode in dataset(quality).iterate_episodes()]
+
+
+def test_the_datasets_are_in_order(folder):
+    means = {name: np.mean(returns(name)) for name in ("random", "medium", "expert", "medium-expert")}
+    assert means["random"] < means["medium"] < means["expert"]
+    assert means["medium-expert"] == pytest.approx((means["medium"] + means["expert"]) / 2)
+    metadata = dataset("medium").storage.metadata
+    assert metadata["ref_min_score"] == pytest.approx(-1250, abs=400)
+    assert metadata["ref_max_score"] > -400
+
+
+def test_episodes_are_whole_and_cut_by_the_time_limit(folder):
+    for quality, count in (("random", 2), ("medium", 2), ("expert", 2), ("medium-expert", 4)):
+        episodes = list(dataset(quality).iterate_episodes())
+        assert [len(episode.rewards) for episode in episodes] == [200] * count  # 300 steps, to the end of an episode
+        assert not any(episode.terminations.any() for episode in episodes)
+        assert all(episode.truncations.tolist() == [False] * 199 + [True] for episode in episodes)
+
+
+def test_the_replay_is_what_the_agent_saw(folder, play):
+    agent = read_agent(folder, play, CollectArgs("Pendulum-v1"))
+    buffer = ReplayBuffer(load_dataset(f"{PREFIX}/full-replay-v0"), CPU, normalize_observations=False)
+    assert buffer.episode_lengths.tolist() == [200] * 12  # 400 random steps and 2,000 of the agent's
+    seen = agent.replay.newest(2400)
+    for ours, theirs in zip(buffer.transitions, seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_medium_replay_ends_where_medium_was_reached(folder):
+    text = dataset("medium-replay").storage.metadata["algorithm_name"]
+    step = int(text.split("until update ")[1].split(";")[0])
+    assert f"after update {step};" in dataset("medium").storage.metadata["algorithm_name"]
+    replay, full = dataset("medium-replay"), dataset("full-replay")
+    assert replay.total_steps == 400 + step < full.total_steps
+    last = replay[len(replay) - 1]
+    assert last.truncations[-1] and not last.terminations.any()  # cut where the agent was evaluated
+    np.testing.assert_array_equal(last.observations[:-1], full[len(replay) - 1].observations[: len(last.rewards)])
+
+
+def test_choose_medium_by_hand():
+    course = {3000: 90.0, 1000: 10.0, 2000: 35.0, 4000: 34.0}
+    assert choose_medium(course, 0.0, 100.0, 1 / 3) == 2000
+    assert choose_medium(course, 0.0, 100.0, 0.5) == 3000
+
+
+def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
+    random = dataset("random")[0].infos["log_prob"]
+    np.testing.assert_allclose(random[:-1], np.log(1 / 4))  # uniform on [-2, 2]
+    agent = read_agent(folder, play, CollectArgs("Pendulum-v1"))
+    episode = roll_out(actor_behaviour(agent.actor(2000), play, seed=5), play, seed=6)
+    noise = torch.cat(
+        [torch.randn(1, 1, generator=generator) for generator in [torch.Generator().manual_seed(5)] * 200]
+    )
+    actions, log_prob = numpy_sample(agent.actor(2000), episode.observations[:-1], noise)
+    np.testing.assert_allclose(episode.actions, 2 * actions, atol=1e-4)
+    np.testing.assert_allclose(episode.infos["log_prob"][:-1], log_prob - np.log(2), atol=1e-3)
+    assert np.isnan(episode.infos["log_prob"][-1])
+
+
+def test_random_actions_fill_the_range(play):
+    act = random_behaviour(play, 0)
+    actions = np.array([act(np.zeros(3))[0] for _ in range(2000)])
+    assert actions.dtype == np.float32 and -2 <= actions.min() < -1.98 and 1.98 < actions.max() <= 2
+    assert np.std(actions) == pytest.approx(4 / np.sqrt(12), rel=0.05)
+
+
+def test_the_behaviour_policy_lies_beside_its_data(folder, play, datasets_path):
+    agent = read_agent(folder, play, CollectArgs("Pendulum-v1"))
+    policy = load_policy(datasets_path / PREFIX / "expert-v0")
+    step = max(agent.returns, key=agent.returns.get)
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    mean = agent.actor(step)(torch.as_tensor(observations)).detach().numpy()
+    np.testing.assert_allclose(policy(observations), 2 * mean, rtol=1e-5)
+    actor = torch.load(datasets_path / PREFIX / "expert-v0" / "actor.pt", weights_only=True)["actor"]
+    for name, weight in agent.actor(step).state_dict().items():
+        assert torch.equal(weight, actor[name])
+
+
+def test_a_script_trains_on_what_was_collected_and_is_evaluated(folder, tmp_path):
+    arguments = ["--dataset-id", f"{PREFIX}/medium-expert-v0", "--num-updates", "5", "--eval-episodes", "1"]
+    run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0 and "warning" not in run.stderr and "score" in run.stdout
+
+
+def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_path):
+    before = (folder / "checkpoint.pt").stat().st_mtime_ns
+    arguments = [*COLLECT, "--prefix", "collected/again", "--quality", "random", "--run-dir", str(folder)]
+    assert run_script("collect", *arguments).returncode == 0
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
+    assert [path.name for path in (datasets_path / "collected" / "again").glob("*-v0")] == ["random-v0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
+        (["--env-id", "CartPole-v1"], r"actions must be vectors of real numbers \(a Box\), not Discrete"),
+        (["--env-id", "CarRacing-v3"], "images are not supported|cannot be made"),
+        (["--medium", "1.5"], "--medium 1.5: must be between 0 and 1"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--quality", "great"], "--quality"),
+        (["--prefix", "a b"], "a b/random-v0 is no Minari id"),
+        (["--prefix", PREFIX], f"{PREFIX}/random-v0 exists"),
+        (["--medium", "0.999", "--prefix", "collected/x"], "no evaluation reached 1.00 of the expert's return"),
+        (["--seed", "1", "--prefix", "collected/x"], "seed is 0 there, not 1; name another folder"),
+        (["--env-id", "MountainCarContinuous-v0"], "env_id is 'Pendulum-v1' there, not 'MountainCarContinuous-v0'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, folder, datasets_path):
+    assert_one_line(run_script("collect", *COLLECT, "--run-dir", str(folder), *arguments), message)
+    assert not (datasets_path / "collected" / "x").exists()
+    assert not list(datasets_path.glob(".making-*"))
