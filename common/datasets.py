@@ -150,7 +150,7 @@ def _flat_keys(space: gym.spaces.Dict) -> list[str]:
 
 
 def action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a vector Box with finite bounds."""
+    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent."""
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())

@@ -88,7 +88,7 @@ class ExperimentArgs:
         )
 
 
-def check_argument(args: ExperimentArgs, name: str, condition: bool, rule: str) -> None:
+def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:
     """Raises BadInput, naming the argument as typed and its value, unless `condition` holds."""
     check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
 

@@ -18,6 +18,7 @@ import torch
 from conftest import (
     ALGORITHMS,
     ROOT,
+    SCRIPTS,
     SHORT,
     SHORTER,
     assert_one_line,
@@ -32,6 +33,7 @@ from common.evaluation import evaluate, load_policy, make_environments
 from common.experiment import Run, parse_args
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 
 
 def checkpoint(folder):
@@ -67,7 +69,7 @@ def test_help_names_every_argument_and_its_meaning(algorithm):
     assert "--compile, --no-compile" in run.stdout
 
 
-@every_algorithm
+@every_script
 def test_underscores_and_switches_are_read_as_sweeps_write_them(algorithm):
     args_class = importlib.import_module(algorithm).Args
     args = parse_args(args_class, ["--batch_size=64", "--hidden_dims", "8", "8", "--compile", "--no-track"])
@@ -198,7 +200,7 @@ def test_metrics_of_only_some_updates_are_logged_too(tmp_path):
 # --- Resume ---
 
 
-@every_algorithm
+@every_script
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
     arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
@@ -391,6 +393,8 @@ NONSENSE = {
     "value_learning_rate": "0",
     "gamma": "1.5",
     "tau": "0",
+    "random_steps": "0",
+    "replay_size": "0",
     "expectile": "1.5",
     "beta": "-1",
     "alpha": "-1",
@@ -434,7 +438,7 @@ NONSENSE = {
 CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics"}
 
 
-@every_algorithm
+@every_script
 def test_nonsense_numbers_are_refused(algorithm):
     args_class = importlib.import_module(algorithm).Args
     for field in dataclasses.fields(args_class):

@@ -9,7 +9,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ALGORITHMS, ROOT
+from conftest import ROOT, SCRIPTS
 
 SECTIONS = ["# --- Networks", "# --- Losses", "# --- Update", "# --- Main"]
 README = (ROOT / "README.md").read_text()
@@ -23,6 +23,9 @@ STEPS = [  # in the README's order: some use what others wrote
     if language == "python" or step in SCRIPT_COMMANDS
 ]
 FEW = ["--num-updates", "3", "--eval-episodes", "1"]
+FEW_COLLECTED = ["--num-updates", "2000", "--steps", "300", "--reference-episodes", "2"]
+FAST_AGENT = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
+FAST_AGENT += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
 SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
 
 
@@ -34,7 +37,7 @@ def imports(path):
             yield node.module
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SCRIPTS)
 def test_scripts_are_short_and_keep_their_sections(algorithm):
     path = ROOT / "algorithms" / f"{algorithm}.py"
     text = path.read_text()
@@ -45,19 +48,17 @@ def test_scripts_are_short_and_keep_their_sections(algorithm):
         assert name in text
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", SCRIPTS)
 def test_scripts_import_common_alone(algorithm):
     ours = {
-        name
-        for name in imports(ROOT / "algorithms" / f"{algorithm}.py")
-        if name.split(".")[0] in ("common", *ALGORITHMS)
+        name for name in imports(ROOT / "algorithms" / f"{algorithm}.py") if name.split(".")[0] in ("common", *SCRIPTS)
     }
     assert ours and all(name.startswith("common.") for name in ours)
 
 
 def test_common_imports_no_algorithm():
     for path in (ROOT / "common").glob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"algorithms", "benchmarks", *ALGORITHMS}
+        assert not {name.split(".")[0] for name in imports(path)} & {"algorithms", "benchmarks", *SCRIPTS}
 
 
 def test_the_two_commands_of_the_quick_start_are_those_that_ci_runs():
@@ -71,7 +72,7 @@ def test_the_two_commands_of_the_quick_start_are_those_that_ci_runs():
 
 def test_the_readme_has_commands():
     assert len(SCRIPT_COMMANDS) >= 5
-    assert {f"algorithms/{name}.py" for name in ALGORITHMS} <= set(re.findall(r"algorithms/\w+\.py", README))
+    assert {f"algorithms/{name}.py" for name in SCRIPTS} <= set(re.findall(r"algorithms/\w+\.py", README))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,9 @@ def test_the_readme_runs(step, home, make_dataset, monkeypatch):
         if "--dataset-id" in words and (dataset_id := words[words.index("--dataset-id") + 1]).count("/") == 2:
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
         words += FEW + (SMALL_MODEL if words[0] in ("algorithms/mopo.py", "algorithms/combo.py") else [])
+    elif words[1] == "benchmarks.collect":
+        split = words.index("--")
+        words = words[:split] + FEW_COLLECTED + words[split:] + FAST_AGENT
     words = [sys.executable, *([] if words[0] == "-m" else [ROOT / words.pop(0)]), *words]
     run = subprocess.run(words, cwd=home, capture_output=True, text=True, env=os.environ | environment)
     assert run.returncode == 0, run.stderr
@@ -108,6 +112,7 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "loading.py": ["--num-steps", "2000"],
     "evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "memory.py": ["--num-steps", "2000"],
+    "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
 }
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
