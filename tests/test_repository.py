@@ -82,7 +82,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
-def test_the_readme_runs(step, home, make_dataset, monkeypatch):
+def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
     if step not in SCRIPT_COMMANDS:
         monkeypatch.chdir(home)
@@ -93,7 +93,8 @@ def test_the_readme_runs(step, home, make_dataset, monkeypatch):
     environment |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)][1:]
     if words[0].startswith("algorithms/"):
-        if "--dataset-id" in words and (dataset_id := words[words.index("--dataset-id") + 1]).count("/") == 2:
+        dataset_id = words[words.index("--dataset-id") + 1] if "--dataset-id" in words else ""
+        if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
         words += FEW + (SMALL_MODEL if words[0] in ("algorithms/mopo.py", "algorithms/combo.py") else [])
     elif words[1] == "benchmarks.collect":
