@@ -97,8 +97,13 @@ class Diverged(RuntimeError):
     """A loss or a weight is no longer finite; the last checkpoint is from before."""
 
 
+# A critic is suspect when its mean |Q| is this many times max |r| / (1 - gamma), which no policy's return exceeds: far
+# more than an entropy, a model's penalty or conservatism adds, and far less than what is about to overflow.
+SUSPECT_FACTOR = 100
+
+
 def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
-    """Runs a script. Exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted; one line on stderr says why.
+    """Runs a script. Exit codes: 0 done, 2 bad input, 3 diverged, 130 interrupted; one line on stderr says why.
 
     `args_class` is a dataclass of arguments: a subclass of ExperimentArgs, or one of a script that trains nothing.
     """
@@ -107,7 +112,7 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     except BadInput as error:
         _exit(2, f"error: {error}")
     except Diverged as error:
-        _exit(1, f"error: {error}")
+        _exit(3, f"error: {error}")
     except KeyboardInterrupt:
         _exit(130, "interrupted")
 
@@ -188,7 +193,7 @@ class Run:
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         bounds = self.dataset.action_low, self.dataset.action_high
         self.policy = Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
-        self.step, self.interrupted = 0, False
+        self.step, self.interrupted, self.suspected = 0, False, False
         self.evaluations: list[dict[str, float]] = []
         self.columns: list[str] = []  # of metrics.csv
         self.num_rows = 0
@@ -247,6 +252,7 @@ class Run:
         """Mean and standard deviation of the deterministic policy's returns, and its score; no environment, nothing."""
         if self.environments is None:
             return {}
+        self._check_weights(step)  # simulators fail in ways of their own on actions that are not numbers
         began = time.perf_counter()
         returns = evaluate(self.policy, self.environments)
         metrics = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
@@ -259,22 +265,21 @@ class Run:
         return metrics
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds a row to metrics.csv (and W&B). Raises Diverged on a metric that is not finite."""
+        """Adds a row to metrics.csv (and W&B). Raises Diverged if a metric or a network's weight is not finite."""
         row = {"step": step, "seconds": round(self._seconds(), 2)}
         row |= {name: float(value) for name, value in metrics.items()}
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise Diverged(f"{name} is {value} at update {step}; the last checkpoint in {self.dir} is kept")
+        bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            raise self._diverged(min(bad, key=lambda reason: "loss" not in reason), step)  # a loss before the others
+        self._check_weights(step)
+        self._suspect(row)
         self._append(row)
         self.tracker.log(row)
 
     def save_checkpoint(self, step: int) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
         state = {name: part.state_dict() for name, part in self.learner._asdict().items()}
-        for name, part in state.items():
-            pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
-                raise Diverged(f"{name} is not finite at update {step}; the last checkpoint in {self.dir} is kept")
+        self._check_finite(state, step)
         checkpoint = {
             "algorithm": self.args.algorithm,
             "dataset_fingerprint": self.buffer.fingerprint,
@@ -336,6 +341,34 @@ class Run:
             f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
             flush=True,
         )
+
+    def _check_weights(self, step: int) -> None:
+        parts = self.learner._asdict().items()
+        self._check_finite({name: part.state_dict() for name, part in parts if isinstance(part, torch.nn.Module)}, step)
+
+    def _check_finite(self, state: dict[str, Any], step: int) -> None:
+        for name, part in state.items():
+            pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
+                raise self._diverged(f"{name} is not finite", step)
+
+    def _diverged(self, reason: str, step: int) -> Diverged:
+        return Diverged(f"{reason} at update {step}; the last checkpoint in {self.dir} is kept")
+
+    def _suspect(self, row: dict[str, float]) -> None:
+        """Warns once of a critic that says more than the rewards allow."""
+        qs = {name: value for name, value in row.items() if name.startswith("critic/q")}
+        if self.suspected or not qs:
+            return
+        gamma = self.args.gamma  # type: ignore[attr-defined]  # scripts with a critic have one
+        horizon = 1 / (1 - gamma) if gamma < 1 else int(self.buffer.episode_lengths.max())
+        bound = float(self.buffer.transitions.rewards.abs().max()) * horizon
+        for name, value in qs.items():
+            if abs(value) > SUSPECT_FACTOR * (1 + bound):  # 1: what fresh networks may say where every reward is 0
+                self.suspected = True
+                what = f"{name} is {value:.3g} at update {row['step']}, but no return exceeds {bound:.3g}"
+                advice = "the critic may be exploding: try a smaller learning rate or a stronger anchor"
+                return _warn(f"{what}: {advice}")
 
     def _create_dir(self) -> None:
         taken = any((self.dir / name).exists() for name in ("args.json", "checkpoint.pt")) and not self.args.resume
@@ -479,7 +512,11 @@ class _Tracker:
         except Exception as error:
             self.run = None
             reason = f"{type(error).__name__}: {one_line(error)}"
-            print(f"warning: W&B failed ({reason}): training goes on without it", file=sys.stderr, flush=True)
+            _warn(f"W&B failed ({reason}): training goes on without it")
+
+
+def _warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar
 
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:

@@ -30,7 +30,7 @@ from wandb.proto import wandb_internal_pb2
 
 from common.datasets import BUILT_IN_ID, BadInput
 from common.evaluation import evaluate, load_policy, make_environments
-from common.experiment import Run, parse_args
+from common.experiment import Diverged, Run, parse_args
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
@@ -300,8 +300,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(m
     dataset_id = make_dataset(episodes=huge)
     arguments = ["--num-updates", "400", "--checkpoint-every", "1", "--run-dir", str(tmp_path / "run"), *SHORT]
     run = run_script("iql", "--dataset-id", dataset_id, *arguments)
-    assert run.returncode == 1
-    assert re.search(r"error: .* at update \d+; the last checkpoint", run.stderr.splitlines()[-1])
+    assert run.returncode == 3
+    assert re.search(r"error: .* is (nan|inf|not finite) at update \d+; the last check", run.stderr.splitlines()[-1])
     assert "Traceback" not in run.stderr
     for name, part in checkpoint(tmp_path / "run")["learner"].items():
         values = torch.utils._pytree.tree_leaves(part)
@@ -316,9 +316,44 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path, pendulum
     run.save_checkpoint(1)
     with torch.no_grad():
         learner.critic.layers[0].weight[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="critic is not finite at update 2"):
-        run.save_checkpoint(2)
+    for attempt in (run.save_checkpoint, run.evaluate, lambda step: run.log(step, {"critic/loss": 1.0})):
+        with pytest.raises(Diverged, match=r"critic is not finite at update 2; the last checkpoint in .*run is kept"):
+            attempt(2)
     assert checkpoint(tmp_path / "run")["step"] == 1
+
+
+@every_algorithm
+def test_a_loss_that_is_not_finite_is_named_within_one_log_interval(algorithm, tmp_path, monkeypatch, pendulum):
+    """From update 13 on an update gives NaN losses: the row of update 20 is the first to show it."""
+    module = importlib.import_module(algorithm)
+
+    def update(learner, batch, step, args):
+        metrics = train(learner, batch, step, args)
+        return {name: value * (torch.nan if step >= 13 else 1) for name, value in metrics.items()}
+
+    train = module.update
+    monkeypatch.setattr(module, "update", update)
+    arguments = ["--num-updates", "40", "--log-every", "10", "--checkpoint-every", "5", "--run-dir", str(tmp_path)]
+    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()))
+    assert run.returncode == 3 and "Traceback" not in run.stderr
+    assert re.search(r"^error: \w+/loss is nan at update 20; the last checkpoint", run.stderr.splitlines()[-1])
+    assert checkpoint(tmp_path)["step"] == 15
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())][-1] == "10"
+
+
+@pytest.mark.parametrize(("gamma", "horizon"), [(0.99, 100), (1.0, 200)])  # the data's episodes have 200 steps
+def test_a_q_beyond_what_the_rewards_allow_is_one_warning(gamma, horizon, tmp_path, pendulum, capsys):
+    iql = importlib.import_module("iql")
+    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9, gamma=gamma)
+    run = Run(args, pendulum, iql.build(3, 1, args, torch.device("cpu")))
+    bound = horizon * max(abs(reward) for reward in pendulum.transitions.rewards.tolist())
+    run.log(1, {"critic/q": -99 * bound, "critic/loss": 1e30})
+    assert "warning" not in capsys.readouterr().err
+    run.log(2, {"critic/q": -101 * bound - 100, "critic/loss": 1.0})
+    run.log(3, {"critic/q": 1e9 * bound, "critic/loss": 1.0})
+    warning = capsys.readouterr().err
+    assert warning.count("warning") == 1
+    assert re.search(r"warning: critic/q is -\S+ at update 2, but no return exceeds \S+: the critic may be", warning)
 
 
 # --- Tracking ---
