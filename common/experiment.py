@@ -1,6 +1,7 @@
 """The course of an experiment: the arguments every script shares, the run folder, logging, checkpoints and progress."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -97,29 +98,59 @@ class Diverged(RuntimeError):
     """A loss or a weight is no longer finite; the last checkpoint is from before."""
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM (what schedulers send) ends the run."""
+
+    def __init__(self, number: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+GRACE_SECONDS = 2  # after a signal, for the update, evaluation or epoch at work; what then remains of it is left undone
+
 # A critic is suspect when its mean |Q| is this many times max |r| / (1 - gamma), which no policy's return exceeds: far
 # more than an entropy, a model's penalty or conservatism adds, and far less than what is about to overflow.
 SUSPECT_FACTOR = 100
 
 
 def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
-    """Runs a script. Exit codes: 0 done, 2 bad input, 3 diverged, 130 interrupted; one line on stderr says why.
+    """Runs a script. Exit codes: 0 done, 2 bad input, 3 diverged, 130 or 143 stopped by Ctrl-C or SIGTERM; one line on
+    stderr says why.
 
     `args_class` is a dataclass of arguments: a subclass of ExperimentArgs, or one of a script that trains nothing.
     """
     try:
-        main(parse_args(args_class) if issubclass(args_class, ExperimentArgs) else _parse(args_class))
+        with _on_signals(_stop):
+            main(parse_args(args_class) if issubclass(args_class, ExperimentArgs) else _parse(args_class))
     except BadInput as error:
         _exit(2, f"error: {error}")
     except Diverged as error:
         _exit(3, f"error: {error}")
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
+    except Stopped as stopped:
+        _exit(128 + stopped.number, str(stopped))
 
 
 def _exit(code: int, message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def _stop(number: int, _: Any) -> None:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`."""
+    previous: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            if signal.getsignal(number) == handler:  # else those outside were put back before
+                signal.signal(number, before)
 
 
 def parse_args(args_class: type[Args], command_line: list[str] | None = None) -> Args:
@@ -193,7 +224,8 @@ class Run:
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         bounds = self.dataset.action_low, self.dataset.action_high
         self.policy = Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
-        self.step, self.interrupted, self.suspected = 0, False, False
+        self.step, self.stopped_by, self.suspected = 0, 0, False
+        self.before: dict[str, Any] = {}  # the checkpoint of before an update that is evaluated
         self.evaluations: list[dict[str, float]] = []
         self.columns: list[str] = []  # of metrics.csv
         self.num_rows = 0
@@ -210,8 +242,10 @@ class Run:
         self._write_json("args.json", _plain(args) | facts)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the updates still to do, under a progress bar. Ctrl-C ends them, with a checkpoint."""
+        """The numbers of the updates still to do, under a progress bar. A signal ends them, with a checkpoint."""
         for step in self._interruptible("update", self.step, self.args.num_updates):
+            evaluating = self.environments is not None and self.is_due(step, self.args.eval_every)
+            self.before = copy.deepcopy(self._checkpoint(step - 1)) if evaluating else {}
             began, self.pause_seconds = time.perf_counter(), 0.0
             yield step
             self.update_seconds += time.perf_counter() - began - self.pause_seconds
@@ -219,30 +253,36 @@ class Run:
     def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
         """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own.
 
-        The script saves a checkpoint after each; Ctrl-C ends them after the next one.
+        The script saves a checkpoint after each. A signal ends them; of the last one, nothing may remain.
         """
         yield from self._interruptible(f"{name} epoch", done, total)
 
     def _interruptible(self, unit: str, done: int, total: int) -> Iterator[int]:
-        """The numbers after `done` up to `total`, until Ctrl-C."""
-        previous = None
-        with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
-            previous = signal.signal(signal.SIGINT, self._interrupt)
+        """The numbers after `done` up to `total`, until a signal."""
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         name = self.args.algorithm if unit == "update" else f"{self.args.algorithm}, {unit}s"
-        try:
-            with tqdm(total=total, initial=done, desc=name, mininterval=interval) as self.progress:
-                for number in range(done + 1, total + 1):
-                    yield number
-                    self.progress.update()
-                    if self.interrupted:
-                        if unit == "update":
-                            self.save_checkpoint(number)
-                        self.progress.close()
-                        _exit(130, f"interrupted at {unit} {number}; go on with --resume --run-dir {self.dir}")
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGINT, previous)
+        bar = tqdm(total=total, initial=done, desc=name, mininterval=interval)
+        with _on_signals(self._interrupt), bar as self.progress:
+            for number in range(done + 1, total + 1):
+                self.at = f"{unit} {number}"
+                yield number
+                self.progress.update()
+                if self.stopped_by:
+                    _set_alarm(0)
+                    if unit == "update":
+                        self.save_checkpoint(number)
+                    raise self._stopped()
+
+    def _interrupt(self, number: int, _: Any) -> None:
+        """At the first signal, what is at work gets some time to end; at a second or the alarm after it, none."""
+        if self.stopped_by:
+            raise self._stopped()
+        self.stopped_by = number
+        _set_alarm(GRACE_SECONDS, self._interrupt)
+
+    def _stopped(self) -> Stopped:
+        self.progress.close()
+        return Stopped(self.stopped_by, f"interrupted at {self.at}; go on with --resume --run-dir {self.dir}")
 
     def is_due(self, step: int, every: int) -> bool:
         """True every `every` updates and after the last one."""
@@ -254,7 +294,12 @@ class Run:
             return {}
         self._check_weights(step)  # simulators fail in ways of their own on actions that are not numbers
         began = time.perf_counter()
-        returns = evaluate(self.policy, self.environments)
+        try:
+            returns = evaluate(self.policy, self.environments)
+        except Stopped:  # this update is not over without its row: it will be done again
+            if self.before:
+                self._write_checkpoint(self.before)
+            raise
         metrics = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
         score = normalized_score(metrics["eval/return_mean"], self.dataset)
         if score is not None:
@@ -278,9 +323,12 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
-        state = {name: part.state_dict() for name, part in self.learner._asdict().items()}
-        self._check_finite(state, step)
-        checkpoint = {
+        checkpoint = self._checkpoint(step)
+        self._check_finite(checkpoint["learner"], step)
+        self._write_checkpoint(checkpoint)
+
+    def _checkpoint(self, step: int) -> dict[str, Any]:
+        return {
             "algorithm": self.args.algorithm,
             "dataset_fingerprint": self.buffer.fingerprint,
             "step": step,
@@ -288,11 +336,13 @@ class Run:
             "update_seconds": self.update_seconds,
             "num_rows": self.num_rows,
             "evaluations": self.evaluations,
-            "learner": state,
+            "learner": {name: part.state_dict() for name, part in self.learner._asdict().items()},
             "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "wandb_id": self.tracker.id,
         }
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._replace(
             "policy.pt", lambda path: save_policy(path, self.policy)
         )  # first: the checkpoint ends what is due
@@ -449,11 +499,6 @@ class Run:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _interrupt(self, *_: object) -> None:
-        if self.interrupted:  # the second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        self.interrupted = True
-
 
 def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
     """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
@@ -517,6 +562,14 @@ class _Tracker:
 
 def _warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar
+
+
+def _set_alarm(seconds: float, handler: Callable[[int, Any], None] | None = None) -> None:
+    """`handler` is called in so many seconds; never at 0. Windows has no such alarm: there, work is always ended."""
+    if hasattr(signal, "setitimer"):
+        if handler:
+            signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:

@@ -55,6 +55,20 @@ def assert_same(left, right):
         assert left == right
 
 
+def assert_same_runs(left, right):
+    """All but what depends on the time it took."""
+    for key in ("learner", "random_state", "evaluations", "step"):
+        assert_same(checkpoint(left)[key], checkpoint(right)[key])
+    assert_same(*(torch.load(folder / "policy.pt", weights_only=True) for folder in (left, right)))
+    timings = dict.fromkeys(["seconds", "wall_seconds", "updates_per_second"])
+    rows, results = [], []
+    for folder in (left, right):
+        rows.append([row | {"seconds": None} for row in csv.DictReader((folder / "metrics.csv").open())])
+        results.append(json.loads((folder / "result.json").read_text()) | timings)
+    assert rows[0] == rows[1]
+    assert results[0] == results[1]
+
+
 # --- Command line ---
 
 
@@ -218,13 +232,7 @@ def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
         file.write("391,0.1,half a ro")  # as a kill in the middle of a write leaves it
     run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
     assert run.returncode == 0, run.stderr
-    for key in ("learner", "random_state", "evaluations", "step"):
-        assert_same(checkpoint(whole)[key], checkpoint(killed)[key])
-    rows = [
-        [{**row, "seconds": ""} for row in csv.DictReader((folder / "metrics.csv").open())]
-        for folder in (whole, killed)
-    ]
-    assert rows[0] == rows[1]
+    assert_same_runs(whole, killed)
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path):
@@ -239,25 +247,72 @@ def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path
     assert checkpoint(tmp_path / "run")["step"] == 20
 
 
-def test_ctrl_c_saves_a_checkpoint_and_exits_130(tmp_path):
-    arguments = [
-        "--num-updates",
-        "1000000",
-        "--checkpoint-every",
-        "1000000",
-        "--run-dir",
-        str(tmp_path / "run"),
-        *SHORT,
-    ]
-    process = start_script("iql", *arguments)
-    while not (tmp_path / "run" / "metrics.csv").exists():
+def stop(process, number):
+    """Sends a signal and takes the seconds until the process has ended. Returns its last line."""
+    began = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
+
+
+def wait_for_row(process, folder, step):
+    """Until metrics.csv has the row of that update."""
+    while not (folder / "metrics.csv").exists() or f"\n{step}," not in (folder / "metrics.csv").read_text():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint(number, tmp_path):
+    arguments = ["--num-updates", "1000000", "--checkpoint-every", "1000000", "--run-dir", str(tmp_path / "run")]
+    process = start_script("iql", *arguments, *SHORT)
+    wait_for_row(process, tmp_path / "run", 100)
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step == 0
+    line = stop(process, number)
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with --resume --run-dir")
+
+
+def test_a_signal_in_a_long_evaluation_loses_no_update(tmp_path, pendulum):
+    """The update that is evaluated is not over without its row: the checkpoint is of before, and so are the bits."""
+    arguments = ["--num-updates", "8", "--checkpoint-every", "100", "--log-every", "1", "--eval-every", "5"]
+    arguments += ["--hidden-dims", "16", "16"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script("td3_bc", *arguments, "--eval-episodes", "2", "--run-dir", str(whole)).returncode == 0
+    process = start_script("td3_bc", *arguments, "--eval-episodes", "5000", "--run-dir", str(stopped))
+    wait_for_row(process, stopped, 4)
+    time.sleep(0.3)
+    line = stop(process, signal.SIGTERM)
+    assert line.startswith("interrupted at update 5; go on with --resume") and checkpoint(stopped)["step"] == 4
+    assert run_script("td3_bc", "--resume", "--eval-episodes", "2", "--run-dir", str(stopped)).returncode == 0
+    assert_same_runs(whole, stopped)
+
+
+def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
+    def load_dataset(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("bc.load_dataset", load_dataset)
+    run = run_script("bc", "--run-dir", str(tmp_path / "run"))
+    assert run == (143, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 6, 15])
+def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
+    """--compile takes about half a minute for its first calls."""
+    process = start_script("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
+    while not (tmp_path / "run" / "args.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error and "--resume --run-dir" in error.splitlines()[-1]
-    assert checkpoint(tmp_path / "run")["step"] >= 100
+    time.sleep(seconds)
+    assert "interrupted at update" in stop(process, signal.SIGTERM)
+    assert run_script("iql", "--resume", "--no-compile", "--num-updates", "9", "--run-dir", str(tmp_path / "run"))
 
 
 def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
