@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.datasets import BadInput, Dataset, check, flat_observation_dim, flatten_observations, one_line
+from common.files import load, save
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
 
@@ -56,7 +57,7 @@ def save_policy(path: Path, policy: Policy) -> None:
         "action_low": torch.from_numpy(policy.action_low),
         "action_high": torch.from_numpy(policy.action_high),
     }
-    torch.save(state, path)
+    save(state, path)
 
 
 def load_policy(run_dir: str | Path) -> Policy:
@@ -68,7 +69,7 @@ def load_policy(run_dir: str | Path) -> Policy:
     path = Path(run_dir) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     try:
-        state = torch.load(path, weights_only=True)
+        state = load(path)
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"cannot read {path}: {one_line(error)}") from None
     weights = state["actor"]

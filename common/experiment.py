@@ -5,6 +5,7 @@ import copy
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import platform
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from common import files
 from common.datasets import BUILT_IN_ID, BadInput, check, one_line
 from common.evaluation import Policy, evaluate, make_environments, normalized_score, save_policy
 from common.replay_buffer import ReplayBuffer
@@ -101,11 +104,12 @@ class Diverged(RuntimeError):
 class Stopped(KeyboardInterrupt):
     """SIGINT (Ctrl-C) or SIGTERM (what schedulers send) ends the run."""
 
-    def __init__(self, number: int, message: str = "interrupted") -> None:
+    def __init__(self, number: int, message: str = "interrupted", at_once: bool = False) -> None:
         super().__init__(message)
-        self.number = number
+        self.number, self.at_once = number, at_once
 
 
+PREVIOUS = "previous_checkpoint.pt"
 GRACE_SECONDS = 2  # after a signal, for the update, evaluation or epoch at work; what then remains of it is left undone
 
 # A critic is suspect when its mean |Q| is this many times max |r| / (1 - gamma), which no policy's return exceeds: far
@@ -114,8 +118,8 @@ SUSPECT_FACTOR = 100
 
 
 def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
-    """Runs a script. Exit codes: 0 done, 2 bad input, 3 diverged, 130 or 143 stopped by Ctrl-C or SIGTERM; one line on
-    stderr says why.
+    """Runs a script. Exit codes: 0 done, 1 cannot write to its folder, 2 bad input, 3 diverged, 130 or 143 stopped by
+    Ctrl-C or SIGTERM; one line on stderr says why.
 
     `args_class` is a dataclass of arguments: a subclass of ExperimentArgs, or one of a script that trains nothing.
     """
@@ -126,7 +130,12 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
         _exit(2, f"error: {error}")
     except Diverged as error:
         _exit(3, f"error: {error}")
+    except files.CannotWrite as error:
+        _exit(1, f"error: {error}")
     except Stopped as stopped:
+        if stopped.at_once:  # after a compilation, Python and torch take seconds to take themselves down
+            print(stopped, file=sys.stderr, flush=True)
+            os._exit(128 + stopped.number)
         _exit(128 + stopped.number, str(stopped))
 
 
@@ -162,8 +171,11 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
     path = (args.run_dir or Path()) / "args.json"
     if not args.resume or args.run_dir is None or not path.is_file():
         return args
-    saved = json.loads(path.read_text())
-    found = saved["algorithm"]
+    try:
+        saved = json.loads(path.read_text())
+        found = saved["algorithm"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"--resume: cannot read {path}: {one_line(error)}") from None
     check(found == args.algorithm, f"--resume: {args.run_dir} is a run of {found}, not of {args.algorithm}")
     names = {field.name for field in dataclasses.fields(args_class)} & saved.keys()
     before = args_class()
@@ -209,12 +221,14 @@ def set_up(args: ExperimentArgs) -> torch.device:
 
 
 class Run:
-    """A run folder: args.json, metrics.csv, checkpoint.pt, policy.pt, result.json and learning_curve.png.
+    """A run folder: args.json, metrics.csv, checkpoint.pt, policy.pt, result.json and learning_curve.png; also, should
+    checkpoint.pt be damaged, the one before it, previous_checkpoint.pt.
 
     `learner` is a NamedTuple of everything that training changes, networks and optimiser; its `actor` is the policy. A
     checkpoint holds their state_dicts and the random state, so that a resumed run goes on to the same bits.
 
-    Raises BadInput if the folder holds a run already or, with --resume, no checkpoint of this algorithm and dataset.
+    Raises BadInput if the folder holds a run already or, with --resume, no checkpoint of this algorithm and dataset, or
+    if another process is at work in it; while it is open, CannotWrite if the disk is full.
     """
 
     def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
@@ -231,15 +245,15 @@ class Run:
         self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
-        wandb_id = self._restore() if args.resume else None
         self.environments = make_environments(self.dataset, args.eval_episodes)
-        self._create_dir()
+        self._take_dir()
+        wandb_id = self._restore() if args.resume else None
         self.tracker = _Tracker(args, self.dir, wandb_id)
+        facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
+        self._write_json("args.json", _plain(args) | facts)
         if not args.resume:
             (self.dir / "metrics.csv").unlink(missing_ok=True)
             self.save_checkpoint(0)  # from here on, a run that is killed can be resumed
-        facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
-        self._write_json("args.json", _plain(args) | facts)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the updates still to do, under a progress bar. A signal ends them, with a checkpoint."""
@@ -276,13 +290,14 @@ class Run:
     def _interrupt(self, number: int, _: Any) -> None:
         """At the first signal, what is at work gets some time to end; at a second or the alarm after it, none."""
         if self.stopped_by:
-            raise self._stopped()
+            raise self._stopped(at_once=True)
         self.stopped_by = number
         _set_alarm(GRACE_SECONDS, self._interrupt)
 
-    def _stopped(self) -> Stopped:
+    def _stopped(self, at_once: bool = False) -> Stopped:
         self.progress.close()
-        return Stopped(self.stopped_by, f"interrupted at {self.at}; go on with --resume --run-dir {self.dir}")
+        message = f"interrupted at {self.at}; go on with --resume --run-dir {self.dir}"
+        return Stopped(self.stopped_by, message, at_once)
 
     def is_due(self, step: int, every: int) -> bool:
         """True every `every` updates and after the last one."""
@@ -346,13 +361,16 @@ class Run:
         self._replace(
             "policy.pt", lambda path: save_policy(path, self.policy)
         )  # first: the checkpoint ends what is due
-        self._replace("checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        if self.num_rows:
+            with files.writing(self.dir / "metrics.csv"):
+                files.sync(self.dir / "metrics.csv")  # the checkpoint says how many rows it has
+        files.replace(self.dir / "checkpoint.pt", lambda path: files.save(checkpoint, path), keep_as=PREVIOUS)
 
     def save_part(self, name: str, file: str | None = None) -> None:
         """Writes one part of the learner to <file or name>.pt, for runs on the same data; load_part reads it."""
         content = {name: getattr(self.learner, name).state_dict(), "dataset_fingerprint": self.buffer.fingerprint}
         content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
-        self._replace(f"{file or name}.pt", lambda path: torch.save(content, path))
+        self._replace(f"{file or name}.pt", lambda path: files.save(content, path))
 
     def finish(self) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
@@ -386,6 +404,7 @@ class Run:
         for environment in self.environments or ():
             environment.close()
         self.tracker.finish(result)
+        self.release()
         outcome = f"{_headline(final) if final else 'not evaluated'}, dataset average {_headline(average)}"
         print(
             f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
@@ -420,30 +439,50 @@ class Run:
                 advice = "the critic may be exploding: try a smaller learning rate or a stronger anchor"
                 return _warn(f"{what}: {advice}")
 
-    def _create_dir(self) -> None:
-        taken = any((self.dir / name).exists() for name in ("args.json", "checkpoint.pt")) and not self.args.resume
-        check(
-            not taken,
-            f"--run-dir {self.dir}: holds a run already; add --resume to go on with it, or name another folder",
-        )
+    def _take_dir(self) -> None:
+        """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
+        path = self.dir / "checkpoint.pt"
+        if self.args.resume:
+            check(self.dir.is_dir(), f"--resume: no checkpoint at {path}; start the run without --resume")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            release = files.lock(self.dir)
         except OSError as error:
             raise BadInput(f"--run-dir {self.dir}: cannot be made: {error.strerror}") from None
+        if release is None:
+            raise BadInput(
+                f"--run-dir {self.dir}: another process is at work in it; wait for it, or name another folder"
+            )
+        self.release = weakref.finalize(self, release)
+        taken = path.exists() and not self.args.resume
+        advice = "add --resume to go on with it, or name another folder"
+        check(not taken, f"--run-dir {self.dir}: holds a run already; {advice}")
+
+    def _load_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """The last checkpoint or, where that is damaged, the one before it."""
+        path, previous = self.dir / "checkpoint.pt", self.dir / PREVIOUS
+        check(
+            path.is_file() or previous.is_file(), f"--resume: no checkpoint at {path}; start the run without --resume"
+        )
+        try:
+            return path, files.load(path, self.device)
+        except Exception as error:  # unpickling raises many kinds
+            reason = f"cannot read {path}: {one_line(error)}"
+        try:
+            checkpoint = files.load(previous, self.device)
+            _warn(f"--resume: {reason}: going on from the checkpoint before it, of update {checkpoint['step']}")
+            return previous, checkpoint
+        except Exception:
+            raise BadInput(f"--resume: {reason}") from None
 
     def _restore(self) -> str | None:
         """Puts learner, random state and metrics.csv back to the checkpoint; returns the id of the W&B run."""
-        path = self.dir / "checkpoint.pt"
-        check(path.is_file(), f"--resume: no checkpoint at {path}; start the run without --resume")
-        try:
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
-            found, fingerprint = checkpoint["algorithm"], checkpoint["dataset_fingerprint"]
-        except Exception as error:  # unpickling raises many kinds
-            raise BadInput(f"--resume: cannot read {path}: {one_line(error)}") from None
+        path, checkpoint = self._load_checkpoint()
+        found = checkpoint.get("algorithm")
         check(
             found == self.args.algorithm, f"--resume: {path} is a checkpoint of {found}, not of {self.args.algorithm}"
         )
-        same_data = fingerprint == self.buffer.fingerprint
+        same_data = checkpoint.get("dataset_fingerprint") == self.buffer.fingerprint
         check(same_data, f"--resume: {path} was trained on other data than {self.args.dataset_id} holds")
         try:
             for name, part in self.learner._asdict().items():
@@ -451,8 +490,10 @@ class Run:
             rows: list[list[str]] = []
             if checkpoint["num_rows"]:
                 with (self.dir / "metrics.csv").open(newline="") as file:
-                    self.columns, *rows = csv.reader(file)
-        except (RuntimeError, ValueError, OSError) as error:
+                    lines = itertools.islice(csv.reader(file), 1 + checkpoint["num_rows"])  # later ones come again
+                    self.columns, *rows = lines
+            check(len(rows) == checkpoint["num_rows"], "metrics.csv lacks rows")
+        except (RuntimeError, ValueError, OSError, csv.Error) as error:
             raise BadInput(f"--resume: {path} does not fit this run: {one_line(error)}") from None
         torch.set_rng_state(checkpoint["random_state"].cpu())
         if self.device.type == "cuda" and checkpoint["cuda_random_state"]:
@@ -460,7 +501,7 @@ class Run:
         self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
         self.update_seconds, self.evaluations = checkpoint["update_seconds"], checkpoint["evaluations"]
         if rows:
-            self._rewrite(rows[: checkpoint["num_rows"]])  # later ones will be written again
+            self._rewrite(rows)
         else:
             (self.dir / "metrics.csv").unlink(missing_ok=True)
         return checkpoint["wandb_id"]
@@ -475,7 +516,7 @@ class Run:
             evaluation = [] if self.environments is None else ["eval/return_mean", "eval/return_std", "eval/score"]
             self.columns = [*dict.fromkeys([*self.columns, "step", "seconds", *evaluation, *missing])]
             self._rewrite(rows)
-        with path.open("a", newline="") as file:
+        with files.writing(path), path.open("a", newline="") as file:
             csv.writer(file).writerow([row.get(name, "") for name in self.columns])
         self.num_rows += 1
 
@@ -489,9 +530,7 @@ class Run:
         self.num_rows = len(rows)
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        scratch = self.dir / f".{name}"
-        write(scratch)
-        os.replace(scratch, self.dir / name)
+        files.replace(self.dir / name, write)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         self._replace(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
@@ -503,7 +542,7 @@ class Run:
 def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
     """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
     try:
-        saved = torch.load(path, map_location=buffer.storage.device, weights_only=True)
+        saved = files.load(Path(path), buffer.storage.device)
         state, fingerprint, scale = saved[name], saved["dataset_fingerprint"], saved["observation_scale"]
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"--{name} {path}: cannot be read: {one_line(error)}") from None

@@ -1,8 +1,10 @@
 """What the tests share: a private datasets folder, datasets made on the spot, NumPy networks, scripts as processes."""
 
 import contextlib
+import csv
 import importlib
 import io
+import json
 import os
 import re
 import shutil
@@ -180,3 +182,43 @@ def start_script(algorithm: str, *arguments: str) -> subprocess.Popen[str]:
     """The same in a process of its own, to be killed or interrupted."""
     command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def assert_one_line(run: Outcome, pattern: str) -> None:
+    """That bad input ended the run with one line."""
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert re.search(pattern, run.stderr), run.stderr
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            assert_same(*pair)
+    else:
+        assert left == right
+
+
+def assert_same_runs(left: Path, right: Path) -> None:
+    """All but what depends on the time it took."""
+    for key in ("learner", "random_state", "evaluations", "step"):
+        assert_same(checkpoint(left)[key], checkpoint(right)[key])
+    assert_same(*(torch.load(folder / "policy.pt", weights_only=True) for folder in (left, right)))
+    timings = dict.fromkeys(["seconds", "wall_seconds", "updates_per_second"])
+    rows, results = [], []
+    for folder in (left, right):
+        rows.append([row | {"seconds": None} for row in csv.DictReader((folder / "metrics.csv").open())])
+        results.append(json.loads((folder / "result.json").read_text()) | timings)
+    assert rows[0] == rows[1]
+    assert results[0] == results[1]

@@ -5,11 +5,9 @@ import dataclasses
 import importlib
 import json
 import re
-import signal
 import struct
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,9 +20,9 @@ from conftest import (
     SHORT,
     SHORTER,
     assert_one_line,
+    checkpoint,
     random_episode,
     run_script,
-    start_script,
 )
 from wandb.proto import wandb_internal_pb2
 
@@ -34,39 +32,6 @@ from common.experiment import Diverged, Run, parse_args
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(left, right):
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right)
-        for pair in zip(left, right, strict=True):
-            assert_same(*pair)
-    else:
-        assert left == right
-
-
-def assert_same_runs(left, right):
-    """All but what depends on the time it took."""
-    for key in ("learner", "random_state", "evaluations", "step"):
-        assert_same(checkpoint(left)[key], checkpoint(right)[key])
-    assert_same(*(torch.load(folder / "policy.pt", weights_only=True) for folder in (left, right)))
-    timings = dict.fromkeys(["seconds", "wall_seconds", "updates_per_second"])
-    rows, results = [], []
-    for folder in (left, right):
-        rows.append([row | {"seconds": None} for row in csv.DictReader((folder / "metrics.csv").open())])
-        results.append(json.loads((folder / "result.json").read_text()) | timings)
-    assert rows[0] == rows[1]
-    assert results[0] == results[1]
 
 
 # --- Command line ---
@@ -111,7 +76,7 @@ def test_run_folder(algorithm, tmp_path, pendulum):
     run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()))
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
-    assert {path.name for path in folder.iterdir()} - {"dynamics.pt"} == expected
+    assert {path.name for path in folder.iterdir()} - {"dynamics.pt", "previous_checkpoint.pt"} == expected
 
     args = json.loads((folder / "args.json").read_text())
     assert args["algorithm"] == algorithm and args["seed"] == 3 and args["dataset_fingerprint"] == pendulum.fingerprint
@@ -214,107 +179,6 @@ def test_metrics_of_only_some_updates_are_logged_too(tmp_path):
 # --- Resume ---
 
 
-@every_script
-def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
-    """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
-    arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
-    arguments += SHORTER.get(algorithm, ())
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
-    process = start_script(algorithm, *arguments, "--run-dir", str(killed))
-    while not (killed / "metrics.csv").exists() or checkpoint(killed)["step"] == 0:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert checkpoint(killed)["step"] < 400
-    with (killed / "metrics.csv").open("a") as file:
-        file.write("391,0.1,half a ro")  # as a kill in the middle of a write leaves it
-    run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
-    assert run.returncode == 0, run.stderr
-    assert_same_runs(whole, killed)
-
-
-def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path):
-    process = start_script("bc", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    run = run_script("bc", "--num-updates", "20", "--resume", "--run-dir", str(tmp_path / "run"))
-    assert run.returncode == 0, run.stderr
-    assert checkpoint(tmp_path / "run")["step"] == 20
-
-
-def stop(process, number):
-    """Sends a signal and takes the seconds until the process has ended. Returns its last line."""
-    began = time.monotonic()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - began < 5
-    assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors
-    return errors.splitlines()[-1]
-
-
-def wait_for_row(process, folder, step):
-    """Until metrics.csv has the row of that update."""
-    while not (folder / "metrics.csv").exists() or f"\n{step}," not in (folder / "metrics.csv").read_text():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint(number, tmp_path):
-    arguments = ["--num-updates", "1000000", "--checkpoint-every", "1000000", "--run-dir", str(tmp_path / "run")]
-    process = start_script("iql", *arguments, *SHORT)
-    wait_for_row(process, tmp_path / "run", 100)
-    step = checkpoint(tmp_path / "run")["step"]
-    assert step == 0
-    line = stop(process, number)
-    step = checkpoint(tmp_path / "run")["step"]
-    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with --resume --run-dir")
-
-
-def test_a_signal_in_a_long_evaluation_loses_no_update(tmp_path, pendulum):
-    """The update that is evaluated is not over without its row: the checkpoint is of before, and so are the bits."""
-    arguments = ["--num-updates", "8", "--checkpoint-every", "100", "--log-every", "1", "--eval-every", "5"]
-    arguments += ["--hidden-dims", "16", "16"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_script("td3_bc", *arguments, "--eval-episodes", "2", "--run-dir", str(whole)).returncode == 0
-    process = start_script("td3_bc", *arguments, "--eval-episodes", "5000", "--run-dir", str(stopped))
-    wait_for_row(process, stopped, 4)
-    time.sleep(0.3)
-    line = stop(process, signal.SIGTERM)
-    assert line.startswith("interrupted at update 5; go on with --resume") and checkpoint(stopped)["step"] == 4
-    assert run_script("td3_bc", "--resume", "--eval-episodes", "2", "--run-dir", str(stopped)).returncode == 0
-    assert_same_runs(whole, stopped)
-
-
-def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
-    def load_dataset(*_):
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("bc.load_dataset", load_dataset)
-    run = run_script("bc", "--run-dir", str(tmp_path / "run"))
-    assert run == (143, "", "interrupted\n")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1, 6, 15])
-def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
-    """--compile takes about half a minute for its first calls."""
-    process = start_script("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
-    while not (tmp_path / "run" / "args.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(seconds)
-    assert "interrupted at update" in stop(process, signal.SIGTERM)
-    assert run_script("iql", "--resume", "--no-compile", "--num-updates", "9", "--run-dir", str(tmp_path / "run"))
-
-
 def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
     folder = str(tmp_path / "run")
     assert run_script("bc", "--num-updates", "20", "--run-dir", folder, *SHORT).returncode == 0
@@ -341,9 +205,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     other_sizes = ["--num-updates", "3", "--hidden-dims", "8", "8", "--resume", "--run-dir", folder]
     assert_one_line(run_script("iql", *other_sizes), "does not fit this run")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "run" / "checkpoint.pt")
-    assert_one_line(run_script("iql", *arguments), "cannot read")
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"junk")
-    assert_one_line(run_script("iql", *arguments), "cannot read")
+    assert_one_line(run_script("iql", *arguments), "is a checkpoint of None, not of iql")
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 

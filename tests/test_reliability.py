@@ -1,0 +1,284 @@
+"""Nothing lost: kills, signals, damaged files, full disks, and a second process in the same folder."""
+
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import bc
+import pytest
+import torch
+from conftest import (
+    ALGORITHMS,
+    ROOT,
+    SHORT,
+    SHORTER,
+    assert_one_line,
+    assert_same,
+    assert_same_runs,
+    checkpoint,
+    run_script,
+    start_script,
+)
+
+from common.datasets import BadInput
+from common.experiment import Run
+
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+# --- Kills ---
+
+
+@every_algorithm
+def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
+    """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
+    arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
+    arguments += SHORTER.get(algorithm, ())
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
+    process = start_script(algorithm, *arguments, "--run-dir", str(killed))
+    while not (killed / "metrics.csv").exists() or checkpoint(killed)["step"] == 0:
+        assert process.poll() is None
+        time.sleep(0.005)
+    kill(process)
+    assert checkpoint(killed)["step"] < 400
+    with (killed / "metrics.csv").open("a") as file:
+        file.write("391,0.1,half a ro")  # as a kill in the middle of a write leaves it
+    run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
+    assert run.returncode == 0, run.stderr
+    assert_same_runs(whole, killed)
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+@every_algorithm
+def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, tmp_path):
+    """Rows, evaluations, checkpoints and epochs of the model come so often that kills hit all of them."""
+    arguments = ["--num-updates", "300", "--checkpoint-every", "3", "--log-every", "2", "--eval-every", "10", *SHORT]
+    arguments += [*SHORTER.get(algorithm, ()), *(["--max-dynamics-epochs", "10"] if algorithm in SHORTER else [])]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
+    seconds = json.loads((whole / "result.json").read_text())["wall_seconds"]
+    rng, moments = random.Random(algorithm), []
+    for _ in range(7):
+        begun = (killed / "checkpoint.pt").exists()
+        before = (killed / "args.json").stat().st_mtime_ns if begun else 0
+        words = ["--resume"] if begun else arguments
+        process = start_script(algorithm, *words, "--run-dir", str(killed))
+        while not (killed / "args.json").exists() or (killed / "args.json").stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, seconds / 5))  # from here on it trains
+        assert process.poll() is None, f"done before the kill after {moments}"
+        kill(process)
+        moments.append(checkpoint(killed)["step"] if (killed / "checkpoint.pt").exists() else None)
+    words = ["--resume"] if (killed / "checkpoint.pt").exists() else arguments
+    assert run_script(algorithm, *words, "--run-dir", str(killed)).returncode == 0, moments
+    assert_same_runs(whole, killed)
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path):
+    """While it lives, no second process may touch its folder."""
+    folder = tmp_path / "run"
+    process = start_script("bc", "--num-updates", "100000", "--run-dir", str(folder), *SHORT)
+    wait_for_row(process, folder, 100)
+    files_before = {path.name for path in folder.iterdir()}
+    for arguments in (["--resume"], SHORT):
+        run = run_script("bc", *arguments, "--num-updates", "20", "--run-dir", str(folder))
+        assert_one_line(run, "--run-dir .*: another process is at work in it")
+    assert process.poll() is None and {path.name for path in folder.iterdir()} == files_before
+    kill(process)
+    run = run_script("bc", "--num-updates", "20", "--resume", "--run-dir", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert checkpoint(folder)["step"] == 20
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    """A kill between args.json and the checkpoint leaves nothing to resume, and nothing that stands in the way."""
+    folder = tmp_path / "run"
+    assert run_script("bc", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
+    for path in set(folder.iterdir()) - {folder / "args.json"}:
+        path.unlink()
+    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder)), "no checkpoint at .*without --resume")
+    assert run_script("bc", "--num-updates", "4", "--run-dir", str(folder), *SHORT).returncode == 0
+    assert checkpoint(folder)["step"] == 4
+
+
+# --- Signals ---
+
+
+def stop(process, number):
+    """Sends a signal and takes the seconds until the process has ended. Returns its last line."""
+    began = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
+
+
+def wait_for_row(process, folder, step):
+    """Until metrics.csv has the row of that update."""
+    while not (folder / "metrics.csv").exists() or f"\n{step}," not in (folder / "metrics.csv").read_text():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint(number, tmp_path):
+    arguments = ["--num-updates", "1000000", "--checkpoint-every", "1000000", "--run-dir", str(tmp_path / "run")]
+    process = start_script("iql", *arguments, *SHORT)
+    wait_for_row(process, tmp_path / "run", 100)
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step == 0
+    line = stop(process, number)
+    step = checkpoint(tmp_path / "run")["step"]
+    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with --resume --run-dir")
+
+
+def test_a_signal_in_a_long_evaluation_loses_no_update(tmp_path, pendulum):
+    """The update that is evaluated is not over without its row: the checkpoint is of before, and so are the bits."""
+    arguments = ["--num-updates", "8", "--checkpoint-every", "100", "--log-every", "1", "--eval-every", "5"]
+    arguments += ["--hidden-dims", "16", "16"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script("td3_bc", *arguments, "--eval-episodes", "2", "--run-dir", str(whole)).returncode == 0
+    process = start_script("td3_bc", *arguments, "--eval-episodes", "5000", "--run-dir", str(stopped))
+    wait_for_row(process, stopped, 4)
+    time.sleep(0.3)
+    line = stop(process, signal.SIGTERM)
+    assert line.startswith("interrupted at update 5; go on with --resume") and checkpoint(stopped)["step"] == 4
+    assert run_script("td3_bc", "--resume", "--eval-episodes", "2", "--run-dir", str(stopped)).returncode == 0
+    assert_same_runs(whole, stopped)
+
+
+def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
+    def load_dataset(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("bc.load_dataset", load_dataset)
+    run = run_script("bc", "--run-dir", str(tmp_path / "run"))
+    assert run == (143, "", "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 6, 15])
+def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
+    """--compile takes about half a minute for its first calls."""
+    process = start_script("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
+    while not (tmp_path / "run" / "args.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    assert "interrupted at update" in stop(process, signal.SIGTERM)
+    assert run_script("iql", "--resume", "--no-compile", "--num-updates", "9", "--run-dir", str(tmp_path / "run"))
+
+
+# --- Damaged files ---
+
+
+def small_run(folder, pendulum, resume=False):
+    args = bc.Args(run_dir=folder, hidden_dims=(4,), num_updates=9, resume=resume)
+    return Run(args, pendulum, bc.build(3, 1, args, torch.device("cpu")))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path, pendulum, monkeypatch, capsys):
+    """50 cuts and 50 flipped bits at random places: no damage is taken for a checkpoint."""
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    run = small_run(tmp_path, pendulum)
+    run.log(1, {"actor/loss": 1.0})
+    run.save_checkpoint(1)
+    run.log(2, {"actor/loss": 2.0})
+    run.save_checkpoint(2)
+    run.release()
+    newest, rows = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.csv").read_text()
+    expected = checkpoint(tmp_path)["learner"]
+    rng, unharmed = random.Random(0), 0
+    for case in range(100):
+        place = rng.randrange(len(newest))
+        flipped = newest[:place] + bytes([newest[place] ^ 1 << rng.randrange(8)]) + newest[place + 1 :]
+        (tmp_path / "checkpoint.pt").write_bytes(newest[:place] if case < 50 else flipped)
+        (tmp_path / "metrics.csv").write_text(rows)
+        run = small_run(tmp_path, pendulum, resume=True)
+        run.release()
+        warning = capsys.readouterr().err
+        if warning:
+            assert warning.count("\n") == 1
+            assert "checkpoint.pt: " in warning and "going on from the checkpoint before it, of update 1" in warning
+            assert run.step == 1 and run.num_rows == 1
+        else:  # a bit of the padding or of the time that zip files hold
+            unharmed += 1
+            assert case >= 50 and run.step == 2
+            assert_same({name: part.state_dict() for name, part in run.learner._asdict().items()}, expected)
+    assert unharmed < 40
+    (tmp_path / "previous_checkpoint.pt").write_bytes(b"junk")
+    (tmp_path / "checkpoint.pt").write_bytes(b"junk")
+    with pytest.raises(BadInput, match=r"--resume: cannot read .*/checkpoint.pt"):
+        small_run(tmp_path, pendulum, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(newest)
+    (tmp_path / "metrics.csv").write_text("step,seconds\n1,0.1\n")
+    with pytest.raises(BadInput, match=r"does not fit this run: metrics.csv lacks rows"):
+        small_run(tmp_path, pendulum, resume=True)
+    (tmp_path / "args.json").write_text('{"algorithm": ')
+    assert_one_line(run_script("bc", "--resume", "--run-dir", str(tmp_path)), "cannot read .*args.json")
+
+
+# --- Disks ---
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_one_line(number, tmp_path, monkeypatch):
+    """After the checkpoint of update 3 the disk fails: it is intact, alone, and can be resumed from."""
+
+    def fsync(file):
+        if any(path.exists() and checkpoint(tmp_path)["step"] == 3 for path in [tmp_path / "checkpoint.pt"]):
+            raise OSError(number, os.strerror(number))
+
+    arguments = ["--num-updates", "9", "--checkpoint-every", "3", "--log-every", "1", "--run-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        run = run_script("bc", *arguments, *SHORT)
+    assert run.returncode == 1
+    pattern = rf"^error: cannot write \S+ \({os.strerror(number)}\): .*--resume --run-dir {tmp_path}"
+    assert re.search(pattern, run.stderr.splitlines()[-1]) and "Traceback" not in run.stderr
+    assert checkpoint(tmp_path)["step"] == 3 and not [path.name for path in tmp_path.glob(".*")]
+    assert run_script("bc", "--resume", "--run-dir", str(tmp_path)).returncode == 0
+
+
+@pytest.mark.parametrize("limit", [5_000, 40_000])
+def test_a_quota_is_one_line(limit, tmp_path, pendulum):
+    """The first checkpoint has more than 5,000 bytes; metrics.csv gets to 40,000 after some 800 rows."""
+    folder = tmp_path / "run"
+    arguments = ["--num-updates", "5000", "--log-every", "1", "--checkpoint-every", "100", "--run-dir", str(folder)]
+    command = [sys.executable, str(ROOT / "algorithms" / "bc.py"), *arguments, "--eval-every", "5000", *SHORT]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert re.search(r"^error: cannot write \S+ \(File too large\)", run.stderr.splitlines()[-1]), run.stderr
+    if limit > 5_000:
+        step = checkpoint(folder)["step"]
+        assert step >= 300 and step % 100 == 0
+        again = run_script("bc", "--resume", "--num-updates", str(step + 2), "--run-dir", str(folder))
+        assert again.returncode == 0, again.stderr
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    run = run_script("bc", "--run-dir", str(tmp_path / "file" / "run"))
+    assert_one_line(run, r"--run-dir \S+/file/run: cannot be made: Not a directory")
