@@ -65,6 +65,7 @@ class Dataset:
     action_high: np.ndarray
     read_episodes: Callable[[], Iterator[Episode]] = field(repr=False)
     env_id: str | None = None
+    env_entry_point: str | None = None  # the code behind it, as the dataset has it
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     max_episode_steps: int | None = None
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
@@ -198,6 +199,7 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         action_high=high,
         read_episodes=lambda: _read_minari(dataset),
         env_id=spec.get("id"),
+        env_entry_point=spec.get("entry_point"),
         env_kwargs=spec.get("kwargs", {}),
         max_episode_steps=spec.get("max_episode_steps"),
         reference_returns=references if known else None,

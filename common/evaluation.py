@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 
 from common.datasets import BadInput, Dataset, check, flat_observation_dim, flatten_observations, one_line
@@ -119,35 +120,56 @@ class _BestCandidate(nn.Module):
         return candidates.take_along_dim(best[None, :, None], dim=0)[0]
 
 
-def make_environment(env_id: str, max_episode_steps: int | None = None, **kwargs: Any) -> gym.Env:
-    """One copy of an environment in Gymnasium's registry; its episodes end after 1,000 steps if nothing else says when.
-
-    An entry point that a dataset names is never imported. Raises BadInput where the environment cannot be made.
-    """
+def registered(env_id: str) -> EnvSpec | None:
+    """What is installed under an id; never a "module:Name", which would be imported: that is code execution by data."""
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
-    # and never a "module:Name", which would be imported: that is code execution by data
-    check(env_id in gym.registry, f"environment {env_id!r} is not installed")
-    limit = max_episode_steps or gym.registry[env_id].max_episode_steps or 1000
+    return gym.registry.get(env_id)
+
+
+def make_environment(
+    env_id: str, max_episode_steps: int | None = None, entry_point: Any = None, **kwargs: Any
+) -> gym.Env:
+    """One copy of an installed environment; its episodes end after 1,000 steps if nothing else says when.
+
+    An `entry_point` is imported and run instead of what is installed. Raises BadInput where there is no such
+    environment, or it cannot be made.
+    """
+    spec = registered(env_id)
+    check(spec is not None or entry_point is not None, f"environment {env_id!r} is not installed")
+    limit = max_episode_steps or (spec and spec.max_episode_steps) or 1000
+    made = env_id if entry_point is None else EnvSpec(env_id, entry_point)
     try:
-        return gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+        return gym.make(made, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except Exception as error:  # a missing simulator raises whatever its binding raises
         raise BadInput(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
 
 
-def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | None:
+def make_environments(dataset: Dataset, num_episodes: int, trust: bool = False) -> list[gym.Env] | None:
     """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
 
-    Raises BadInput if the environment's observations or actions are not of the dataset's size.
+    What is installed under its id gets the dataset's arguments if the code behind it is what the dataset names, too.
+    Only with `trust` is other code that a dataset names imported and run. Raises BadInput if the environment's
+    observations or actions are not of the dataset's size.
     """
-    if dataset.env_id is None:
+    env_id, entry_point = dataset.env_id, dataset.env_entry_point
+    if env_id is None:
         return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
     kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
+    spec = registered(env_id)
+    if entry_point is None or (spec is not None and spec.entry_point == entry_point):
+        entry_point = None  # what is installed
+    elif not trust:
+        if spec is None:
+            return _skip(f"environment {env_id!r} is not installed (--trust-dataset-env runs {entry_point!r} for it)")
+        if kwargs:
+            _warn(f"environment {env_id!r} is made without {kwargs}: they are for {entry_point!r}, which is other code")
+        entry_point, kwargs = None, {}
     try:
         environments = [
-            make_environment(dataset.env_id, dataset.max_episode_steps, **kwargs) for _ in range(num_episodes)
+            make_environment(env_id, dataset.max_episode_steps, entry_point, **kwargs) for _ in range(num_episodes)
         ]
     except BadInput as error:
         return _skip(str(error))
@@ -160,8 +182,12 @@ def make_environments(dataset: Dataset, num_episodes: int) -> list[gym.Env] | No
     return environments
 
 
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def _skip(reason: str) -> Any:
-    print(f"warning: {reason}: training goes on without evaluation", file=sys.stderr, flush=True)
+    _warn(f"{reason}: training goes on without evaluation")
 
 
 def evaluate(policy: Policy, environments: list[gym.Env]) -> np.ndarray:

@@ -44,6 +44,8 @@ class ExperimentArgs:
     """built-in id, Minari id (local first, else downloaded), or path of an HDF5 file in D4RL's layout"""
     env_id: str | None = None
     """evaluation environment; default: the one in the dataset's metadata"""
+    trust_dataset_env: bool = False
+    """run the code that the dataset names as its environment, if that is other than what is installed under its id"""
     seed: int = 0
     """seed of networks, batches and noise"""
     num_updates: int = 10_000
@@ -179,7 +181,7 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
     check(found == args.algorithm, f"--resume: {args.run_dir} is a run of {found}, not of {args.algorithm}")
     names = {field.name for field in dataclasses.fields(args_class)} & saved.keys()
     before = args_class()
-    for name in names - {"run_dir"}:
+    for name in names - {"run_dir", "trust_dataset_env"}:  # trust is never inherited
         setattr(before, name, tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
     args = _parse(args_class, command_line, default=before)
     plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {
@@ -245,7 +247,7 @@ class Run:
         self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
-        self.environments = make_environments(self.dataset, args.eval_episodes)
+        self.environments = make_environments(self.dataset, args.eval_episodes, args.trust_dataset_env)
         self._take_dir()
         wandb_id = self._restore() if args.resume else None
         self.tracker = _Tracker(args, self.dir, wandb_id)

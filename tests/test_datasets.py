@@ -108,7 +108,10 @@ def test_a_downloaded_dataset_is_used(make_dataset, monkeypatch, datasets_path):
     assert load_dataset(local).num_steps == 120
 
 
-@pytest.mark.parametrize("dataset_id", ["nonsense", "no/version", "../../etc/passwd", "http://x/y-v0", ""])
+PATHS = ["../../etc/data-v0", "/etc/data-v0", "a/../b-v0", "..-v0", "a//b-v0", "a/b-v0/..", "~/x-v0", "C:\\x-v0"]
+
+
+@pytest.mark.parametrize("dataset_id", ["nonsense", "no/version", "../../etc/passwd", "http://x/y-v0", "", *PATHS])
 def test_malformed_id(dataset_id):
     with pytest.raises(BadInput, match="no dataset"):
         load_dataset(dataset_id)
@@ -165,10 +168,35 @@ def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_pat
         path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | change)}))
         assert make_environments(load_dataset("test/data-v0"), 1) is None
         assert "not installed" in capsys.readouterr().err
+    unlike = {"entry_point": "evil:Env", "kwargs": {"g": 5.0}}  # Gymnasium's own is made, as it is
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | unlike)}))
+    (environment,) = make_environments(load_dataset("test/data-v0"), 1)
+    assert environment.unwrapped.g == 10
+    assert "made without {'g': 5.0}: these are for 'evil:Env'" in capsys.readouterr().err
+    path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | {"kwargs": {"g": 5.0}})}))
+    (environment,) = make_environments(load_dataset("test/data-v0"), 1)
+    assert environment.unwrapped.g == 5
+    assert not capsys.readouterr().err
     del metadata["observation_space"]
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | {"entry_point": "evil:Env"})}))
     with pytest.raises(BadInput, match="lacks the spaces"):
         load_dataset("test/data-v0")
+
+
+def test_trust_runs_what_a_dataset_names(make_dataset, datasets_path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "theirs.py").write_text(
+        "from gymnasium.envs.classic_control.pendulum import PendulumEnv\nclass Env(PendulumEnv):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = datasets_path / make_dataset(env="Pendulum-v1") / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for env_id in ("Pendulum-v1", "Theirs-v0"):
+        spec = json.loads(metadata["env_spec"]) | {"id": env_id, "entry_point": "theirs:Env", "kwargs": {"g": 5.0}}
+        path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+        (environment,) = make_environments(load_dataset("test/data-v0"), 1, trust=True)
+        assert type(environment.unwrapped).__module__ == "theirs" and environment.unwrapped.g == 5
+        assert (environment.spec.id, environment.spec.max_episode_steps) == (env_id, 200)
+    assert not capsys.readouterr().err
 
 
 # --- D4RL files ---

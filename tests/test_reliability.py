@@ -1,8 +1,11 @@
 """Nothing lost: kills, signals, damaged files, full disks, and a second process in the same folder."""
 
+import contextlib
 import errno
 import json
 import os
+import pathlib
+import pickle
 import random
 import re
 import resource
@@ -16,6 +19,7 @@ import pytest
 import torch
 from conftest import (
     ALGORITHMS,
+    MODEL,
     ROOT,
     SHORT,
     SHORTER,
@@ -28,7 +32,8 @@ from conftest import (
 )
 
 from common.datasets import BadInput
-from common.experiment import Run
+from common.evaluation import load_policy
+from common.experiment import Run, parse_args
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -282,3 +287,46 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     run = run_script("bc", "--run-dir", str(tmp_path / "file" / "run"))
     assert_one_line(run, r"--run-dir \S+/file/run: cannot be made: Not a directory")
+
+
+# --- No code from files ---
+
+
+class Payload:
+    """Touches a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def write_pickle(path, content):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [write_pickle, lambda path, content: torch.save(content, path)])
+def test_a_payload_is_refused_and_not_run(write, tmp_path, pendulum):
+    folder, touched = tmp_path / "run", tmp_path / "touched"
+    assert run_script("bc", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
+    for name in ("checkpoint.pt", "previous_checkpoint.pt", "policy.pt", "dynamics.pt"):
+        write(folder / name, {"actor": Payload(touched)})
+    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder)), "cannot read .*checkpoint.pt")
+    with pytest.raises(BadInput, match=r"cannot read .*policy.pt"):
+        load_policy(folder)
+    arguments = ["--dynamics", str(folder / "dynamics.pt"), "--run-dir", str(tmp_path / "other")]
+    assert_one_line(run_script("mopo", *arguments, *SHORT, *MODEL), "--dynamics .*dynamics.pt: cannot be read")
+    assert not touched.exists()
+    with (folder / "policy.pt").open("rb") as file, contextlib.suppress(Exception):
+        pickle.load(file) if write is write_pickle else torch.load(folder / "policy.pt", weights_only=False)
+    assert touched.exists()  # the payload is a real one
+
+
+def test_trust_is_not_inherited(tmp_path):
+    """A run folder from elsewhere must not be able to switch it on."""
+    arguments = ["--run-dir", str(tmp_path), "--resume"]
+    (tmp_path / "args.json").write_text(json.dumps({"algorithm": "bc", "trust_dataset_env": True, "batch_size": 7}))
+    args = parse_args(bc.Args, arguments)
+    assert args.batch_size == 7 and not args.trust_dataset_env
+    assert parse_args(bc.Args, [*arguments, "--trust-dataset-env"]).trust_dataset_env
