@@ -30,6 +30,7 @@ from common import files
 from common.datasets import BUILT_IN_ID, BadInput, check, one_line
 from common.evaluation import Policy, evaluate, make_environments, normalized_score, save_policy
 from common.replay_buffer import ReplayBuffer
+from common.tracking import Tracker
 
 Args = TypeVar("Args", bound="ExperimentArgs")
 
@@ -250,7 +251,9 @@ class Run:
         self.environments = make_environments(self.dataset, args.eval_episodes, args.trust_dataset_env)
         self._take_dir()
         wandb_id = self._restore() if args.resume else None
-        self.tracker = _Tracker(args, self.dir, wandb_id)
+        names = {"project": args.wandb_project, "group": args.wandb_group, "entity": args.wandb_entity}
+        facts = {"name": self.dir.name, "dir": self.dir, "config": _plain(args)}
+        self.tracker = Tracker(names | facts if args.track else None, wandb_id)
         facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
         self._write_json("args.json", _plain(args) | facts)
         if not args.resume:
@@ -556,49 +559,6 @@ def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
         getattr(learner, name).load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
-
-
-class _Tracker:
-    """Weights & Biases, if --track asks for it. Its first failure is one line and ends tracking, never training."""
-
-    def __init__(self, args: ExperimentArgs, directory: Path, run_id: str | None) -> None:
-        self.run: Any = None
-        self.id = run_id
-        if args.track:
-            self._attempt(lambda: self._start(args, directory))
-
-    def _start(self, args: ExperimentArgs, directory: Path) -> None:
-        import wandb  # slow to import, and most runs do without
-
-        self.run = wandb.init(
-            project=args.wandb_project,
-            group=args.wandb_group,
-            entity=args.wandb_entity,
-            name=directory.name,
-            dir=directory,
-            config=_plain(args),
-            id=self.id,
-            resume="allow" if self.id else None,
-        )
-        self.id = self.run.id
-        self.run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
-        self.run.define_metric("dynamics/*", step_metric="dynamics/epoch")
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self.run is not None:
-            self._attempt(lambda: self.run.log(row))
-
-    def finish(self, result: dict[str, Any]) -> None:
-        if self.run is not None:
-            self._attempt(lambda: (self.run.summary.update(result), self.run.finish()))
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self.run = None
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            _warn(f"W&B failed ({reason}): training goes on without it")
 
 
 def _warn(message: str) -> None:
