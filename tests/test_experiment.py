@@ -22,6 +22,7 @@ from conftest import (
     SHORT,
     SHORTER,
     assert_one_line,
+    assert_same,
     checkpoint,
     random_episode,
     run_script,
@@ -176,6 +177,34 @@ def test_metrics_of_only_some_updates_are_logged_too(tmp_path):
         ("9", False, True),
         ("12", True, True),
     ]
+
+
+# --- Determinism ---
+
+
+@every_algorithm
+def test_the_same_seed_gives_the_same_bits_however_often_a_run_is_looked_at(algorithm, tmp_path, pendulum):
+    """Neither evaluations nor rows nor checkpoints may touch a random number of the training; another seed must."""
+
+    def train(name, *arguments):
+        np.random.seed(len(name))  # what was drawn before a run does not matter, either
+        words = ["--num-updates", "45", *arguments, *SHORT, *SHORTER.get(algorithm, ())]
+        run = run_script(algorithm, *words, "--run-dir", str(tmp_path / name))
+        assert run.returncode == 0, run.stderr
+        rows = csv.DictReader((tmp_path / name / "metrics.csv").open())
+        rows = {row["step"]: {key: row[key] for key in row if key.split("/")[0] in ("actor", "critic")} for row in rows}
+        return checkpoint(tmp_path / name), rows
+
+    often, rows_often = train("often", "--eval-every", "4", "--log-every", "1", "--checkpoint-every", "2")
+    seldom, rows_seldom = train("seldom", "--eval-every", "45", "--log-every", "15", "--eval-episodes", "3")
+    for key in ("learner", "random_state"):
+        assert_same(often[key], seldom[key])
+    for step in ("15", "30", "45"):
+        assert rows_often[step] == rows_seldom[step]
+    other, _ = train("other", "--eval-every", "45", "--seed", "1")
+    for weight, same in other["learner"]["actor"].items():
+        if same.dim() == 2:
+            assert not torch.equal(same, seldom["learner"]["actor"][weight])
 
 
 # --- Resume ---
