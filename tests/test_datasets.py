@@ -1,7 +1,9 @@
 """Where data comes from, and what is said when it cannot be had."""
 
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import gymnasium as gym
 import h5py
@@ -38,6 +40,21 @@ def test_the_built_in_dataset_has_the_same_bits_each_time(pendulum, tmp_path, mo
     again = ReplayBuffer(load_dataset(BUILT_IN_ID), CPU)
     assert again.fingerprint == pendulum.fingerprint
     assert again.dataset.reference_returns == pendulum.dataset.reference_returns
+    assert sorted(os.listdir(tmp_path)) == ["anchorl"]  # nothing half-made is left
+
+
+def make_at_once(barrier):
+    barrier.wait()
+    return ReplayBuffer(load_dataset(BUILT_IN_ID), CPU).fingerprint
+
+
+def test_ten_processes_make_the_built_in_dataset_at_once(pendulum, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with multiprocessing.Manager() as manager, ProcessPoolExecutor(10, multiprocessing.get_context("fork")) as pool:
+        barrier = manager.Barrier(10)
+        fingerprints = list(pool.map(make_at_once, [barrier] * 10))
+    assert fingerprints == [pendulum.fingerprint] * 10
+    assert make_at_once(multiprocessing.Barrier(1)) == pendulum.fingerprint
     assert sorted(os.listdir(tmp_path)) == ["anchorl"]  # nothing half-made is left
 
 
