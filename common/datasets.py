@@ -44,6 +44,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns what goes wrong while `what` is read, of which damaged files raise many kinds, into BadInput."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"cannot read {what}: {one_line(error)}") from None
+
+
 class Episode(NamedTuple):
     """One episode of T steps, in the environment's own units."""
 
@@ -174,14 +183,12 @@ def _download(dataset_id: str) -> None:
 
 def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
     path = get_dataset_path(dataset_id) / "data"
-    try:
+    with _reading(f"dataset {dataset_id} in {path}"):
         metadata = MinariStorage.read_raw_metadata(path)
         # lacking a space, Minari would make the environment from the entry point that the dataset names
         check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
         dataset = minari.load_dataset(dataset_id)
         spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
-    except Exception as error:  # damaged files raise many kinds
-        raise BadInput(f"cannot read dataset {dataset_id} in {path}: {one_line(error)}") from None
     try:
         low, high = action_bounds(dataset.action_space)
         observation_dim = flat_observation_dim(dataset.observation_space)
@@ -207,12 +214,10 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
 
 
 def _read_minari(dataset: minari.MinariDataset) -> Iterator[Episode]:
-    try:
+    with _reading(f"dataset {dataset.spec.dataset_id}"):
         for episode in dataset.iterate_episodes():
             observations = flatten_observations(episode.observations, dataset.observation_space)  # one more than steps
             yield Episode(observations[:-1], episode.actions, episode.rewards, observations[1:], episode.terminations)
-    except (OSError, KeyError, ValueError) as error:  # of HDF5, where the file is damaged
-        raise BadInput(f"cannot read dataset {dataset.spec.dataset_id}: {one_line(error)}") from None
 
 
 # --- D4RL files -----------------------------------------------------------------------------------------------------
@@ -223,12 +228,9 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
     next_observations [N, dim]. Action bounds are those of the environment, without one [-1, 1].
     """
     check(path.is_file(), f"no file {path}: give the path of an HDF5 file in D4RL's layout")
-    try:
-        with h5py.File(path) as file:
-            arrays = {name: values.shape for name, values in file.items() if isinstance(values, h5py.Dataset)}
-            kinds = {name: file[name].dtype for name in arrays}
-    except OSError as error:
-        raise BadInput(f"cannot read {path} as HDF5: {one_line(error)}") from None
+    with _reading(f"{path} as HDF5"), h5py.File(path) as file:
+        arrays = {name: values.shape for name, values in file.items() if isinstance(values, h5py.Dataset)}
+        kinds = {name: file[name].dtype for name in arrays}
     missing = {"observations", "actions", "rewards", "terminals"} - set(arrays)
     check(not missing, f"{path} is not in D4RL's layout: it lacks {', '.join(sorted(missing))}")
     lengths = {name: shape[0] if shape else 0 for name, shape in arrays.items() if name in D4RL_ARRAYS}
@@ -247,7 +249,7 @@ def _open_d4rl(path: Path, env_id: str | None) -> Dataset:
             check(len(low) == dim, f"{env_id} has actions of size {len(low)}, {path} of size {dim}")
 
     def read_episodes() -> Iterator[Episode]:
-        with h5py.File(path) as file:
+        with _reading(str(path)), h5py.File(path) as file:
             data = {name: file[name][:] for name in D4RL_ARRAYS if name in file}
         beyond = np.abs(data["actions"]).max(initial=0) > 1.001 and not known_bounds
         check(not beyond, f"{path}: actions reach beyond [-1, 1]: name an environment that bounds them with --env-id")

@@ -1,0 +1,219 @@
+"""Bad input by the hundred: mutated datasets and command lines train or are one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import random
+import re
+import shutil
+import sys
+from unittest import mock
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ALGORITHMS, random_episode
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from common.experiment import ExperimentArgs, launch
+
+FEW = ["--num-updates", "2", "--eval-episodes", "1", "--hidden-dims", "4"]
+NUMBERS = [np.nan, np.inf, -np.inf, 1e30, 1e300, 0, -1, 2**31, -(2**63)]
+DTYPES = ["f2", "f8", "i1", "i8", "u4", "?", "S3", "c8", h5py.string_dtype()]
+VALUES = [None, "", "x", -1, 0, 10**18, 1.5, True, [], [[]], {}, {"a": 1}, "NaN", "../..", "null"]
+
+
+def run_quietly(words, script="bc"):
+    """A script's exit code and what it said; an exception that it lets through fails the test by itself."""
+    module, errors = importlib.import_module(script), io.StringIO()
+    code = 0
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(errors),
+        mock.patch.object(sys, "argv", [f"{script}.py", *words]),
+    ):
+        try:
+            launch(module.main, module.Args)
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, errors.getvalue()
+
+
+def assert_trains_or_refuses(words, folder, script="bc"):
+    code, errors = run_quietly([*words, "--run-dir", str(folder)], script)
+    if code in (0, 3):  # 3: numbers that are finite, but not in the losses
+        assert (folder / "result.json").exists() == (code == 0)
+    else:
+        assert code == 2 and re.fullmatch(r"(warning: .*\n)*error: .+\n", errors), errors
+        assert not folder.exists(), sorted(folder.iterdir())
+
+
+# --- Datasets ---
+
+
+def mutate_bytes(path, rng):
+    """Flips up to 20 bytes, cuts the file, or empties it."""
+    data = bytearray(path.read_bytes())
+    how = rng.random()
+    if how < 0.6:
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+    else:
+        data = data[: rng.randrange(len(data)) if how < 0.95 else 0]
+    path.write_bytes(data)
+
+
+def mutate_arrays(path, rng):
+    """Leaves one array of an HDF5 file out, or gives it another length, rank, type or value."""
+    with h5py.File(path, "a") as file:
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        name = rng.choice(names)
+        values, attributes = file[name][()], dict(file[name].attrs)
+        del file[name]
+        how = rng.randrange(8)
+        if how == 1:
+            values = values[rng.choice([slice(1, None), slice(None, -1), slice(0, 0), slice(0, 1)])]
+        elif how == 2:
+            values = np.concatenate([values, values[-1:]])
+        elif how == 3:
+            values = values[..., None] if rng.random() < 0.5 else values.reshape(-1)
+        elif how == 4:
+            dtype = rng.choice(DTYPES)
+            values = values.astype(str).astype(object) if dtype == DTYPES[-1] else values.astype(dtype)
+        elif how == 5:
+            values = values.astype(float)
+            values.reshape(-1)[rng.randrange(values.size)] = rng.choice(NUMBERS)
+        elif how == 6:
+            values = np.full_like(values, rng.choice(NUMBERS), dtype=float)
+        elif how == 7:
+            values = rng.choice([np.float32(1), np.zeros((3, 0)), np.zeros((0, 3, 2))])
+        if how:
+            file.create_dataset(name, data=values).attrs.update(attributes)
+
+
+def mutate_attributes(path, rng):
+    """Changes or drops one of the facts that Minari keeps beside the arrays."""
+    with h5py.File(path, "a") as file:
+        holders = [file, *(item for item in file.values() if isinstance(item, h5py.Group))]
+        holder = rng.choice([item for item in holders if item.attrs.keys()] or holders)
+        if not holder.attrs.keys() or rng.random() < 0.3:
+            del file[rng.choice(sorted(file))]
+            return
+        name = rng.choice(sorted(holder.attrs))
+        del holder.attrs[name]
+        if rng.random() < 0.7:
+            holder.attrs[name] = rng.choice([-1, 0, 1.5, "x", 10**9, np.zeros(2), b"\xff"])
+
+
+def mutate_metadata(path, rng):
+    """Changes a value of metadata.json, or one within the JSON that it holds as text; or makes it no JSON."""
+    metadata = json.loads(path.read_text())
+    name = rng.choice(sorted(metadata))
+    how = rng.random()
+    if how < 0.1:
+        path.write_text(path.read_text()[: rng.randrange(len(path.read_text()))])
+        return
+    if how < 0.6 and name in ("env_spec", "observation_space", "action_space"):
+        inner = json.loads(metadata[name])
+        key = rng.choice(sorted(inner))
+        inner[key] = rng.choice(VALUES)
+        metadata[name] = json.dumps(inner)
+    elif how < 0.75:
+        del metadata[name]
+    else:
+        metadata[name] = rng.choice(VALUES)
+    path.write_text(rng.choice([json.dumps(metadata)] * 9 + [json.dumps([metadata])]))
+
+
+def write_d4rl(path):
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(40, 3)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, size=(40, 1)).astype(np.float32)
+        file["rewards"] = rng.normal(size=40).astype(np.float32)
+        file["terminals"] = np.arange(40) == 9
+        file["timeouts"] = np.arange(40) % 20 == 19
+
+
+@pytest.mark.parametrize("cases", [60, pytest.param(range(60, 560), marks=pytest.mark.slow)])
+def test_mutated_datasets(cases, make_dataset, datasets_path, tmp_path):
+    episodes = [random_episode(index, length=5) for index in range(3)]
+    source = datasets_path / make_dataset(episodes=episodes, env="Pendulum-v1")
+    intact = shutil.copytree(source, tmp_path / "intact")
+    write_d4rl(tmp_path / "intact.hdf5")
+    failures = {}
+    for case in cases if isinstance(cases, range) else range(cases):
+        rng, kind = random.Random(case), case % 6
+        shutil.rmtree(source)
+        shutil.copytree(intact, source)
+        file = tmp_path / f"data-{case}.hdf5"
+        shutil.copy(tmp_path / "intact.hdf5", file)
+        minari_file = source / "data" / "main_data.hdf5"
+        if kind == 0:
+            mutate_metadata(source / "data" / "metadata.json", rng)
+        elif kind == 1:
+            mutate_attributes(minari_file, rng)
+        else:
+            (mutate_bytes if kind < 4 else mutate_arrays)(minari_file if kind % 2 else file, rng)
+        words = ["--dataset-id", "test/data-v0" if kind in (0, 1, 3, 5) else str(file)]
+        words += rng.choice([[], ["--env-id", "Pendulum-v1"]])
+        try:
+            assert_trains_or_refuses([*words, *FEW], tmp_path / f"run-{case}", rng.choice(["bc", "awr"]))
+        except Exception as error:  # also what scripts let through, which users would see as a traceback
+            failures[case] = f"{type(error).__name__}: {error}"[:300]
+        file.unlink()
+    assert not failures
+    assert not list(datasets_path.glob(".making-*"))
+
+
+# --- Command lines ---
+
+
+def arguments_of(script):
+    """Two or fewer arguments of a script's own, each with a value that may be nonsense."""
+    fields = [field.name for field in dataclasses.fields(importlib.import_module(script).Args)]
+    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)}
+    costly = {"num_updates", "eval_episodes", "run_dir", "compile", "track", "device", "resume", "hidden_dims"}
+    costly |= {"batch_size", "num_samples", "num_target_actions", "num_acting_actions", "vae_hidden_dims"}  # of memory
+    names = sorted(set(fields) - costly - (plumbing - {"dataset_id", "env_id", "seed", "eval_every", "log_every"}))
+    value = st.one_of(
+        st.integers(-(2**70), 2**70).map(str),
+        st.floats(allow_subnormal=False).map(str),
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8),
+        st.sampled_from(
+            ["", "-", "--", "0", "1", "-1", "nan", "1e-400", "None", "True", "../..", "x.hdf5", "/", "\0.h5"]
+        ),
+    )
+    flag = st.sampled_from([f"--{name.replace('_', '-')}" for name in names] + ["--no-such", "-x", "--seed="])
+    pair = st.tuples(flag, value).map(list) | flag.map(lambda name: [name]) | value.map(lambda word: [word])
+    return st.lists(pair, max_size=2).map(lambda pairs: [word for words in pairs for word in words])
+
+
+def mutated_command_lines(count):
+    scripts = st.sampled_from([name for name in ALGORITHMS if name not in ("mopo", "combo")])  # whose model takes long
+    commands = scripts.flatmap(lambda script: st.tuples(st.just(script), arguments_of(script)))
+
+    @seed(0)
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(commands)
+    def check(tmp_path, command):
+        folder = tmp_path / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        script, words = command
+        if not {"-h", "--help"} & set(words):
+            assert_trains_or_refuses([*FEW, "--batch-size", "4", *words], folder, script)
+
+    return check
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
+def test_mutated_command_lines(count, tmp_path, pendulum, monkeypatch):
+    def download(dataset_id):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("minari.download_dataset", download)
+    mutated_command_lines(count)(tmp_path)
