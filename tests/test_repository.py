@@ -116,6 +116,7 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "memory.py": ["--num-steps", "2000"],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
+    "soak.py": ["--num-updates", "300", "--max-growth", "1"],
 }
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
