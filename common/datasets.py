@@ -188,28 +188,30 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         # lacking a space, Minari would make the environment from the entry point that the dataset names
         check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
         dataset = minari.load_dataset(dataset_id)
-        spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
+        num_steps = int(dataset.total_steps)
+        spec = dict(json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"))
+        kwargs = dict(spec.get("kwargs") or {})
+        low_score, high_score = (float(metadata.get(f"ref_{end}_score", math.nan)) for end in ("min", "max"))
     try:
         low, high = action_bounds(dataset.action_space)
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
-    references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    known = None not in references and references[0] != references[1] and env_id in (None, spec.get("id"))
+    known = math.isfinite(high_score - low_score) and low_score != high_score and env_id in (None, spec.get("id"))
     if env_id:
-        spec = {"id": env_id}
+        spec, kwargs = {"id": env_id}, {}
     return Dataset(
         dataset_id=dataset_id,
-        num_steps=int(dataset.total_steps),
+        num_steps=num_steps,
         observation_dim=observation_dim,
         action_low=low,
         action_high=high,
         read_episodes=lambda: _read_minari(dataset),
         env_id=spec.get("id"),
         env_entry_point=spec.get("entry_point"),
-        env_kwargs=spec.get("kwargs", {}),
+        env_kwargs=kwargs,
         max_episode_steps=spec.get("max_episode_steps"),
-        reference_returns=references if known else None,
+        reference_returns=(low_score, high_score) if known else None,
     )
 
 

@@ -140,8 +140,8 @@ def make_environment(
     spec = registered(env_id)
     check(spec is not None or entry_point is not None, f"environment {env_id!r} is not installed")
     limit = max_episode_steps or (spec and spec.max_episode_steps) or 1000
-    made = env_id if entry_point is None else EnvSpec(env_id, entry_point)
     try:
+        made = env_id if entry_point is None else EnvSpec(env_id, entry_point)
         return gym.make(made, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except Exception as error:  # a missing simulator raises whatever its binding raises
         raise BadInput(f"environment {env_id!r} cannot be made ({one_line(error)})") from None

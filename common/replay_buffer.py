@@ -87,6 +87,7 @@ class ReplayBuffer:
             start, end = end, end + len(episode.rewards)
             check(end <= len(storage), f"{where}: more steps than the metadata says ({dataset.num_steps})")
             for name, values in episode._asdict().items():
+                check(not np.iscomplexobj(values), f"{where}: {name} are complex numbers")
                 with np.errstate(over="ignore"):
                     values = np.asarray(values, dtype=np.float32)
                 target = columns[name][start:end]

@@ -171,6 +171,12 @@ def run_script(algorithm: str, *arguments: str, **environment: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def start_script(algorithm: str, *arguments: str) -> subprocess.Popen[str]:
+    """The same in a process of its own, to be killed or interrupted."""
+    command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
 def assert_one_line(run: Outcome, pattern: str) -> None:
     """That bad input ended the run with one line."""
     assert run.returncode == 2, run.stderr

@@ -200,6 +200,33 @@ def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_pat
         load_dataset("test/data-v0")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"env_spec": "null"},
+        {"env_spec": {"id": []}},
+        {"env_spec": {"id": "a b"}},
+        {"env_spec": {"kwargs": "g"}},
+        {"total_steps": "../.."},
+        {"ref_min_score": "low"},
+    ],
+)
+def test_metadata_of_other_types(change, make_dataset, datasets_path):
+    path = datasets_path / make_dataset(env="Pendulum-v1") / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    if isinstance(change.get("env_spec"), dict):
+        change = {"env_spec": json.dumps(json.loads(metadata["env_spec"]) | change["env_spec"])}
+    path.write_text(json.dumps(metadata | change))
+    with pytest.raises(BadInput, match="cannot read dataset test/data-v0 in "):
+        load_dataset("test/data-v0")
+
+
+def test_complex_numbers_are_refused(make_dataset):
+    dataset = load_dataset(make_dataset(episodes=[random_episode(0, rewards=np.ones(30, dtype=np.complex64))]))
+    with pytest.raises(BadInput, match="episode 0: rewards are complex numbers"):
+        ReplayBuffer(dataset, CPU)
+
+
 def test_trust_runs_what_a_dataset_names(make_dataset, datasets_path, tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs.py").write_text(
         "from gymnasium.envs.classic_control.pendulum import PendulumEnv\nclass Env(PendulumEnv):\n    pass\n"

@@ -142,7 +142,9 @@ def write_d4rl(path):
 @pytest.mark.parametrize("cases", [60, pytest.param(range(60, 560), marks=pytest.mark.slow)])
 def test_mutated_datasets(cases, make_dataset, datasets_path, tmp_path):
     episodes = [random_episode(index, length=5) for index in range(3)]
-    source = datasets_path / make_dataset(episodes=episodes, env="Pendulum-v1")
+    source = datasets_path / make_dataset(
+        episodes=episodes, env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=-200.0
+    )
     intact = shutil.copytree(source, tmp_path / "intact")
     write_d4rl(tmp_path / "intact.hdf5")
     failures = {}
