@@ -18,9 +18,9 @@ import bc
 import pytest
 import torch
 from conftest import (
-    ALGORITHMS,
     MODEL,
     ROOT,
+    SCRIPTS,
     SHORT,
     SHORTER,
     assert_one_line,
@@ -35,12 +35,12 @@ from common.datasets import BadInput
 from common.evaluation import load_policy
 from common.experiment import Run, parse_args
 
-every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 
 # --- Kills ---
 
 
-@every_algorithm
+@every_script
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
     arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
@@ -66,11 +66,14 @@ def kill(process):
 
 
 @pytest.mark.slow
-@every_algorithm
+@every_script
 def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, tmp_path):
     """Rows, evaluations, checkpoints and epochs of the model come so often that kills hit all of them."""
     arguments = ["--num-updates", "300", "--checkpoint-every", "3", "--log-every", "2", "--eval-every", "10", *SHORT]
-    arguments += [*SHORTER.get(algorithm, ()), *(["--max-dynamics-epochs", "10"] if algorithm in SHORTER else [])]
+    arguments += [
+        *SHORTER.get(algorithm, ()),
+        *(["--max-dynamics-epochs", "10"] if algorithm in ("mopo", "combo") else []),
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     seconds = json.loads((whole / "result.json").read_text())["wall_seconds"]
