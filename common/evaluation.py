@@ -165,7 +165,7 @@ def make_environments(dataset: Dataset, num_episodes: int, trust: bool = False) 
         if spec is None:
             return _skip(f"environment {env_id!r} is not installed (--trust-dataset-env runs {entry_point!r} for it)")
         if kwargs:
-            _warn(f"environment {env_id!r} is made without {kwargs}: they are for {entry_point!r}, which is other code")
+            _warn(f"environment {env_id!r} is made without {kwargs}: these are for {entry_point!r}, other code")
         entry_point, kwargs = None, {}
     try:
         environments = [

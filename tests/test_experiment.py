@@ -328,7 +328,8 @@ def test_tracking_offline_holds_config_and_metrics(tmp_path):
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     config, history = {}, []
     for record in wandb_records(file):
-        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        updates = [*record.run.config.update, *record.config.update]  # it comes with the run, or on its own
+        config |= {item.key: json.loads(item.value_json) for item in updates}
         row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         history += [row] if row else []
     assert config["algorithm"] == "iql" and config["expectile"] == 0.7
