@@ -16,7 +16,6 @@ from common.evaluation import load_policy, make_environment
 from common.replay_buffer import ReplayBuffer
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.xdist_group("collect")  # one agent serves all
 PREFIX = "collected/pendulum"
 FAST = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
 FAST += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]

@@ -326,7 +326,9 @@ def test_tracking_offline_holds_config_and_metrics(tmp_path):
     run = run_script("iql", *arguments, *SHORT, WANDB_MODE="offline")
     assert run.returncode == 0, run.stderr
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    config, history = {}, []
+    config, history, began = {}, [], time.monotonic()
+    while file.stat().st_size < 1000 and time.monotonic() - began < 30:  # a process of W&B's own writes it
+        time.sleep(0.1)
     for record in wandb_records(file):
         updates = [*record.run.config.update, *record.config.update]  # it comes with the run, or on its own
         config |= {item.key: json.loads(item.value_json) for item in updates}

@@ -81,7 +81,6 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.mark.xdist_group("readme")  # one after the other
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
 def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
@@ -124,7 +123,6 @@ LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 SLOW = {"memory.py": pytest.mark.slow}
 
 
-@pytest.mark.xdist_group("benchmarks")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in BENCHMARKS])
 def test_benchmarks_run(name, home, pendulum):
     (home / "logs.csv").write_text(LOGS)
