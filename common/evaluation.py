@@ -50,7 +50,10 @@ def save_policy(path: Path, policy: Policy) -> None:
     end) or, of an actor without it, all that _BestCandidate acts with; the observation normalisation, the action range.
     The file loads with `torch.load(weights_only=True)`.
     """
-    weights = getattr(policy.actor, "net", policy.actor).state_dict()
+    if isinstance(policy.actor, _BestCandidate):  # one that was loaded
+        weights = policy.actor.weights
+    else:
+        weights = getattr(policy.actor, "net", policy.actor).state_dict()
     state = {
         "actor": {name: weight.cpu() for name, weight in weights.items()},
         "observation_mean": policy.observation_mean.cpu(),
@@ -99,6 +102,7 @@ class _BestCandidate(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
+        self.weights = weights
         self.latents, self.phi = weights["latents"], weights["perturbation.phi"]
         self.decoder, self.perturbation = (
             _mlp({name.removeprefix(net): weights[name] for name in weights if name.startswith(net)})
@@ -190,30 +194,33 @@ def _skip(reason: str) -> Any:
     _warn(f"{reason}: training goes on without evaluation")
 
 
-def evaluate(policy: Policy, environments: list[gym.Env]) -> np.ndarray:
-    """Undiscounted returns [num_envs], one episode of each environment copy, reset with a fixed seed of its own."""
+def evaluate(policy: Policy, environments: list[gym.Env], gamma: float = 1.0) -> np.ndarray:
+    """Returns [num_envs], discounted by `gamma`: one episode of each environment copy, reset with a fixed seed of its
+    own.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
     try:
-        return _play(policy, environments)
+        return _play(policy, environments, gamma)
     finally:
         torch.set_num_threads(threads)
 
 
-def _play(policy: Policy, environments: list[gym.Env]) -> np.ndarray:
+def _play(policy: Policy, environments: list[gym.Env], gamma: float) -> np.ndarray:
     resets = (environment.reset(seed=EVALUATION_SEED + index) for index, environment in enumerate(environments))
     observations = [_flat(environment, reset[0]) for environment, reset in zip(environments, resets, strict=True)]
-    returns, running = np.zeros(len(environments)), list(range(len(environments)))
+    returns, running, discount = np.zeros(len(environments)), list(range(len(environments))), 1.0
     while running:  # one call of the policy for all the episodes that have not ended
         actions = policy(np.stack([observations[index] for index in running]))
         ended = set()
         for index, action in zip(running, actions, strict=True):
             observation, reward, terminated, truncated, _ = environments[index].step(action)
             observations[index] = _flat(environments[index], observation)
-            returns[index] += float(reward)
+            returns[index] += discount * float(reward)
             if terminated or truncated:
                 ended.add(index)
         running = [index for index in running if index not in ended]
+        discount *= gamma
     return returns
 
 

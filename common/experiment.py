@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -223,24 +223,33 @@ def set_up(args: ExperimentArgs) -> torch.device:
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+class Summary(NamedTuple):
+    """How a run went."""
+
+    result: dict[str, Any]  # what result.json says of it
+    outcome: str  # the same in words
+    plot: Callable[[Path], object] | None  # writes the learning curve, if there is one
+
+
 class Run:
     """A run folder: args.json, metrics.csv, checkpoint.pt, policy.pt, result.json and learning_curve.png; also, should
     checkpoint.pt be damaged, the one before it, previous_checkpoint.pt.
 
     `learner` is a NamedTuple of everything that training changes, networks and optimiser; its `actor` is the policy. A
-    checkpoint holds their state_dicts and the random state, so that a resumed run goes on to the same bits.
+    checkpoint holds their state_dicts and the random state, so that a resumed run goes on to the same bits. A script
+    that learns no policy gives the `policy` that it is about, and sums its run up itself.
 
     Raises BadInput if the folder holds a run already or, with --resume, no checkpoint of this algorithm and dataset, or
     if another process is at work in it; while it is open, CannotWrite if the disk is full.
     """
 
-    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
+    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any, policy: Policy | None = None) -> None:
         self.args, self.buffer, self.learner, self.dataset = args, buffer, learner, buffer.dataset
         self.device = buffer.storage.device
         default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         bounds = self.dataset.action_low, self.dataset.action_high
-        self.policy = Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
+        self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
         self.step, self.stopped_by, self.suspected = 0, 0, False
         self.before: dict[str, Any] = {}  # the checkpoint of before an update that is evaluated
         self.evaluations: list[dict[str, float]] = []
@@ -248,7 +257,8 @@ class Run:
         self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
-        self.environments = make_environments(self.dataset, args.eval_episodes, args.trust_dataset_env)
+        environment = self.dataset, args.eval_episodes, args.trust_dataset_env
+        self.environments = None if policy else make_environments(*environment)
         self._take_dir()
         wandb_id = self._restore() if args.resume else None
         names = {"project": args.wandb_project, "group": args.wandb_group, "entity": args.wandb_entity}
@@ -377,8 +387,34 @@ class Run:
         content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
         self._replace(f"{file or name}.pt", lambda path: files.save(content, path))
 
-    def finish(self) -> None:
+    def finish(self, summary: Summary | None = None) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went."""
+        found, outcome, plot = summary or self._summarize()
+        result = {
+            "algorithm": self.args.algorithm,
+            "dataset_id": self.args.dataset_id,
+            "seed": self.args.seed,
+            "num_updates": self.args.num_updates,
+            **found,
+            "updates_per_second": self.args.num_updates / self.update_seconds,
+            "wall_seconds": self._seconds(),
+            "device": str(self.device),
+            "versions": _versions(),
+        }
+        self._write_json("result.json", result)
+        if plot:
+            self._replace("learning_curve.png", plot)
+        for environment in self.environments or ():
+            environment.close()
+        self.tracker.finish(result)
+        self.release()
+        print(
+            f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
+            flush=True,
+        )
+
+    def _summarize(self) -> Summary:
+        """The last evaluation, and all of them, beside the dataset's own returns."""
         dataset_return = self.buffer.mean_return
         dataset_score = normalized_score(dataset_return, self.dataset)
         average = {"eval/return_mean": dataset_return} | (
@@ -387,10 +423,6 @@ class Run:
         final = self.evaluations[-1] if self.evaluations else {}
         scores = [evaluation["eval/score"] for evaluation in self.evaluations if "eval/score" in evaluation]
         result = {
-            "algorithm": self.args.algorithm,
-            "dataset_id": self.args.dataset_id,
-            "seed": self.args.seed,
-            "num_updates": self.args.num_updates,
             "final_return_mean": final.get("eval/return_mean"),
             "final_return_std": final.get("eval/return_std"),
             "final_score": final.get("eval/score"),
@@ -398,23 +430,10 @@ class Run:
             "best_score": max(scores, default=None),
             "dataset_return_mean": dataset_return,
             "dataset_score": dataset_score,
-            "updates_per_second": self.args.num_updates / self.update_seconds,
-            "wall_seconds": self._seconds(),
-            "device": str(self.device),
-            "versions": _versions(),
         }
-        self._write_json("result.json", result)
-        if final:
-            self._replace("learning_curve.png", lambda path: _plot(path, self.args, self.evaluations, average))
-        for environment in self.environments or ():
-            environment.close()
-        self.tracker.finish(result)
-        self.release()
         outcome = f"{_headline(final) if final else 'not evaluated'}, dataset average {_headline(average)}"
-        print(
-            f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
-            flush=True,
-        )
+        plot = (lambda path: _plot(path, self.args, self.evaluations, average)) if final else None
+        return Summary(result, outcome, plot)
 
     def _check_weights(self, step: int) -> None:
         parts = self.learner._asdict().items()

@@ -24,12 +24,13 @@ import torch
 from minari.data_collector import EpisodeBuffer
 
 from common.datasets import BUILT_IN_ID, load_dataset
+from common.evaluation import Policy, save_policy
 from common.experiment import launch
 from common.replay_buffer import Batch, ReplayBuffer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
-ALGORITHMS = [name for name in SCRIPTS if name != "sac"]  # those that learn from a dataset
+ALGORITHMS = [name for name in SCRIPTS if name not in ("sac", "fqe")]  # those that learn from a dataset how to act
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
@@ -169,6 +170,28 @@ def run_script(algorithm: str, *arguments: str, **environment: str) -> Outcome:
         except SystemExit as stop:
             code = stop.code or 0
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def write_policy(
+    folder: Path, observation_dim: int = 3, action: float = 0.5, low: float = -2.0, high: float = 2.0
+) -> str:
+    """A run folder that holds a policy alone, whose action is always `action` of its range."""
+    layer = torch.nn.Linear(observation_dim, 1)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(float(np.arctanh(action)))
+    actor = torch.nn.Sequential(layer, torch.nn.Tanh())
+    ones, bounds = torch.ones(observation_dim), (np.array([bound], dtype=np.float32) for bound in (low, high))
+    folder.mkdir()
+    save_policy(folder / "policy.pt", Policy(actor, ones, ones, *bounds))
+    return str(folder)
+
+
+def what_it_needs(algorithm: str, folder: Path) -> list[str]:
+    """Arguments beside SHORT: those of SHORTER or, for FQE, a policy, which is written into `folder`."""
+    if algorithm == "fqe":
+        return ["--policy-run-dir", write_policy(folder / "policy")]
+    return SHORTER.get(algorithm, [])
 
 
 def start_script(algorithm: str, *arguments: str) -> subprocess.Popen[str]:

@@ -40,7 +40,7 @@ every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 # --- Command line ---
 
 
-@every_algorithm
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "fqe"])
 def test_help_names_every_argument_and_its_meaning(algorithm):
     run = run_script(algorithm, "--help", COLUMNS="160")
     assert run.returncode == 0
@@ -420,10 +420,11 @@ NONSENSE = {
     "dynamics_batch_size": "0",
     "dynamics_patience": "0",
     "max_dynamics_epochs": "0",
+    "num_members": "1",
 }
 
 
-CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics"}
+CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_run_dir"}
 
 
 @every_script

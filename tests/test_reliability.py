@@ -22,13 +22,13 @@ from conftest import (
     ROOT,
     SCRIPTS,
     SHORT,
-    SHORTER,
     assert_one_line,
     assert_same,
     assert_same_runs,
     checkpoint,
     run_script,
     start_script,
+    what_it_needs,
 )
 
 from common.datasets import BadInput
@@ -44,7 +44,7 @@ every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
     arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
-    arguments += SHORTER.get(algorithm, ())
+    arguments += what_it_needs(algorithm, tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = start_script(algorithm, *arguments, "--run-dir", str(killed))
@@ -71,7 +71,7 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
     """Rows, evaluations, checkpoints and epochs of the model come so often that kills hit all of them."""
     arguments = ["--num-updates", "300", "--checkpoint-every", "3", "--log-every", "2", "--eval-every", "10", *SHORT]
     arguments += [
-        *SHORTER.get(algorithm, ()),
+        *what_it_needs(algorithm, tmp_path),
         *(["--max-dynamics-epochs", "10"] if algorithm in ("mopo", "combo") else []),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -26,6 +26,7 @@ FEW = ["--num-updates", "3", "--eval-episodes", "1"]
 FEW_COLLECTED = ["--num-updates", "2000", "--steps", "300", "--reference-episodes", "2"]
 FAST_AGENT = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
 FAST_AGENT += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
+SMALL_TABLE = ["--seeds", "0", "--num-updates", "3", "--results", "estimates.csv"]
 SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
 
 
@@ -44,8 +45,9 @@ def test_scripts_are_short_and_keep_their_sections(algorithm):
     assert len(text.splitlines()) < 500
     places = [text.index(section) for section in ["class Args(", *SECTIONS]]
     assert all(before < after for before, after in pairwise(places))
-    for name in ("class Actor", "class Learner", "def build(", "def update(", "def main(", "    launch(main, Args)"):
+    for name in ("class Learner", "def build(", "def update(", "def main(", "    launch(main, Args)"):
         assert name in text
+    assert ("class Actor" in text) == (algorithm != "fqe")  # which learns no policy
 
 
 @pytest.mark.parametrize("algorithm", SCRIPTS)
@@ -113,6 +115,7 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "loading.py": ["--num-steps", "2000"],
     "evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "memory.py": ["--num-steps", "2000"],
+    "estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
     "soak.py": ["--num-updates", "300", "--max-growth", "1"],
