@@ -122,10 +122,16 @@ def test_the_behaviour_policy_lies_beside_its_data(folder, play, datasets_path):
         assert torch.equal(weight, actor[name])
 
 
-def test_a_script_trains_on_what_was_collected_and_is_evaluated(folder, tmp_path):
-    arguments = ["--dataset-id", f"{PREFIX}/medium-expert-v0", "--num-updates", "5", "--eval-episodes", "1"]
-    run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"))
+def test_the_round_trip_from_an_environment_to_a_report(folder, tmp_path):
+    """What was collected is inspected and trained on; the policy is evaluated, and held against its data."""
+    dataset_id = f"{PREFIX}/medium-expert-v0"
+    inspected = run_script("inspect_dataset", dataset_id)
+    assert inspected.returncode == 0 and "800 transitions in 4 episodes" in inspected.stdout, inspected.stderr
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "20", "--eval-episodes", "1"]
+    run = run_script("iql", *arguments, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0 and "warning" not in run.stderr and "score" in run.stdout
+    report = run_script("shift_report", str(tmp_path / "run"), "--num-states", "50", "--num-updates", "5")
+    assert report.returncode == 0 and "alarming" in report.stdout, report.stderr
 
 
 def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_path):

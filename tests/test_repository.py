@@ -107,7 +107,7 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     assert run.returncode == 0, run.stderr
 
 
-BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
+BENCHMARKS = {  # in this order: report.py and shift_report.py read what grid.py wrote
     "grid.py": ["--algorithms", "bc", "iql", "--seeds", "0", "--results", "results.csv", "--", *FEW],
     "report.py": ["results.csv", "--picture", "picture.png"],
     "throughput.py": ["--algorithms", "iql", "mopo:dynamics", "--rounds", "1", "--seconds", "0.01", "--csv", "x.csv"],
@@ -117,6 +117,8 @@ BENCHMARKS = {  # in this order: report.py reads what grid.py wrote
     "memory.py": ["--num-steps", "2000"],
     "estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
+    "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
+    "shift_report.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", "--num-states", "50", "--num-updates", "5"],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
     "soak.py": ["--num-updates", "300", "--max-growth", "1"],
 }
@@ -148,5 +150,5 @@ def test_the_peers_speed_is_asked_for_by_lines(home, tmp_path):
 
 
 def test_every_benchmark_is_tested():
-    tried_with_its_peer = {"d3rlpy_speed.py"}
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys() | tried_with_its_peer
+    tried_with_others = {"d3rlpy_speed.py", "shift_measures.py", "trained_run.py"}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys() | tried_with_others

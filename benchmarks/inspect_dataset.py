@@ -1,0 +1,403 @@
+"""What is in a dataset, and what is wrong with it: a report in words and, with --out, a page of pictures.
+
+Everything is in the data's own units and before any clipping or normalisation. Episodes of which nothing can be learned
+are counted, and left out of the numbers. A duplicate is a transition whose observation, action and reward all equal
+another's, bit for bit. The picture's states are projected on the two directions in which the normalised observations
+vary most (principal components), and coloured by the discounted sum of the rewards that followed in the same episode,
+which knows nothing of what would have come after its end.
+
+Run: python -m benchmarks.inspect_dataset anchorl/pendulum/mixed-v0 --out data.png
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.datasets import BadInput, Dataset, Episode, check, load_dataset, one_line
+from common.datasets import flat_observation_dim as flat_dim
+from common.datasets import flatten_observations as flatten
+from common.experiment import launch
+
+PICTURED_STATES = 5_000
+AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it
+OUTLIER = 20  # times the width from the 1st to the 99th percentile, beyond either: no tail reaches so far
+SMALLEST_STD = 1e-3  # what training's normalisation adds to the standard deviation
+
+
+@dataclass
+class Args:
+    dataset_id: tyro.conf.Positional[str]
+    """built-in id, Minari id (local first, else downloaded), or path of an HDF5 file in D4RL's layout"""
+    out: Path | None = None
+    """write the picture here, as PNG"""
+    env_id: str | None = None
+    """environment, where the dataset names none: it bounds the actions of an HDF5 file"""
+    gamma: float = 0.99
+    """discount of the return-to-go that colours the picture's states"""
+
+
+class Data(NamedTuple):
+    """All steps of the episodes that can be used, and what is wrong with the others."""
+
+    observations: np.ndarray  # [N, observation_dim], float32 as the actions are
+    actions: np.ndarray  # [N, action_dim]
+    rewards: np.ndarray  # [N]
+    terminations: np.ndarray  # [N]
+    truncations: np.ndarray  # [N]
+    lengths: np.ndarray  # [E]
+    returns: np.ndarray  # [E]
+    jumps: int  # steps inside an episode that do not begin where the step before ended
+    refused: list[str]  # why, one line for each episode left out
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The last step of each episode, [E]."""
+        return self.lengths.cumsum() - 1
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(args: Args) -> Dataset:
+    """As load_dataset does, but for Minari data whose actions have no bounds: the report says what they could be."""
+    try:
+        return load_dataset(args.dataset_id, args.env_id)
+    except BadInput as refusal:
+        if "finite bounds" not in str(refusal) or is_file(args.dataset_id):
+            raise
+    dataset = minari.load_dataset(args.dataset_id)  # the loader has found it, and checked its metadata
+    space: Any = dataset.action_space
+    sizes = int(dataset.total_steps), flat_dim(dataset.observation_space)
+    return Dataset(args.dataset_id, *sizes, space.low, space.high, lambda: iter(()), args.env_id)
+
+
+def is_file(dataset_id: str) -> bool:
+    return dataset_id.endswith((".hdf5", ".h5"))
+
+
+def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
+    """Each with its truncations [T]. Raises BadInput where a file is damaged."""
+    if is_file(dataset.dataset_id):
+        for episode in dataset.read_episodes():
+            last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+            yield episode, last & ~episode.terminations
+        return
+    try:
+        source = minari.load_dataset(dataset.dataset_id)
+        for stored in source.iterate_episodes():
+            observations = flatten(stored.observations, source.observation_space)
+            fields = observations[:-1], stored.actions, stored.rewards, observations[1:], stored.terminations
+            yield Episode(*fields), stored.truncations
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(f"cannot read dataset {dataset.dataset_id}: {one_line(error)}") from None
+
+
+def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str | None:
+    """Why nothing can be learned from this episode, or None; training refuses a dataset with such episodes."""
+    steps, dim = len(episode.rewards), dataset.observation_dim
+    shapes = (steps, dim), (steps, len(dataset.action_low)), (steps,), (steps, dim), (steps,), (steps,)
+    fields = episode._asdict() | {"truncations": truncations}
+    for (name, values), shape in zip(fields.items(), shapes, strict=True):
+        if np.shape(values) != shape:
+            return f"{name} of shape {np.shape(values)} where its {steps} rewards ask for {shape}"
+        finite = np.isfinite(values)
+        if not finite.all():
+            place = tuple(np.argwhere(~finite)[0])
+            return f"{name} hold {values[place]} at step {place[0]}"
+    return None if steps else "no steps"
+
+
+def collect(dataset: Dataset) -> Data:
+    """Raises BadInput if no episode is left to look at."""
+    kept: list[tuple[np.ndarray, ...]] = []
+    returns, jumps, refused = [], 0, []
+    for index, (episode, truncations) in enumerate(read_episodes(dataset)):
+        with np.errstate(over="ignore"):  # what is too large for training's float32 becomes infinite, and is refused
+            episode = Episode(*(np.asarray(values, np.float32) for values in episode))
+        if reason := refusal(episode, truncations, dataset):
+            refused.append(f"episode {index}: {reason}")
+            continue
+        observations, actions, rewards, next_observations, terminations = episode
+        returns.append(float(np.sum(rewards, dtype=np.float64)))
+        gap = np.abs(next_observations[:-1] - observations[1:])
+        jumps += int((gap > 1e-4 * (1 + np.abs(observations[1:]))).any(axis=1).sum())  # more than rounding
+        kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool)))
+    check(bool(kept), f"{dataset.dataset_id}: the dataset is empty" + "".join(f"; {line}" for line in refused[:1]))
+    lengths = np.array([len(rewards) for _, _, rewards, _, _ in kept])
+    columns = (np.concatenate(column) for column in zip(*kept, strict=True))
+    observations, actions, rewards, terminations, truncations = columns
+    ends = terminations, truncations
+    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), jumps, refused)
+
+
+# --- Measures -------------------------------------------------------------------------------------------------------
+
+
+def count_duplicates(data: Data) -> int:
+    """Transitions that could go without a loss: N less the number of different (observation, action, reward)."""
+    rows = np.column_stack([data.observations, data.actions, data.rewards]) + np.float32(0)  # -0 and 0 are one number
+    return len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))))
+
+
+def share_beyond(data: Data, dataset: Dataset, edge: float = -1e-6) -> np.ndarray:
+    """Share of the actions beyond their bounds or, of their range, closer to them than `edge`: [action_dim]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = dataset.action_low, dataset.action_high
+        edge = np.nan_to_num(edge * (high - low), posinf=0, neginf=0)
+        return ((data.actions < low + edge) | (data.actions > high - edge)).mean(axis=0)
+
+
+def outliers(columns: np.ndarray) -> np.ndarray:
+    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. Percentiles of 100,000 rows at most."""
+    low, high = np.quantile(columns[:: 1 + len(columns) // 100_000], [0.01, 0.99], axis=0)
+    reach = OUTLIER * (high - low)
+    return (reach > 0) & ((columns.min(axis=0) < low - reach) | (columns.max(axis=0) > high + reach))
+
+
+def returns_to_go(data: Data, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_{t+1} inside each episode, 0 after its end: [N]."""
+    ends, sums, following = set(data.ends.tolist()), np.empty(len(data.rewards)), 0.0
+    rewards = data.rewards.tolist()
+    for step in range(len(rewards) - 1, -1, -1):
+        following = rewards[step] + (0.0 if step in ends else gamma * following)
+        sums[step] = following
+    return sums
+
+
+def principal_components(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised states [n, dim] on their two widest directions, [n, 2], and the shares of the variance there, [2].
+
+    With the singular value decomposition U S V^T of the centred states, the coordinates are U S.
+    """
+    left, singular, _ = np.linalg.svd(states - states.mean(axis=0), full_matrices=False)
+    variance = singular**2 / max(float(np.sum(singular**2)), 1e-12)
+    padding = max(0, 2 - len(singular))  # a single dimension has no second direction
+    points = np.pad(left * singular, ((0, 0), (0, padding)))
+    return points[:, :2], np.pad(variance, (0, padding))[:2]
+
+
+# --- Problems -------------------------------------------------------------------------------------------------------
+
+Problems = Iterator[tuple[str, str]]  # what is the matter, what to do
+
+
+def find_problems(data: Data, dataset: Dataset, duplicates: int) -> Problems:
+    """What to know before training on the data; what stops training comes first."""
+    yield from _refusals(data, dataset)
+    yield from _endings(data, dataset)
+    yield from _actions(data, dataset)
+    yield from _values(data)
+    if duplicates:
+        todo = "expected where states and actions are few; else data was added twice: remove it"
+        share = duplicates / len(data.rewards)
+        yield f"{duplicates:,} of the transitions ({share:.1%}) are duplicates of others", todo
+
+
+def names(what: str, mask: np.ndarray) -> str:
+    """The dimensions in a mask: "observation 3, 7"."""
+    found = np.flatnonzero(mask).tolist()
+    return f"{what} {', '.join(map(str, found[:10]))}{', ...' if len(found) > 10 else ''}"
+
+
+def _refusals(data: Data, dataset: Dataset) -> Problems:
+    refuses = "training refuses the dataset"
+    if data.refused:
+        what = f"{len(data.refused):,} episodes cannot be used, the first being {data.refused[0]}"
+        yield what, "repair these episodes or remove them (Minari: filter_episodes) before training"
+    if len(data.rewards) > dataset.num_steps:
+        what = f"{refuses}: {len(data.rewards):,} steps, of which its metadata says {dataset.num_steps:,}"
+        yield what, "write it again with Minari's create_dataset_from_buffers"
+    with np.errstate(over="ignore"):
+        bounded = np.isfinite(dataset.action_high - dataset.action_low) & (dataset.action_low < dataset.action_high)
+    if not bounded.all():
+        low, high = ([float(f"{bound:.4g}") for bound in find(data.actions, axis=0)] for find in (np.min, np.max))
+        todo = f"write it again with an action_space of what the actuators can do; the data fill Box({low}, {high})"
+        yield f"{refuses}: {names('action', ~bounded)} without finite bounds", todo
+
+
+def _endings(data: Data, dataset: Dataset) -> Problems:
+    terminated, truncated = data.terminations[data.ends], data.truncations[data.ends]
+    shortest, longest = int(data.lengths.min()), int(data.lengths.max())
+    if inner := int(np.delete(data.terminations | data.truncations, data.ends).sum()):
+        todo = "split the episodes there: nothing may be learned across an end"
+        yield f"{inner:,} steps inside episodes are marked as an end", todo
+    if neither := int((~terminated & ~truncated).sum()):
+        todo = "mark terminations where the task ended them; training takes all of them as truncated"
+        yield f"{neither:,} episodes end without being terminated or truncated", todo
+    if terminated.all() and shortest == longest and len(data.lengths) > 1:
+        todo = "if that is a time limit, mark truncations: Q would learn that nothing comes after it"
+        yield f"every episode is terminated after exactly {longest:,} steps", todo
+    if not data.terminations.any() and shortest < longest:
+        todo = "if the task ends episodes (a robot falls), mark terminations: Q would see past its end"
+        yield f"no episode is terminated, yet their lengths differ ({shortest:,} to {longest:,})", todo
+    if data.jumps:
+        todo = "mark the boundaries of episodes (timeouts): returns run across the missing ones"
+        yield f"{data.jumps:,} steps inside episodes do not begin where the step before ended", todo
+    if is_file(dataset.dataset_id):
+        with h5py.File(dataset.dataset_id) as file:
+            if not {"timeouts", "next_observations"} & set(file):
+                todo = "add timeouts, or an episode that a limit cut runs into the next one"
+                yield "the file has neither timeouts nor next_observations", todo
+    if len(data.lengths) == 1:
+        yield "there is one episode only", "mark where episodes end, if the log holds several"
+
+
+def _actions(data: Data, dataset: Dataset) -> Problems:
+    low, high = data.actions.min(axis=0), data.actions.max(axis=0)
+    beyond = share_beyond(data, dataset)
+    if beyond.any():
+        todo = "training clips them, as environments do; if the bounds are wrong, correct the action_space"
+        yield f"{names('action', beyond > 0)}: up to {beyond.max():.2%} of the values are out of bounds", todo
+    if (low == high).any():
+        todo = "an actuator that never moves teaches nothing: leave it out, and hold it there when acting"
+        yield f"{names('action', low == high)}: always the same value", todo
+    with np.errstate(over="ignore", invalid="ignore"):
+        extent = dataset.action_high - dataset.action_low
+        narrow = (high - low < 0.1 * extent) & (low < high) & np.isfinite(extent)
+    if narrow.any():
+        todo = "check units and bounds: training scales actions by the bounds, and sees hardly any motion"
+        yield f"{names('action', narrow)}: less than a tenth of the range is used", todo
+
+
+def _values(data: Data) -> Problems:
+    constant = data.observations.min(axis=0) == data.observations.max(axis=0)
+    small = ~constant & (data.observations.std(axis=0, dtype=np.float64) < SMALLEST_STD)
+    if constant.any():
+        todo = "training sees 0 there: leave it out, or keep in mind that other values were never learned"
+        yield f"{names('observation', constant)}: always the same value", todo
+    if small.any():
+        todo = f"normalisation divides by the standard deviation + {SMALLEST_STD}: give it in a smaller unit"
+        yield f"{names('observation', small)}: standard deviation below {SMALLEST_STD}", todo
+    if (far := outliers(data.observations)).any():
+        todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
+        yield f"{names('observation', far)}: values far beyond all others", todo
+    if outliers(data.rewards[:, None]).any():
+        yield "rewards: values far beyond all others", "check that they are meant: they decide what Q learns"
+    if data.rewards.min() == data.rewards.max():
+        todo = "only the lengths of episodes can tell good from bad; if they do not, imitate (bc.py)"
+        yield f"every reward is {data.rewards[0]:.6g}", todo
+
+
+# --- Report ---------------------------------------------------------------------------------------------------------
+
+
+def spread(name: str, values: np.ndarray) -> str:
+    numbers = values.mean(dtype=np.float64), values.std(dtype=np.float64), *np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+    return f"{name:<16}" + "".join(f"{number:>12.5g}" for number in numbers)
+
+
+def ranges(data: Data, dataset: Dataset) -> Iterator[str]:
+    """One line per dimension of observations and actions."""
+    header = "".join(f"{name:>12}" for name in ("lowest", "highest", "mean", "std", "beyond", "at bound"))
+    yield f"{'dimension':<16}{header}  bounds"
+    beyond, at_bound = share_beyond(data, dataset), share_beyond(data, dataset, AT_BOUND)
+    for what, columns in (("observation", data.observations), ("action", data.actions)):
+        mean, std = columns.mean(axis=0, dtype=np.float64), columns.std(axis=0, dtype=np.float64)
+        rows = zip(columns.min(axis=0), columns.max(axis=0), mean, std, strict=True)
+        for index, row in enumerate(rows):
+            line = f"{what} {index}".ljust(16) + "".join(f"{number:>12.5g}" for number in row)
+            if what == "action":
+                bounds = f"{dataset.action_low[index]:.5g} to {dataset.action_high[index]:.5g}"
+                line += f"{beyond[index]:>12.2%}{at_bound[index]:>12.2%}  {bounds}"
+            yield line
+
+
+def report(data: Data, dataset: Dataset) -> Iterator[str]:
+    """The lines of the text."""
+    duplicates = count_duplicates(data)
+    terminated, truncated = int(data.terminations.sum()), int(data.truncations.sum())
+    sizes = f"observations of size {data.observations.shape[1]}, actions of size {data.actions.shape[1]}"
+    yield f"{dataset.dataset_id}: {len(data.rewards):,} transitions in {len(data.lengths):,} episodes, {sizes}"
+    installed = "" if dataset.env_id in gym.registry else ", which is not installed"
+    yield f"environment: {dataset.env_id + installed if dataset.env_id else 'none: training skips evaluation'}"
+    scores = dataset.reference_returns
+    yield f"returns of scores 0 and 100: {f'{scores[0]:.5g} and {scores[1]:.5g}' if scores else 'unknown'}"
+    yield f"terminations: {terminated:,}; truncations: {truncated:,}; duplicate transitions: {duplicates:,}"
+    yield ""
+    yield " " * 16 + "".join(f"{name:>12}" for name in ("mean", "std", "lowest", "25%", "median", "75%", "highest"))
+    yield spread("episode length", data.lengths)
+    yield spread("episode return", data.returns)
+    yield spread("reward", data.rewards)
+    yield ""
+    yield from ranges(data, dataset)
+    yield ""
+    problems = list(find_problems(data, dataset, duplicates))
+    yield f"problems found: {len(problems) or 'none'}"
+    for number, (what, todo) in enumerate(problems, start=1):
+        yield f"{number}. {what}"
+        yield f"   -> {todo}"
+
+
+def draw(data: Data, dataset: Dataset, gamma: float, path: Path) -> None:
+    """The page of pictures, complete or not at all."""
+    from matplotlib.figure import Figure  # slow to import, and not always needed
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure.suptitle(f"{dataset.dataset_id}: {len(data.rewards):,} transitions, {len(data.lengths):,} episodes")
+    (returns, lengths), (actions, states) = figure.subplots(2, 2)
+    returns.hist(data.returns, bins=40)
+    returns.axvline(data.returns.mean(), color="black", linestyle="--", linewidth=1, label="mean")
+    returns.set(title="returns", xlabel="return of an episode, not discounted", ylabel="episodes")
+    returns.legend()
+    lengths.hist(data.lengths, bins=40, range=(0, 1.05 * data.lengths.max()))
+    lengths.set(title="lengths", xlabel="steps of an episode", ylabel="episodes")
+    draw_actions(actions, figure, data.actions)
+
+    rows = np.random.default_rng(0).permutation(len(data.rewards))[:PICTURED_STATES]
+    std = data.observations.std(axis=0, dtype=np.float64) + SMALLEST_STD
+    points, shares = principal_components(data.observations[rows] / std)
+    colours = returns_to_go(data, gamma)[rows]
+    dots = states.scatter(*points.T, c=colours, s=4, cmap="viridis", linewidths=0, rasterized=True)
+    states.set(title=f"{len(rows):,} states", xlabel=f"first principal component, {shares[0]:.0%} of the variance")
+    states.set(ylabel=f"second, {shares[1]:.0%}")
+    figure.colorbar(dots, ax=states, label=f"return-to-go, discount {gamma:g}")
+    scratch = path.with_name(f".{path.name}")
+    figure.savefig(scratch, dpi=130, format="png")
+    os.replace(scratch, path)
+
+
+def draw_actions(axes: Any, figure: Any, actions: np.ndarray) -> None:
+    """How often each value of each dimension is taken: a line for each, or a row of an image where they are many."""
+    low, high = actions.min(axis=0), actions.max(axis=0)
+    if len(low) <= 4:
+        for index in range(len(low)):
+            axes.hist(actions[:, index], bins=50, histtype="step", density=True, label=f"action {index}")
+        axes.set(title="actions", xlabel="value", ylabel="density")
+        axes.legend()
+        return
+    from matplotlib.colors import PowerNorm
+
+    width = np.where(high > low, high - low, 1)
+    counts = [np.histogram(column, bins=50, range=(0, 1))[0] for column in ((actions - low) / width).T]
+    shares, extent = np.array(counts) / len(actions), (0, 1, len(low) - 0.5, -0.5)
+    image = axes.imshow(shares, aspect="auto", extent=extent, cmap="magma", norm=PowerNorm(0.5))
+    axes.set(title="actions", xlabel="from the lowest value to the highest", ylabel="dimension")
+    figure.colorbar(image, ax=axes, label="share of the steps")
+
+
+def main(args: Args) -> None:
+    check(0 <= args.gamma <= 1, f"--gamma {args.gamma}: must be in [0, 1]")
+    if args.out is not None:
+        check(args.out.suffix.lower() == ".png", f"--out {args.out}: must end with .png")
+        check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
+    dataset = open_dataset(args)
+    data = collect(dataset)
+    for line in report(data, dataset):
+        print(line, flush=True)
+    if args.out is not None:
+        draw(data, dataset, args.gamma, args.out)
+        print(f"\npicture: {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    launch(main, Args)

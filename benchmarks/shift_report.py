@@ -1,0 +1,362 @@
+"""How far a trained policy has gone from its data, and whether its Q can be believed there: a table, and a picture.
+
+D is the data, pi the policy as it is evaluated, Q the mean of the run's twins in the environment's units of reward.
+States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes is left out of all that is fitted or
+searched: at their states, `data` stands for D's own action, `policy` for pi(s), `random` for one drawn uniformly, and
+what is found for `data` is the scale. `visits` are the (s, a) of pi's own episodes in the environment.
+
+    G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01
+    S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
+    Q above     share of Q(s, a) > max(r_max, r_max / (1 - gamma)) + S / 10, r_max the highest reward in D: too high to
+                be true
+    twins       mean |Q_1(s, a) - Q_2(s, a)|, the disagreement of the critics
+    distance    d(s, a) = min_{j in near(s)} |a - a_j|,  near(s): the 10 states of D nearest to s
+    covered     share of d(s, a) <= its 0.95 quantile for `data`;  visits covered: of distances to D's nearest pair
+    surprise    -sum_j log beta_j(b_j(a) | s),  b_j: the bin of a's entry j, of 15;  beta: a network fitted to D
+    typical     share of surprises <= their 0.95 quantile for `data`
+    KL          sum_j sum_b p_jb log(p_jb / beta_jb),  p: the bins' masses under the actor's own distribution
+    TV          1/2 sum_b |p_jb - beta_jb|, the total variation, averaged over j
+    w(s, a)     p / (1 - p) = d_pi(s, a) / d_D(s, a),  p: the probability of a visit that a classifier gives, to which
+                visits and data are as frequent
+    accuracy    its share of right answers on episodes that it has not seen; 0.5 is chance. Under `data`: the same for
+                the best tenth of D's episodes against the others
+    speaking    N (sum w)^2 / (n sum w^2) min(1, mean w), n left-out data: how many of all N transitions speak of pi
+
+Alarming is: more than 10% of Q too high to be true; Q above G by S / 2 on average; twins that disagree more than twice
+as much as about `data`; fewer than 80% covered or typical, where `data` has 95%; fewer than 100 transitions that speak,
+whose mean has an error of a tenth of their standard deviation.
+
+Limits. An alarm says that the data cannot vouch for the policy, not that it is bad; no alarm, that nothing was found:
+where `random` passes, the data cover every action. Distances mean less the more dimensions there are, and beta takes
+the action's entries for independent. For actors without a distribution (BC, TD3+BC, BCQ) p is 1 in one bin, so that KL
+and TV are large even for a good clone of noisy data: they have no verdict. Nor has accuracy: the best policy is far
+from mixed data. A Q above G is no error where rewards grow beyond what D has seen, and Q is not of pi itself: IQL's is
+of a better policy, CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it. S is small
+where episodes are short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of
+action, TD3+BC of data and policy, IQL and BCQ of data. BC and AWR have no Q; without an environment, no visits.
+
+Run: python -m benchmarks.shift_report runs/first --out shift.png
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
+import shift_measures as measures
+from trained_run import Trained, Visits, load_run, visit
+
+from common.datasets import check
+from common.experiment import launch
+
+NUM_REFERENCES = 50_000  # transitions among which neighbours are looked for
+NUM_NEIGHBOURS = 10
+COLUMNS = "data", "policy", "random", "visits"
+LOGGED = {  # columns of metrics.csv, and whose actions they are about
+    "critic/q_data": "data",
+    "critic/q": "batches",  # the data's, but in MOPO mostly rollouts of its model
+    "critic/q_policy": "policy",
+    "actor/q": "policy",
+    "critic/q_random": "random",
+    "critic/q_model": "rollouts of the model",
+}
+
+
+@dataclass
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """folder of a finished run"""
+    out: Path | None = None
+    """write the picture here, as PNG"""
+    num_states: int = 2_000
+    """states of the data at which the policy is asked, and visits that are looked at"""
+    eval_episodes: int = 10
+    """episodes of the policy in the environment, if there is one; 0: none"""
+    num_updates: int = 1_000
+    """gradient steps of the behaviour model and of the classifiers"""
+
+
+class Row(NamedTuple):
+    """A line of the table: numbers by column, and of those that are judged, whether they pass the limit."""
+
+    name: str
+    values: dict[str, float]
+    form: str = ".4g"
+    limit: str = ""
+    alarming: dict[str, bool] = {}  # noqa: RUF012, nobody writes to it
+
+
+def judged(name: str, values: dict[str, float], form: str, limit: str, is_alarming: Callable[[float], bool]) -> Row:
+    """A row with verdicts on the policy's number and on the visits', if it has them."""
+    verdicts = {name: is_alarming(value) for name, value in values.items() if name in ("policy", "visits")}
+    return Row(name, values, form, limit, verdicts)
+
+
+Panels = dict[str, dict[str, Tensor]]  # what the picture shows: for each panel, numbers [n] by column
+Findings = tuple[list[Row], Panels]
+
+
+class Scene(NamedTuple):
+    """What is compared: pi at states of the data that are left out, and where pi went."""
+
+    run: Trained
+    visits: Visits | None
+    points: Tensor  # [N, observation_dim + action_dim] of the whole data, in standard deviations
+    visited: Tensor  # [n, the same] of the visits
+    episodes: Tensor  # [N], their numbers
+    left_out: Tensor  # [N], a mask
+    rows: Tensor  # of some of the transitions left out, in random order
+    others: Tensor  # of some of the transitions that are not
+    actions: dict[str, Tensor]  # at the states of `rows`, by column
+
+    def states(self, rows: Tensor) -> Tensor:
+        return self.points[rows, : self.run.buffer.observation_dim]
+
+
+def set_scene(run: Trained, visits: Visits | None, num_states: int) -> Scene:
+    """Raises BadInput if there is too little data to leave some out."""
+    data, lengths, dim = run.buffer.transitions, run.buffer.episode_lengths, run.buffer.action_dim
+    check(len(data.rewards) >= 100, f"{run.args.dataset_id}: {len(data.rewards)} transitions are too few for a report")
+    episodes = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    if len(lengths) < 10:
+        episodes = torch.arange(len(episodes)) // 10  # short pieces of the few
+    numbers = torch.randperm(int(episodes[-1]) + 1)
+    left_out = torch.isin(episodes, numbers[: math.ceil(len(numbers) / 5)])
+    rows, others = (mask.nonzero()[:, 0] for mask in (left_out, ~left_out))
+    rows, others = rows[torch.randperm(len(rows))[:num_states]], others[torch.randperm(len(others))[:NUM_REFERENCES]]
+    columns = torch.cat([data.observations, data.actions], dim=1)
+    std, mean = torch.std_mean(columns, dim=0)
+    points, visited = (columns - mean) / (std + 1e-3), torch.empty(0)
+    if visits is not None:
+        visited = (torch.cat([visits.observations, visits.actions], dim=1) - mean) / (std + 1e-3)
+    random = torch.rand(len(rows), dim) * 2 - 1
+    actions = {"data": data.actions[rows], "policy": run.actor(data.observations[rows]), "random": random}
+    return Scene(run, visits, points, visited, episodes, left_out, rows, others, actions)
+
+
+# --- Measures -------------------------------------------------------------------------------------------------------
+
+
+def judge_values(scene: Scene) -> Findings:
+    """Q: its level, what is impossible in it, its error, and how far its twins agree."""
+    run, visits, data = scene.run, scene.visits, scene.run.buffer.transitions
+    if run.critic is None:
+        return [], {}
+    episodes = data.rewards.split(run.buffer.episode_lengths.tolist())
+    spread = float(torch.cat([measures.discounted_returns(rewards, run.gamma) for rewards in episodes]).std())
+    highest = float(data.rewards.max())
+    possible = max(highest, highest / max(1 - run.gamma, 1e-9)) + spread / 10
+    q = {name: run.q(data.observations[scene.rows], actions) for name, actions in scene.actions.items()}  # [2, n]
+    if visits is not None:
+        q["visits"] = run.q(visits.observations, visits.actions)
+    mean = {name: values.mean(dim=0) for name, values in q.items()}
+    rows = [Row("Q", {name: float(values.mean()) for name, values in mean.items()})]
+    shares = {name: float((values > possible).float().mean()) for name, values in mean.items()}
+    rows.append(judged(f"Q above {possible:.4g}", shares, ".1%", "at most 10%", lambda share: share > 0.1))
+    panels = {"twins": {name: (first - second).abs() for name, (first, second) in q.items()}}
+    if visits is not None:
+        known = visits.returns.isfinite()
+        came, believed = visits.returns[known], mean["visits"][known]
+        bias = float((believed - came).mean()) / max(spread, 1e-9)
+        rows.append(Row("G", {"visits": float(came.mean())}))
+        name = f"(Q - G) / S, S {spread:.4g}"
+        rows.append(judged(name, {"visits": bias}, ".2f", "at most 0.5", lambda bias: bias > 0.5))
+        panels["returns"] = {"came": came, "believed": believed}
+    twins = {name: float(values.mean()) for name, values in panels["twins"].items()}
+    rows.append(judged("twins", twins, ".4g", "at most twice data", lambda value: value > 2 * twins["data"]))
+    return rows, panels
+
+
+def action_bins(actor: Any, observations: Tensor, actions: Tensor) -> Tensor:
+    """Masses of the actor's own distribution [n, action_dim, bins], given its deterministic `actions` there."""
+    log_std = getattr(actor, "log_std", None)
+    if isinstance(log_std, nn.Linear):  # CQL, MOPO, COMBO: tanh of a normal distribution
+        hidden = actor.net[:-2](observations)
+        return measures.gaussian_bins(actor.net[-2](hidden), log_std(hidden).clamp(-5, 2).exp(), squashed=True)
+    if log_std is not None:  # IQL, AWR: a normal distribution
+        return measures.gaussian_bins(actions, log_std.clamp(-5, 2).exp().expand_as(actions), squashed=False)
+    return F.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
+
+
+def judge_actions(scene: Scene, num_updates: int) -> Findings:
+    """pi's actions at the data's states: their distance from the data's actions, and their odds among them."""
+    run, data, rows, others = scene.run, scene.run.buffer.transitions, scene.rows, scene.others
+    _, near = measures.nearest(scene.states(rows), scene.states(others), NUM_NEIGHBOURS)
+    choices = data.actions[others][near]  # [n, neighbours, action_dim]
+    distances = {name: (some[:, None] - choices).norm(dim=2).amin(dim=1) for name, some in scene.actions.items()}
+    beta = measures.fit_behaviour(scene.states(others), data.actions[others], num_updates)(scene.states(rows))
+    surprises = {name: measures.surprise(beta, actions) for name, actions in scene.actions.items()}
+    bins = {"policy": action_bins(run.actor, data.observations[rows], scene.actions["policy"])}
+    bins["random"] = torch.full_like(beta, 1 / measures.NUM_BINS)
+    return [
+        Row("distance (median)", {name: float(values.median()) for name, values in distances.items()}),
+        covered("covered", distances),
+        Row("surprise", {name: float(values.mean()) for name, values in surprises.items()}),
+        covered("typical", surprises),
+        Row("KL", {name: float(measures.kl_divergence(masses, beta).mean()) for name, masses in bins.items()}),
+        Row("TV", {name: float(measures.total_variation(masses, beta).mean()) for name, masses in bins.items()}),
+    ], {"distance": distances, "surprise": surprises}
+
+
+def covered(name: str, values: dict[str, Tensor]) -> Row:
+    """Shares of the values that are at most the 0.95 quantile of the data's."""
+    shares = {column: measures.coverage(some, values["data"]) for column, some in values.items()}
+    return judged(name, shares, ".1%", "at least 80%", lambda share: share < 0.8)
+
+
+def judge_visits(scene: Scene, num_updates: int) -> Findings:
+    """Where pi goes: the distance to the data's nearest pair (s, a), and the ratio of densities there."""
+    if scene.visits is None:
+        return [], {}
+    points, left_out, unseen = scene.points, scene.left_out, scene.visits.episodes % 3 == 0
+    some = scene.visited[torch.randperm(len(scene.visited))[: len(scene.rows)]]
+    compared = {"data": points[scene.rows], "visits": some}
+    distances = {name: measures.nearest(x, points[scene.others], 1)[0][:, 0] for name, x in compared.items()}
+    net = measures.fit_classifier(points[~left_out], scene.visited[~unseen], num_updates)
+    log_ratios = {"data": net(points[left_out]), "visits": net(scene.visited[unseen])}
+    speaking = len(points) * measures.effective_share(log_ratios["data"])
+    accuracy = {"data": best_apart(scene, num_updates), "visits": measures.accuracy(*log_ratios.values())}
+    return [
+        covered("visits covered", distances),
+        Row("accuracy", accuracy, ".1%"),
+        judged("speaking", {"visits": speaking}, ",.0f", "at least 100", lambda number: number < 100),
+    ], {"ratio": log_ratios}
+
+
+def best_apart(scene: Scene, num_updates: int) -> float:
+    """The accuracy with which the tenth of the episodes that has the highest returns is told from the others."""
+    count = int(scene.episodes[-1]) + 1
+    returns = torch.zeros(count).index_add_(0, scene.episodes, scene.run.buffer.transitions.rewards)
+    best = returns.argsort(descending=True)[: max(2, count // 10)]
+    ones, unseen = torch.isin(scene.episodes, best), torch.isin(scene.episodes, best[::2])
+    net = measures.fit_classifier(scene.points[~ones & ~scene.left_out], scene.points[ones & ~unseen], num_updates)
+    return measures.accuracy(net(scene.points[~ones & scene.left_out]), net(scene.points[unseen]))
+
+
+# --- Report ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    yield f"{'':<22}" + "".join(f"{column:>12}" for column in COLUMNS)
+    for row in rows:
+        cells = "".join(f"{format(row.values[name], row.form) if name in row.values else '':>12}" for name in COLUMNS)
+        verdicts = ", ".join(f"{name} {'ALARMING' if bad else 'fine'}" for name, bad in row.alarming.items())
+        yield f"{row.name:<22}{cells}" + (f"   {verdicts} (limit: {row.limit})" if verdicts else "")
+
+
+def headlines(rows: list[Row]) -> Iterator[str]:
+    for column, where in (("policy", "at the data's states"), ("visits", "where the policy goes")):
+        verdicts = {row.name: row.alarming[column] for row in rows if column in row.alarming}
+        if verdicts:
+            names = "; ".join(name for name, bad in verdicts.items() if bad)
+            yield f"alarming {where}: {sum(verdicts.values())} of {len(verdicts)}" + (f" ({names})" if names else "")
+
+
+def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
+    """The page of pictures, complete or not at all."""
+    from matplotlib.figure import Figure  # slow to import, and not always needed
+
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    title = f"{run.args.algorithm} on {run.args.dataset_id}, seed {run.args.seed}"
+    figure.suptitle("\n".join([title, *headlines(rows)]))
+    axes = figure.subplots(2, 3).flatten()
+    draw_training(axes[0], run)
+    draw_returns(axes[1], panels.get("returns", {}))
+    titles = {
+        "twins": ("disagreement of the twins", "|Q1 - Q2|"),
+        "distance": ("actions at near states", "distance to the nearest of the data's"),
+        "surprise": ("surprise under the fitted behaviour", "-log beta(a | s)"),
+        "ratio": ("visits against data", "log of the ratio of densities, w"),
+    }
+    for axis, (name, (title, label)) in zip(axes[2:], titles.items(), strict=True):
+        axis.set(title=title, xlabel=label, ylabel="share of the states")
+        draw_shares(axis, panels.get(name, {}))
+    scratch = path.with_name(f".{path.name}")
+    figure.savefig(scratch, dpi=120, format="png")
+    os.replace(scratch, path)
+
+
+COLOURS = {"data": "tab:blue", "policy": "tab:red", "random": "tab:gray", "visits": "tab:orange"}
+
+
+def draw_training(axes: Any, run: Trained) -> None:
+    axes.set(title="Q over training", xlabel="updates", ylabel="mean Q")
+    for name, column in LOGGED.items():
+        rows = [row for row in run.metrics if row.get(name)]
+        if rows and not (name == "actor/q" and "critic/q_policy" in rows[0]):
+            steps, values = zip(*((int(row["step"]), float(row[name]) / run.reward_scale) for row in rows), strict=True)
+            style = {"linewidth": 3, "alpha": 0.5} if column in ("data", "batches") else {"linewidth": 1}
+            axes.plot(steps, values, label=column, color=COLOURS.get(column, "black"), **style)
+    if axes.lines:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "this script logs no Q", ha="center", transform=axes.transAxes)
+
+
+def draw_returns(axes: Any, returns: dict[str, Tensor]) -> None:
+    axes.set(title="Q where the policy goes", xlabel="discounted return that came, G", ylabel="Q")
+    if not returns:
+        axes.text(0.5, 0.5, "no critic, or no environment", ha="center", transform=axes.transAxes)
+        return
+    axes.scatter(returns["came"], returns["believed"], s=4, color=COLOURS["visits"], linewidths=0, rasterized=True)
+    axes.axline((float(returns["came"].mean()),) * 2, slope=1, color="black", linewidth=1, label="Q = G")
+    axes.legend()
+
+
+def draw_shares(axes: Any, values: dict[str, Tensor]) -> None:
+    """Histograms of [n] numbers by column, of what lies between the 1st and the 99th percentile of each."""
+    if not values:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        return
+    ends = torch.tensor([0.01, 0.99])
+    low, high = zip(*(some.float().quantile(ends).tolist() for some in values.values()), strict=True)
+    for name, some in values.items():
+        weights = torch.full((len(some),), 1 / len(some))
+        bins = {"bins": 40, "range": (min(low), max(*high, min(low) + 1e-6)), "histtype": "step"}
+        axes.hist(some.clamp(min(low), max(high)), weights=weights, label=name, color=COLOURS[name], **bins)
+    axes.legend()
+
+
+def main(args: Args) -> None:
+    for name, least in (("num_states", 50), ("num_updates", 1), ("eval_episodes", 0)):
+        value = getattr(args, name)
+        check(value >= least, f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    check(args.eval_episodes != 1, "--eval-episodes 1: must be at least 2, one of them to test the classifier, or 0")
+    if args.out is not None:
+        check(args.out.suffix.lower() == ".png", f"--out {args.out}: must end with .png")
+        check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
+    run = load_run(args.run_dir)
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # a classifier that is always right ends with gradients that slow a CPU many times
+    visits = visit(run, args.eval_episodes)
+    scene = set_scene(run, visits, args.num_states)
+    rows: list[Row] = []
+    panels: Panels = {}
+    judges = judge_values(scene), judge_actions(scene, args.num_updates), judge_visits(scene, args.num_updates)
+    for found, shown in judges:
+        rows, panels = rows + found, panels | shown
+    print(f"{run.args.algorithm} on {run.args.dataset_id}, seed {run.args.seed}: {args.run_dir}\n")
+    for line in table(rows):
+        print(line)
+    if run.critic is None:
+        print(f"skipped, for {run.args.algorithm} has no critic: Q and twins")
+    if visits is None:
+        print("skipped, for there is no environment: visits")
+    print("", *headlines(rows), sep="\n")
+    if args.out is not None:
+        draw(run, rows, panels, args.out)
+        print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,348 @@
+"""The report on a dataset: its numbers against a count by hand, and a line for each thing that can be wrong."""
+
+import h5py
+import numpy as np
+import pytest
+from conftest import random_episode, run_script
+from gymnasium import spaces
+from matplotlib.image import imread
+
+from benchmarks.inspect_dataset import (
+    Args,
+    collect,
+    count_duplicates,
+    open_dataset,
+    outliers,
+    principal_components,
+    returns_to_go,
+    share_beyond,
+)
+from common.datasets import BUILT_IN_ID
+
+SCRIPT = "benchmarks.inspect_dataset"
+
+
+def inspect(*arguments):
+    run = run_script(SCRIPT, *map(str, arguments))
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def read(dataset_id):
+    dataset = open_dataset(Args(dataset_id))
+    return collect(dataset), dataset
+
+
+# --- Numbers ---
+
+
+def test_sizes_ends_and_spread(make_dataset):
+    first = random_episode(0, 4, rewards=np.array([1.0, 2.0, 3.0, 4.0]))
+    end = np.array([False, True])
+    second = random_episode(1, 2, rewards=np.array([-5.0, 5.0]), terminations=end, truncations=~end & end)
+    text = inspect(make_dataset(episodes=[first, second], env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=0.0))
+    lines = [line.split() for line in text.splitlines()]
+    assert "test/data-v0: 6 transitions in 2 episodes, observations of size 3, actions of size 1" in text
+    assert "environment: Pendulum-v1\nreturns of scores 0 and 100: -1000 and 0\n" in text
+    assert "terminations: 1; truncations: 1; duplicate transitions: 0" in text
+    assert ["episode", "length", "3", "1", "2", "2.5", "3", "3.5", "4"] in lines
+    assert ["episode", "return", "5", "5", "0", "2.5", "5", "7.5", "10"] in lines
+    rewards = [1, 2, 3, 4, -5, 5]
+    assert ["reward", f"{np.mean(rewards):.5g}", f"{np.std(rewards):.5g}", "-5", "1.25", "2.5", "3.75", "5"] in lines
+
+
+def test_ranges(make_dataset):
+    actions = np.array([[-2.0], [2.5], [1.0], [1.9999]], np.float32)  # of which the second is beyond [-2, 2]
+    episode = random_episode(0, 4, actions=actions)
+    lines = [line.split() for line in inspect(make_dataset(episodes=[episode])).splitlines()]
+    expected = [f"{f(actions):.5g}" for f in (np.min, np.max, np.mean, np.std)]
+    assert ["action", "0", *expected, "25.00%", "75.00%", "-2", "to", "2"] in lines
+    for index, column in enumerate(episode["observations"][:-1].T):  # the last one follows the last step
+        expected = [f"{f(column.astype(float)):.5g}" for f in (np.min, np.max, np.mean, np.std)]
+        assert ["observation", str(index), *expected] in lines
+
+
+def test_nothing_is_wrong_with_the_built_in_dataset(pendulum):
+    text = inspect(BUILT_IN_ID)
+    assert "30,000 transitions in 150 episodes" in text
+    assert "terminations: 0; truncations: 150;" in text
+    assert f"{pendulum.mean_return:.5g}" in text
+    assert text.endswith("problems found: none\n")
+
+
+def test_returns_to_go_are_the_sums_written_out(make_dataset):
+    data, _ = read(make_dataset(episodes=[random_episode(0, 5), random_episode(1, 3)]))
+    expected = []
+    for rewards in (data.rewards[:5], data.rewards[5:]):
+        for t in range(len(rewards)):
+            expected.append(sum(0.9**k * reward for k, reward in enumerate(rewards[t:])))
+    np.testing.assert_allclose(returns_to_go(data, 0.9), expected, rtol=1e-6)
+
+
+def test_duplicates_are_counted_as_a_set_counts_them(make_dataset):
+    rng = np.random.default_rng(0)
+    zeros = rng.integers(0, 2, size=(2, 200, 1)) * np.array([1.0, -0.0]).reshape(2, 1, 1)
+    episodes = [
+        random_episode(
+            0, 200, 1, observations=rng.integers(0, 3, size=(201, 1)) * 1.0, actions=actions, rewards=rewards
+        )
+        for actions, rewards in ((zeros[0], rng.integers(0, 2, 200)), (zeros[1], rng.integers(0, 2, 200)))
+    ]
+    dataset_id = make_dataset(episodes=episodes, observation_space=spaces.Box(-9, 9, (1,)))
+    data, _ = read(dataset_id)
+    rows = list(zip(data.observations[:, 0], data.actions[:, 0], data.rewards, strict=True))
+    assert count_duplicates(data) == 400 - len({tuple(map(float, row)) for row in rows}) > 0
+    assert f"{count_duplicates(data)} of the transitions" in inspect(dataset_id)
+
+
+def test_share_beyond_bounds(make_dataset):
+    episode = random_episode(0, 8, actions=np.linspace(-3, 4, 8, dtype=np.float32)[:, None])  # bounds are -2 and 2
+    data, dataset = read(make_dataset(episodes=[episode]))
+    assert share_beyond(data, dataset).tolist() == [3 / 8]
+    assert share_beyond(data, dataset, edge=0.1).tolist() == [5 / 8]  # those at the bounds, too
+
+
+def test_rounding_is_not_beyond_the_bounds(make_dataset):
+    episode = random_episode(0, 2, actions=np.array([[2.0], [np.nextafter(np.float32(2), 3, dtype=np.float32)]]))
+    data, dataset = read(make_dataset(episodes=[episode]))
+    assert share_beyond(data, dataset).tolist() == [0]
+
+
+def test_outliers_are_found_and_tails_are_not():
+    rng = np.random.default_rng(0)
+    columns = np.column_stack([rng.normal(size=5000), rng.standard_exponential(5000), rng.normal(size=5000)])
+    columns[7, 2] = -9999
+    assert outliers(columns).tolist() == [False, False, True]
+
+
+def test_principal_components_are_the_eigenvectors_of_the_covariance():
+    states = np.random.default_rng(0).normal(size=(300, 4)) @ np.random.default_rng(1).normal(size=(4, 4))
+    points, shares = principal_components(states)
+    values, vectors = np.linalg.eigh(np.cov(states.T))  # the largest last
+    np.testing.assert_allclose(shares, values[:-3:-1] / values.sum(), rtol=1e-6)
+    expected = (states - states.mean(axis=0)) @ vectors[:, :-3:-1]
+    np.testing.assert_allclose(np.abs(points), np.abs(expected), atol=1e-6)  # a direction has no sign
+
+
+def test_one_dimension_has_one_component():
+    points, shares = principal_components(np.arange(5.0)[:, None])
+    assert np.ptp(points[:, 0]) == pytest.approx(4) and (points[:, 1] == 0).all()
+    np.testing.assert_allclose(shares, [1, 0])
+
+
+# --- Problems ---
+
+ENDS = np.arange(30) == 29
+NOWHERE = np.zeros(30, bool)
+ROOM = {"observation_space": spaces.Box(-np.inf, np.inf, (3,)), "action_space": spaces.Box(-2, 2, (1,))}
+
+
+def constant(array, column):
+    return np.where(np.arange(array.shape[1]) == column, np.float32(0.5), array)
+
+
+BASE = random_episode(0)
+SENTINEL = np.where((np.arange(31) == 7)[:, None] & (np.arange(3) == 1), np.float32(-9999), BASE["observations"])
+NAN = np.where(np.arange(30) == 4, np.nan, BASE["rewards"])
+FAULTS = {  # the fields of one episode of four, and a line of the report
+    "not a number": (
+        {"rewards": NAN},
+        "1 episodes cannot be used, the first being episode 4: rewards hold nan at step 4",
+    ),
+    "too large": (
+        {"observations": BASE["observations"].astype(np.float64) * 1e300},
+        "cannot be used, the first being episode 4: observations hold",
+    ),
+    "an end inside": ({"truncations": np.arange(30) % 10 == 9}, "2 steps inside episodes are marked as an end"),
+    "no end": ({"truncations": NOWHERE}, "1 episodes end without being terminated or truncated"),
+    "out of bounds": ({"actions": BASE["actions"] * 2}, "action 0: up to "),
+    "a code": ({"observations": SENTINEL}, "observation 1: values far beyond all others"),
+    "a huge reward": ({"rewards": np.where(ENDS, 1e6, 0.0)}, "rewards: values far beyond all others"),
+    "twice": ({}, "30 of the transitions (20.0%) are duplicates of others"),
+    "shorter": (random_episode(9, 20), "no episode is terminated, yet their lengths differ (20 to 30)"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_one_episode(make_dataset, name):
+    fields, line = FAULTS[name]
+    episodes = [random_episode(seed) for seed in range(4)] + [BASE | fields]
+    assert line in inspect(make_dataset(episodes=episodes)).split("problems found: ")[1]
+
+
+WRONG = {  # what the four episodes of noise have in common, and a line of the report
+    "constant observation": (
+        {"observations": constant(BASE["observations"], 2)},
+        "observation 2: always the same value",
+    ),
+    "small observation": (
+        {"observations": BASE["observations"] * np.float32([1, 1e-5, 1])},
+        "observation 1: standard deviation below 0.001",
+    ),
+    "constant action": ({"actions": constant(BASE["actions"], 0)}, "action 0: always the same value"),
+    "narrow actions": ({"actions": BASE["actions"] / 20}, "action 0: less than a tenth of the range is used"),
+    "constant reward": ({"rewards": np.full(30, 0.25)}, "every reward is 0.25"),
+    "a limit as a termination": (
+        {"terminations": ENDS, "truncations": NOWHERE},
+        "every episode is terminated after exactly 30 steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_faults_of_the_whole(make_dataset, name):
+    fields, line = WRONG[name]
+    text = inspect(make_dataset(episodes=[random_episode(seed) | fields for seed in range(4)]))
+    assert line in text.split("problems found: ")[1]
+
+
+def test_noise_has_no_problems(make_dataset):
+    assert inspect(make_dataset(episodes=[random_episode(seed) for seed in range(4)])).endswith("found: none\n")
+
+
+def test_one_episode(make_dataset):
+    assert "1. there is one episode only\n   -> mark where" in inspect(make_dataset(episodes=[random_episode(0)]))
+
+
+def test_an_episode_of_no_steps_cannot_be_used(make_dataset, datasets_path):
+    path = datasets_path / make_dataset() / "data" / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        for name, values in file["episode_1"].items():
+            if isinstance(values, h5py.Dataset):
+                kept = values[: 1 if name == "observations" else 0]
+                del file["episode_1"][name]
+                file["episode_1"][name] = kept
+    text = inspect("test/data-v0")
+    assert "90 transitions in 3 episodes" in text and "the first being episode 1: no steps" in text
+
+
+def test_episodes_that_cannot_be_used_are_left_out_of_the_numbers(make_dataset):
+    kept, broken = random_episode(1), random_episode(0, rewards=NAN)
+    lines = inspect(make_dataset(episodes=[kept, broken])).splitlines()
+    assert "30 transitions in 1 episodes" in lines[0]
+    assert any(line.startswith("reward") and f"{kept['rewards'].mean():.5g}" in line for line in lines)
+
+
+def test_actions_without_bounds_are_refused_by_training_and_explained_here(make_dataset):
+    unbounded = spaces.Box(-np.inf, np.inf, (1,))
+    dataset_id = make_dataset(episodes=[random_episode(0), random_episode(1)], action_space=unbounded)
+    assert run_script("bc", "--dataset-id", dataset_id).returncode == 2
+    text = inspect(dataset_id)
+    actions = np.concatenate([random_episode(seed)["actions"] for seed in range(2)])
+    assert "action 0 without finite bounds" in text
+    assert f"the data fill Box([{actions.min():.4g}], [{actions.max():.4g}])" in text
+    assert "0.00%       0.00%  -inf to inf" in text
+
+
+def test_more_steps_than_the_metadata_says(make_dataset, datasets_path):
+    path = datasets_path / make_dataset() / "data" / "metadata.json"
+    path.write_text(path.read_text().replace('"total_steps": 120', '"total_steps": 100'))
+    assert "120 steps, of which its metadata says 100" in inspect("test/data-v0")
+
+
+def write_d4rl(path, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(20, 3)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(20, 1)).astype(np.float32),
+        "rewards": rng.normal(size=20).astype(np.float32),
+        "terminals": np.arange(20) == 9,
+        "timeouts": np.arange(20) == 19,
+    }
+    with h5py.File(path, "w") as file:
+        for name, values in (arrays | changes).items():
+            if values is not None:
+                file[name] = values
+    return arrays
+
+
+def test_d4rl_file(tmp_path):
+    path = tmp_path / "logs.hdf5"
+    write_d4rl(path)
+    text = inspect(path)
+    assert "19 transitions in 2 episodes" in text  # what followed the time limit is not known
+    assert "environment: none" in text and "terminations: 1; truncations: 1;" in text
+    assert "neither timeouts nor next_observations" not in text and "do not begin" not in text
+    write_d4rl(path, timeouts=None)
+    assert "the file has neither timeouts nor next_observations" in inspect(path)
+
+
+def test_d4rl_file_whose_boundaries_are_missing(tmp_path):
+    path = tmp_path / "logs.hdf5"
+    following = np.roll(write_d4rl(path)["observations"], -1, axis=0)
+    following[4] = 7  # row 4 led elsewhere than row 5 begins
+    write_d4rl(path, timeouts=None, next_observations=following)
+    text = inspect(path)
+    assert "1 steps inside episodes do not begin where the step before ended" in text
+
+
+def test_d4rl_file_with_actions_beyond_the_bounds_of_its_environment(tmp_path):
+    path = tmp_path / "logs.hdf5"
+    write_d4rl(path, actions=np.full((20, 1), 2.5))
+    assert "action 0: up to 100.00%" in inspect(path, "--env-id", "Pendulum-v1")
+    run = run_script(SCRIPT, str(path))
+    assert run.returncode == 2 and "--env-id" in run.stderr
+
+
+# --- The picture ---
+
+
+def picture(path):
+    pixels = imread(path)
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 500
+    assert pixels[..., :3].std() > 0.05  # an empty page is white
+    return pixels
+
+
+def test_picture(make_dataset, tmp_path):
+    many = [random_episode(seed, action_dim=7) for seed in range(4)]
+    sizes = {"action_space": spaces.Box(-2, 2, (7,))}
+    few = [random_episode(seed, observation_dim=1) for seed in range(4)]
+    pages = []
+    for episodes, kinds in ((many, sizes), (few, {"observation_space": spaces.Box(-9, 9, (1,))})):
+        out = tmp_path / f"{len(pages)}.PNG"
+        text = inspect(make_dataset(f"test/shown{len(pages)}-v0", episodes, **kinds), "--out", out)
+        assert text.endswith(f"picture: {out}\n")
+        pages.append(picture(out))
+    assert (pages[0] != pages[1]).any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.PNG", "1.PNG"]
+
+
+# --- Bad input ---
+
+BAD = {
+    "unknown built-in id": (["anchorl/none-v0"], BUILT_IN_ID),
+    "no id": (["nonsense"], "no dataset 'nonsense'"),
+    "no file": (["absent.hdf5"], "no file absent.hdf5"),
+    "no dataset named": ([], "--help"),
+    "a suffix": ([BUILT_IN_ID, "--out", "page.jpg"], "--out page.jpg: must end with .png"),
+    "no folder": ([BUILT_IN_ID, "--out", "absent/page.png"], "there is no folder absent"),
+    "discount": ([BUILT_IN_ID, "--gamma", "1.5"], "--gamma 1.5: must be in [0, 1]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, pendulum, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[name]
+    run = run_script(SCRIPT, *arguments)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith("error: ") and message in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_leaves_nothing_to_report(make_dataset, datasets_path, tmp_path):
+    out = tmp_path / "page.png"
+    images = {"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}
+    dataset_ids = [
+        make_dataset("test/nan-v0", [random_episode(0, rewards=np.full(30, np.nan))]),
+        make_dataset("test/image-v0", [random_episode(0, observations=np.zeros((31, 8, 8, 3), np.uint8))], **images),
+        make_dataset("test/damaged-v0"),
+    ]
+    with h5py.File(datasets_path / "test/damaged-v0" / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_2"]["rewards"]
+    messages = "empty; episode 0: rewards hold nan", "images are not supported", "cannot read dataset test/damaged-v0"
+    for dataset_id, message in zip(dataset_ids, messages, strict=True):
+        run = run_script(SCRIPT, dataset_id, "--out", str(out))
+        assert (run.returncode, run.stderr.count("\n"), out.exists()) == (2, 1, False)
+        assert message in run.stderr

@@ -1,0 +1,458 @@
+"""The report on a trained policy: each measure against a known answer, and the story that all of them tell."""
+
+import json
+import math
+import re
+import shutil
+import sys
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import ALGORITHMS, ROOT, SHORT, SHORTER, random_episode, run_script
+from matplotlib.image import imread
+
+from benchmarks.shift_report import Row, covered, headlines, judge_values, set_scene, table
+
+sys.path.append(str(ROOT / "benchmarks"))
+import shift_measures as measures
+from trained_run import load_run, visit
+
+from common.datasets import BUILT_IN_ID
+from common.evaluation import load_policy
+
+SCRIPT = "benchmarks.shift_report"
+FEW = ["--num-states", "60", "--num-updates", "5", "--eval-episodes", "2"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def normal_cdf(x):
+    return 0.5 * (1 + np.vectorize(math.erf)(np.asarray(x) / math.sqrt(2)))
+
+
+# --- Neighbours and coverage ---
+
+
+def test_nearest_neighbours_are_those_of_brute_force():
+    points, references = torch.randn(300, 4), torch.randn(500, 4)
+    distances, rows = measures.nearest(points, references, 3)
+    every = np.sqrt(((points.numpy()[:, None] - references.numpy()) ** 2).sum(axis=2))
+    expected = np.argsort(every, axis=1)[:, :3]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(distances, np.take_along_axis(every, expected, axis=1), atol=1e-4)
+    assert measures.nearest(points, references[:2], 3)[0].shape == (300, 2)
+
+
+def test_coverage_is_the_share_within_the_quantile_of_the_scale():
+    scale = torch.arange(101.0)  # its 0.95 quantile is 95
+    assert measures.coverage(scale, scale) == pytest.approx(96 / 101)
+    assert measures.coverage(torch.tensor([95.0, 95.1, 0.0, 200.0]), scale) == 0.5
+    assert measures.coverage(torch.tensor([200.0]), scale) == 0
+
+
+def test_covered_is_alarming_below_80_percent():
+    scale = torch.arange(100.0)
+    at_80 = torch.cat([torch.zeros(80), torch.full((20,), 1e9)])
+    row = covered("x", {"data": scale, "policy": at_80, "random": at_80[1:], "visits": at_80[1:]})
+    assert row.alarming == {"policy": False, "visits": True}  # the data and chance are not judged
+    assert row.values["policy"] == pytest.approx(0.8)
+    text = [*table([row]), *headlines([row, Row("y", {"policy": 1.0})])]
+    assert text[1].endswith("80.0%       79.8%       79.8%   policy fine, visits ALARMING (limit: at least 80%)")
+    assert text[2:] == ["alarming at the data's states: 0 of 1", "alarming where the policy goes: 1 of 1 (x)"]
+
+
+# --- Behaviour ---
+
+
+def test_bins_hold_the_mass_of_a_normal_distribution_and_of_its_tanh():
+    mean, std = torch.tensor([[0.3, -0.9]]), torch.tensor([[0.5, 0.4]])
+    edges = np.linspace(-1, 1, measures.NUM_BINS + 1)
+    inner = edges[1:-1]
+    for squashed, places in ((False, inner), (True, np.arctanh(inner))):
+        masses = measures.gaussian_bins(mean, std, squashed)
+        for index in range(2):
+            below = normal_cdf((places - mean[0, index].item()) / std[0, index].item())
+            np.testing.assert_allclose(masses[0, index], np.diff([0, *below, 1]), atol=1e-6)
+    actions = (mean + std * torch.randn(100_000, 2)).tanh()  # and as often as they are drawn
+    counts = torch.nn.functional.one_hot(measures.bin_of(actions), measures.NUM_BINS).float().mean(dim=0)
+    np.testing.assert_allclose(measures.gaussian_bins(mean, std, True)[0], counts, atol=0.01)
+
+
+def test_every_action_has_its_bin():
+    edges = np.linspace(-1, 1, measures.NUM_BINS + 1)
+    middles = torch.tensor((edges[1:] + edges[:-1]) / 2, dtype=torch.float32)
+    assert measures.bin_of(middles).tolist() == list(range(measures.NUM_BINS))
+    assert measures.bin_of(torch.tensor([-1.0, 1.0])).tolist() == [0, measures.NUM_BINS - 1]
+
+
+def test_kl_and_total_variation_of_known_gaussians(monkeypatch):
+    monkeypatch.setattr(measures, "NUM_BINS", 4000)  # so fine that bins are densities
+    p = measures.gaussian_bins(torch.tensor([[0.1, 0.0]]).double(), torch.tensor([[0.1, 0.12]]).double(), False)
+    q = measures.gaussian_bins(torch.tensor([[-0.05, 0.0]]).double(), torch.tensor([[0.1, 0.15]]).double(), False)
+    first = (0.15 / 0.1) ** 2 / 2  # of equal widths
+    second = math.log(0.15 / 0.12) + 0.12**2 / (2 * 0.15**2) - 0.5
+    assert measures.kl_divergence(p, q).item() == pytest.approx(first + second, rel=1e-3)
+    equal_widths = measures.total_variation(p[:, :1], q[:, :1]).item()
+    assert equal_widths == pytest.approx(2 * normal_cdf(0.15 / 0.2) - 1, rel=1e-3)
+    assert measures.kl_divergence(p, p).item() == measures.total_variation(p, p).item() == 0
+
+
+def test_kl_of_an_action_without_noise_is_its_surprise():
+    behaviour = torch.rand(5, 2, measures.NUM_BINS).softmax(dim=2)
+    actions = torch.rand(5, 2) * 2 - 1
+    chosen = torch.nn.functional.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
+    expected = [-sum(math.log(behaviour[n, j, measures.bin_of(actions)[n, j]]) for j in range(2)) for n in range(5)]
+    np.testing.assert_allclose(measures.surprise(behaviour, actions), expected, rtol=1e-5)
+    np.testing.assert_allclose(measures.kl_divergence(chosen, behaviour), expected, rtol=1e-5)
+    tv = [
+        np.mean([1 - math.exp(-measures.surprise(b[None, j : j + 1], a[None, j : j + 1])) for j in range(2)])
+        for b, a in zip(behaviour, actions, strict=True)
+    ]
+    np.testing.assert_allclose(measures.total_variation(chosen, behaviour), tv, rtol=1e-5)
+
+
+def test_behaviour_is_fitted():
+    """Two kinds of state: 0.6 always, or 0.6 and -0.6 by turns."""
+    states = (torch.arange(4000) % 2).float()[:, None]
+    actions = torch.where((states == 1) | (torch.rand(4000, 1) < 0.5), 0.6, -0.6)
+    masses = measures.fit_behaviour(states, actions, 300)(torch.tensor([[0.0], [1.0]]))
+    up, down = measures.bin_of(torch.tensor([0.6, -0.6])).tolist()
+    np.testing.assert_allclose(masses.sum(dim=2), 1, rtol=1e-5)
+    np.testing.assert_allclose(masses[:, 0, [up, down]], [[0.5, 0.5], [1, 0]], atol=0.05)
+
+
+# --- Density ratio ---
+
+
+def test_density_ratio_of_known_distributions():
+    zeros, ones = torch.randn(20_000, 1), torch.randn(20_000, 1) + 1
+    net = measures.fit_classifier(zeros[:10_000], ones[:10_000], 500)
+    x = torch.linspace(-1, 2, 7)[:, None]
+    np.testing.assert_allclose(net(x), x[:, 0] - 0.5, atol=0.25)  # log of the densities' ratio
+    accuracy = measures.accuracy(net(zeros[10_000:]), net(ones[10_000:]))
+    assert accuracy == pytest.approx(float(normal_cdf(0.5)), abs=0.02)
+    # the weights' second moment is e: the share of the data that speaks for N(1, 1) is 1 / e
+    assert measures.effective_share(net(zeros[10_000:])) == pytest.approx(1 / math.e, abs=0.08)
+
+
+def test_accuracy_counts_both_kinds_the_same():
+    zeros, ones = torch.tensor([-1.0, -1, -1, 1]), torch.tensor([2.0])
+    assert measures.accuracy(zeros, ones) == (0.75 + 1) / 2
+
+
+def test_effective_share_by_hand():
+    w = torch.tensor([1.0, 3.0, 0.5, 1.5])
+    expected = 6**2 / (4 * (1 + 9 + 0.25 + 2.25))
+    assert measures.effective_share(w.log()) == pytest.approx(expected)  # the mean is 1.5, above 1
+    assert measures.effective_share((w / 6).log()) == pytest.approx(expected / 4)  # the mean is 1 / 4
+    assert measures.effective_share(torch.zeros(5)) == 1
+
+
+# --- Returns ---
+
+
+def test_discounted_returns_by_hand():
+    returns = measures.discounted_returns(torch.tensor([1.0, 2.0, 4.0]), 0.5)
+    assert returns.tolist() == [1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4]
+
+
+# --- Runs ---
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pendulum):
+    """Folders of short runs of every script, made when they are first asked for."""
+    parent, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(algorithm, *arguments):
+        if (algorithm, arguments) not in made:
+            folder = made[algorithm, arguments] = parent / str(len(made))
+            words = [*SHORT, *SHORTER.get(algorithm, []), "--num-updates", "4", "--log-every", "1", *arguments]
+            outcome = run_script(algorithm, *words, "--run-dir", str(folder))
+            assert outcome.returncode == 0, outcome.stderr
+        return made[algorithm, arguments]
+
+    return run
+
+
+def report(folder, *arguments):
+    run = run_script(SCRIPT, str(folder), *(arguments or FEW))
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+POLICIES = [name for name in ALGORITHMS if name != "fqe"]
+
+
+@pytest.mark.parametrize("algorithm", POLICIES)
+def test_every_script(runs, algorithm):
+    text = report(runs(algorithm))
+    rows = {line.split("  ")[0] for line in text.splitlines()}
+    assert text.startswith(f"{algorithm} on {BUILT_IN_ID}, seed 0: ")
+    assert {"distance (median)", "covered", "typical", "KL", "TV", "visits covered", "accuracy", "speaking"} <= rows
+    without_q = algorithm in ("bc", "awr")
+    assert ({"Q", "G", "twins"} <= rows) != without_q
+    assert (f"skipped, for {algorithm} has no critic" in text) == without_q
+    counts = re.findall(r"^alarming .*: \d of (\d)", text, flags=re.MULTILINE)
+    assert counts == (["2", "2"] if without_q else ["4", "5"])
+
+
+@pytest.mark.parametrize("algorithm", [name for name in POLICIES if name not in ("bc", "awr")])
+def test_q_and_policy_are_those_of_the_checkpoint(runs, algorithm):
+    folder = runs(algorithm)
+    run = load_run(folder)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["learner"]
+    critic = {name.removeprefix("critic."): values for name, values in saved["actor"].items() if "critic." in name}
+    for name, values in (critic or saved["critic"]).items():
+        assert torch.equal(dict(run.critic.named_parameters())[name], values)
+    observations = run.buffer.transitions.observations[:50]
+    raw = (observations * run.buffer.observation_std + run.buffer.observation_mean).numpy()
+    np.testing.assert_allclose(2 * run.actor(observations), load_policy(folder)(raw), atol=1e-4)
+    assert run.q(observations, run.actor(observations)).shape == (2, 50)
+
+
+def test_q_is_in_the_units_of_the_environment(runs):
+    run = load_run(runs("iql", "--reward-scale", "0.1"))
+    batch = run.buffer.transitions
+    critic = run.critic(batch.observations[:9], batch.actions[:9])
+    assert torch.equal(run.q(batch.observations[:9], batch.actions[:9]), critic / 0.1)
+
+
+def test_visits_are_the_episodes_played_by_hand(runs):
+    folder = runs("td3_bc", "--gamma", "0.9")
+    run, policy = load_run(folder), load_policy(folder)
+    visits = visit(run, 2)
+    assert len(visits.returns) == 2 * 200  # what comes after the time limit counts for G alone
+    horizon = math.ceil(math.log(0.01) / math.log(0.9))
+    env = gym.make("Pendulum-v1", max_episode_steps=200 + horizon)
+    observation, _ = env.reset(seed=10_001)
+    rewards = []
+    for t in range(200 + horizon):
+        action = policy(observation[None])[0]
+        if t in (0, 100):
+            normalised = (observation - run.buffer.observation_mean.numpy()) / run.buffer.observation_std.numpy()
+            np.testing.assert_allclose(visits.observations[200 + t], normalised, atol=1e-3)
+            np.testing.assert_allclose(visits.actions[200 + t], action / 2, atol=1e-3)
+        observation, reward, *_ = env.step(action)
+        rewards.append(reward)
+    for t in (0, 100, 199):
+        expected = sum(0.9**k * reward for k, reward in enumerate(rewards[t:]))
+        assert visits.returns[200 + t] == pytest.approx(expected, rel=0.02)
+    assert visits.episodes.tolist() == [0] * 200 + [1] * 200
+
+
+class Short(gym.Env):
+    """Ends after 5 steps of reward 1 by termination or, in every second episode, by truncation of its own."""
+
+    observation_space = gym.spaces.Box(-9, 9, (3,), np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.left, self.cut = 5, seed % 2 == 1
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        over = self.left == 0
+        return np.zeros(3, np.float32), 1.0, over and not self.cut, over and self.cut, {}
+
+
+def test_returns_that_were_cut_are_not_known(make_dataset, tmp_path):
+    gym.register("Short-v0", "test_shift_report:Short")
+    try:
+        dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Short-v0")
+        words = [*SHORT, "--num-updates", "1", "--gamma", "0.5", "--dataset-id", dataset_id]
+        assert run_script("td3_bc", *words, "--run-dir", str(tmp_path / "run")).returncode == 0
+        visits = visit(load_run(tmp_path / "run"), 2)
+    finally:
+        del gym.registry["Short-v0"]
+    known = [2 - 0.5**k for k in (4, 3, 2, 1, 0)]
+    assert visits.returns[:5].tolist() == known
+    assert visits.returns[5:].isnan().all() and len(visits.returns) == 10
+
+
+def test_values_of_a_known_critic(runs):
+    """With a critic and a scene made up, every number of Q can be said beforehand."""
+    run = load_run(runs("cql"))
+    data = run.buffer.transitions
+    returns = np.concatenate(
+        [
+            [sum(0.99**k * r for k, r in enumerate(rewards[t:])) for t in range(200)]
+            for rewards in data.rewards.view(150, 200)[:1].numpy()
+        ]
+    )
+    np.testing.assert_allclose(measures.discounted_returns(data.rewards[:200], 0.99), returns, rtol=1e-4)
+    for level, impossible in ((100.0, True), (-300.0, False)):
+        fixed = run._replace(critic=lambda _, actions, level=level: torch.stack([actions[:, 0] + level] * 2))
+        scene = set_scene(fixed, visit(fixed, 2), 100)
+        found = judge_values(scene)[0]
+        assert [row.name.split()[0] for row in found] == ["Q", "Q", "G", "(Q", "twins"]
+        rows = dict(zip(("Q", "too high", "G", "bias", "twins"), found, strict=True))
+        assert rows["Q"].values["data"] == pytest.approx(level + scene.actions["data"].mean().item(), rel=1e-4)
+        assert rows["too high"].values["policy"] == float(impossible)
+        assert rows["too high"].alarming == {"policy": impossible, "visits": impossible}
+        assert rows["G"].values["visits"] == pytest.approx(float(scene.visits.returns.mean()), rel=1e-4)
+        assert rows["twins"].values == {"data": 0, "policy": 0, "random": 0, "visits": 0}
+        bias = (level + scene.visits.actions[:, 0] - scene.visits.returns).mean()
+        spread = np.std(
+            [float(g) for rewards in data.rewards.view(150, 200) for g in measures.discounted_returns(rewards, 0.99)]
+        )
+        assert rows["bias"].values["visits"] == pytest.approx(float(bias / spread), rel=1e-3)
+
+
+def test_without_an_environment_there_are_no_visits(make_dataset, tmp_path):
+    dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)])
+    folder = tmp_path / "run"
+    words = ["--dataset-id", dataset_id, "--num-updates", "2", *SHORT, "--run-dir", str(folder)]
+    assert run_script("iql", *words).returncode == 0
+    text = report(folder, *FEW, "--out", str(tmp_path / "page.png"))
+    assert "skipped, for there is no environment: visits" in text and "visits covered" not in text
+    assert "alarming at the data's states: " in text and "where the policy goes" not in text
+    assert imread(tmp_path / "page.png").std() > 0.05
+
+
+def test_picture(runs, tmp_path):
+    text = report(runs("cql"), *FEW, "--out", str(tmp_path / "page.png"))
+    assert text.endswith(f"picture: {tmp_path / 'page.png'}\n")
+    pixels = imread(tmp_path / "page.png")
+    assert min(pixels.shape[:2]) > 500 and pixels[..., :3].std() > 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["page.png"]
+
+
+# --- Bad input ---
+
+
+def refuse(*arguments):
+    """The one line of a refusal."""
+    run = run_script(SCRIPT, *map(str, arguments))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    return run.stderr
+
+
+def test_folders_that_hold_no_finished_run(runs, tmp_path):
+    out = tmp_path / "page.png"
+    assert "no folder absent" in refuse("absent", "--out", out)
+    assert "lacks args.json" in refuse(tmp_path, "--out", out)
+    folder = shutil.copytree(runs("cql"), tmp_path / "run")
+    (folder / "checkpoint.pt").write_bytes(b"junk")
+    assert f"cannot read the run in {folder}" in refuse(folder, "--out", out)
+    (folder / "result.json").unlink()
+    assert f"has not finished: it lacks result.json; go on with --resume --run-dir {folder}" in refuse(folder)
+    (folder / "checkpoint.pt").unlink()
+    assert "lacks checkpoint.pt" in refuse(folder)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"algorithm": "os"}, "no such script in algorithms/"),
+        ({"dataset_id": "nonsense"}, "no dataset 'nonsense'"),
+        ({"dataset_id": "absent.hdf5"}, "no file absent.hdf5"),
+        ({"dataset_id": "anchorl/none-v0"}, "unknown built-in dataset"),
+    ],
+)
+def test_runs_of_another_world(runs, tmp_path, change, message):
+    folder = shutil.copytree(runs("cql"), tmp_path / "run")
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | change))
+    assert message in refuse(folder)
+
+
+def test_data_that_has_changed_or_is_gone(make_dataset, tmp_path, datasets_path, monkeypatch):
+    dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)])
+    words = ["--dataset-id", dataset_id, "--num-updates", "1", *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("bc", *words).returncode == 0
+    other = make_dataset("test/other-v0", [random_episode(seed) for seed in range(1, 5)])
+    path, aside = datasets_path / dataset_id, datasets_path / "aside"
+    path.rename(aside)
+
+    def unreachable(_):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(minari, "download_dataset", unreachable)
+    gone = run_script(SCRIPT, str(tmp_path / "run"))
+    shutil.copytree(datasets_path / other, path)
+    changed = run_script(SCRIPT, str(tmp_path / "run"))
+    shutil.rmtree(path)
+    aside.rename(path)
+    assert (gone.returncode, changed.returncode) == (2, 2)
+    assert f"{dataset_id} is not local" in gone.stderr and gone.stderr.count("\n") == 1
+    assert f"was trained on other data than {dataset_id} holds" in changed.stderr and changed.stderr.count("\n") == 1
+
+
+def test_too_little_data(make_dataset, tmp_path):
+    dataset_id = make_dataset(episodes=[random_episode(0, 99)])
+    words = ["--dataset-id", dataset_id, "--num-updates", "1", *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("bc", *words).returncode == 0
+    assert "99 transitions are too few for a report" in refuse(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "page.pdf"], "--out page.pdf: must end with .png"),
+        (["--out", "absent/page.png"], "there is no folder absent"),
+        (["--num-states", "0"], "--num-states 0: must be at least 50"),
+        (["--num-updates", "0"], "--num-updates 0: must be at least 1"),
+        (["--eval-episodes", "1"], "--eval-episodes 1: must be at least 2"),
+        (["--seed", "1"], "--help"),
+    ],
+)
+def test_bad_arguments(runs, arguments, message):
+    assert message in refuse(runs("cql"), *arguments)
+
+
+# --- The story ---
+
+
+def verdicts(text):
+    """Alarming measures and all of them, at the data's states and where the policy goes."""
+    pairs = re.findall(r"^alarming .*: (\d) of (\d)", text, flags=re.MULTILINE)
+    return [tuple(map(int, pair)) for pair in pairs]
+
+
+def test_a_critic_that_nobody_holds_back_is_alarming(make_dataset, tmp_path):
+    """The action, from the middle of its range, is the reward, and no step matters to another: 0.5 is the best seen."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.5, 0.5, size=(40, 50, 1)).astype(np.float32)
+    episodes = [random_episode(seed, 50, 1, actions=a, rewards=a[:, 0].astype(float)) for seed, a in enumerate(actions)]
+    spaces = {"observation_space": gym.spaces.Box(-9, 9, (1,)), "action_space": gym.spaces.Box(-1, 1, (1,))}
+    words = ["--dataset-id", make_dataset(episodes=episodes, **spaces), "--gamma", "0", "--num-updates", "400"]
+    words += ["--hidden-dims", "32", "32", "--batch-size", "64", "--num-samples", "3", "--target-entropy", "-2"]
+    words += ["--actor-learning-rate", "1e-2", "--critic-learning-rate", "3e-3"]
+    counts = []
+    for cql_alpha in ("0", "0.3"):
+        folder = tmp_path / cql_alpha
+        assert run_script("cql", *words, "--cql-alpha", cql_alpha, "--run-dir", str(folder)).returncode == 0
+        counts += verdicts(report(folder, "--num-states", "200", "--num-updates", "200"))
+    (sac, every), (cql, _) = counts
+    assert sac >= 3 and cql <= 1 and every == 4
+
+
+@pytest.mark.slow
+def test_on_the_built_in_data(pendulum, make_dataset, tmp_path):
+    """On all of it, whose actions cover everything, CQL gives no alarm. On its good episodes alone plain SAC does
+    nearly everywhere, while CQL holds to the data at its states, if not where small errors then lead.
+    """
+    words = ["--hidden-dims", "64", "64", "--tau", "0.02", "--actor-learning-rate", "1e-3"]
+    words += ["--critic-learning-rate", "1e-3", "--num-samples", "4", "--num-updates", "4000", "--eval-every", "4000"]
+    names = "observations", "actions", "rewards", "terminations", "truncations"
+    good = minari.load_dataset(BUILT_IN_ID).iterate_episodes(range(30))
+    episodes = [{name: getattr(episode, name) for name in names} for episode in good]
+    narrow = make_dataset("test/good-v0", episodes, env="Pendulum-v1")
+    counts = []
+    for index, (dataset_id, cql_alpha) in enumerate([(BUILT_IN_ID, "1"), (narrow, "0"), (narrow, "1")]):
+        folder = tmp_path / str(index)
+        run = run_script("cql", *words, "--dataset-id", dataset_id, "--cql-alpha", cql_alpha, "--run-dir", str(folder))
+        assert run.returncode == 0, run.stderr
+        counts.append(verdicts(report(folder, "--num-states", "1000")))
+    assert counts[0] == [(0, 4), (0, 5)]
+    assert counts[1][0][0] >= 3 and counts[1][1] == (5, 5)
+    assert counts[2][0] == (0, 4)
