@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -318,8 +317,7 @@ def report(data: Data, dataset: Dataset) -> Iterator[str]:
     terminated, truncated = int(data.terminations.sum()), int(data.truncations.sum())
     sizes = f"observations of size {data.observations.shape[1]}, actions of size {data.actions.shape[1]}"
     yield f"{dataset.dataset_id}: {len(data.rewards):,} transitions in {len(data.lengths):,} episodes, {sizes}"
-    installed = "" if dataset.env_id in gym.registry else ", which is not installed"
-    yield f"environment: {dataset.env_id + installed if dataset.env_id else 'none: training skips evaluation'}"
+    yield f"environment: {dataset.env_id or 'none: training skips evaluation'}"
     scores = dataset.reference_returns
     yield f"returns of scores 0 and 100: {f'{scores[0]:.5g} and {scores[1]:.5g}' if scores else 'unknown'}"
     yield f"terminations: {terminated:,}; truncations: {truncated:,}; duplicate transitions: {duplicates:,}"

@@ -1,9 +1,10 @@
 """How far a trained policy has gone from its data, and whether its Q can be believed there: a table, and a picture.
 
 D is the data, pi the policy as it is evaluated, Q the mean of the run's twins in the environment's units of reward.
-States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes is left out of all that is fitted or
-searched: at their states, `data` stands for D's own action, `policy` for pi(s), `random` for one drawn uniformly, and
-what is found for `data` is the scale. `visits` are the (s, a) of pi's own episodes in the environment.
+States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes (of fewer than ten: of short pieces)
+is left out of all that is fitted or searched: at their states, `data` stands for D's own action, `policy` for pi(s),
+`random` for one drawn uniformly, and what is found for `data` is the scale. `visits` are the (s, a) of pi's own
+episodes in the environment.
 
     G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01
     S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
@@ -41,9 +42,10 @@ Run: python -m benchmarks.shift_report runs/first --out shift.png
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +95,7 @@ class Row(NamedTuple):
     values: dict[str, float]
     form: str = ".4g"
     limit: str = ""
-    alarming: dict[str, bool] = {}  # noqa: RUF012, nobody writes to it
+    alarming: Mapping[str, bool] = MappingProxyType({})
 
 
 def judged(name: str, values: dict[str, float], form: str, limit: str, is_alarming: Callable[[float], bool]) -> Row:

@@ -73,8 +73,11 @@ def load_run(folder: Path) -> Trained:
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
     check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")
     learner = module.build(buffer.observation_dim, buffer.action_dim, args, cpu)
-    for name in learned.keys() & {"actor", "critic"}:
-        getattr(learner, name).load_state_dict(learned[name])
+    try:
+        for name in learned.keys() & {"actor", "critic"}:
+            getattr(learner, name).load_state_dict(learned[name])
+    except RuntimeError as error:
+        raise BadInput(f"{folder}: checkpoint.pt does not fit args.json: {one_line(error)}") from None
     critic = getattr(learner, "critic", getattr(learner.actor, "critic", None))  # BCQ's is a part of its actor
     for network in (learner.actor, critic):
         if network is not None:
@@ -96,26 +99,25 @@ class Recorder(gym.Wrapper):
     def step(self, action: Any) -> Any:
         observation, reward, self.terminated, truncated, info = self.env.step(action)
         self.observations.append(self._flat(observation))
-        self.actions.append(torch.as_tensor(action, dtype=torch.float32))
+        self.actions.append(torch.tensor(action, dtype=torch.float32))
         self.rewards.append(float(reward))
         return observation, reward, self.terminated, truncated, info
 
     def _flat(self, observation: Any) -> Tensor:
         flat = flatten_observations(observation, self.env.observation_space)
-        return torch.as_tensor(flat, dtype=torch.float32)
+        return torch.tensor(flat, dtype=torch.float32)  # a copy: environments may write to their array again
 
 
 def visit(run: Trained, num_episodes: int) -> Visits | None:
     """Plays the policy; None without an environment. For gamma 1, G is known of episodes that terminate alone."""
     buffer, dataset, gamma = run.buffer, run.buffer.dataset, run.gamma
-    if num_episodes == 0 or dataset.env_id not in gym.registry:
+    first: Any = make_environments(dataset, 1) if num_episodes and dataset.env_id else None
+    if first is None:
         return None
-    limit = dataset.max_episode_steps or gym.registry[dataset.env_id].max_episode_steps or 1000
+    limit = first[0].spec.max_episode_steps
     horizon = min(10_000, math.ceil(math.log(0.01) / math.log(gamma))) if 0 < gamma < 1 else 1
-    environments = make_environments(dataclasses.replace(dataset, max_episode_steps=limit + horizon), num_episodes)
-    if environments is None:
-        return None
-    recorders: list[Any] = [Recorder(environment) for environment in environments]
+    longer = dataclasses.replace(dataset, max_episode_steps=limit + horizon)
+    recorders: list[Any] = [Recorder(environment) for environment in make_environments(longer, num_episodes) or ()]
     low, high = dataset.action_low, dataset.action_high
     evaluate(Policy(run.actor, buffer.observation_mean, buffer.observation_std, low, high), recorders)
     columns: tuple[list[Tensor], ...] = ([], [], [], [])
