@@ -36,7 +36,13 @@ sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
 MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "2048"]
 MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollout-every", "100"]
-SHORTER = {"mopo": MODEL, "combo": MODEL, "sac": ["--random-steps", "200", "--replay-size", "2000"]}
+SHORTER = {
+    "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
+    "cql": ["--num-samples", "3"],
+    "mopo": MODEL,
+    "combo": MODEL,
+    "sac": ["--random-steps", "200", "--replay-size", "2000"],
+}
 
 # one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order
 os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}

@@ -48,12 +48,13 @@ def make_at_once(barrier):
     return ReplayBuffer(load_dataset(BUILT_IN_ID), CPU).fingerprint
 
 
-def test_ten_processes_make_the_built_in_dataset_at_once(pendulum, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_processes_make_the_built_in_dataset_at_once(count, pendulum, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with multiprocessing.Manager() as manager, ProcessPoolExecutor(10, multiprocessing.get_context("fork")) as pool:
-        barrier = manager.Barrier(10)
-        fingerprints = list(pool.map(make_at_once, [barrier] * 10))
-    assert fingerprints == [pendulum.fingerprint] * 10
+    with multiprocessing.Manager() as manager, ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
+        barrier = manager.Barrier(count)
+        fingerprints = list(pool.map(make_at_once, [barrier] * count))
+    assert fingerprints == [pendulum.fingerprint] * count
     assert make_at_once(multiprocessing.Barrier(1)) == pendulum.fingerprint
     assert sorted(os.listdir(tmp_path)) == ["anchorl"]  # nothing half-made is left
 

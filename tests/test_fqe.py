@@ -256,7 +256,7 @@ SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000", "--eval-episodes
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--value-learning-rate", "1e-3"]
 TRAININGS = {  # from the worst policy to the best
     "random": ("bc", ["--num-updates", "1"]),
-    "bc": ("bc", ["--num-updates", "2000", "--learning-rate", "1e-3"]),
+    "bc": ("bc", ["--num-updates", "1000", "--learning-rate", "1e-3"]),
     "iql": ("iql", ["--num-updates", "2500", "--tau", "0.02", "--reward-scale", "0.1", *FAST]),
 }
 EVALUATION = ["--gamma", "0.98", "--num-members", "3", "--tau", "0.2", "--critic-learning-rate", "2e-3"]

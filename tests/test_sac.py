@@ -3,6 +3,7 @@
 import json
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import sac
@@ -129,14 +130,30 @@ def test_the_player_records_what_happened(args):
                 assert transitions.rewards[row].item() == pytest.approx(reward)
 
 
+class Counter(gym.Env):
+    """Every third episode ends by itself at its fifth step; the others go on."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.step_number = self.episode + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.step_number += 1
+        over = self.episode % 3 == 2 and self.step_number == 5
+        return np.full(2, self.step_number, np.float32), 0.0, over, False, {}
+
+
 def test_a_termination_is_one_and_a_time_limit_is_none(args):
-    learner = sac.build(4, 1, args, CPU)
-    with make_environment("InvertedPendulum-v5") as environment:
-        play(environment, args, learner, 300)
-    lengths = learner.episodes.lengths
-    ends = np.cumsum(lengths[:-1]) - 1
-    expected = np.isin(np.arange(300), ends).astype(np.float32)
-    np.testing.assert_array_equal(learner.replay.newest(300).terminations.numpy(), expected)
+    learner = sac.build(2, 1, args, CPU)
+    with make_environment("Counter-v0", 8, Counter) as environment:
+        play(environment, args, learner, 44)
+    assert learner.episodes.lengths == [8, 8, 5, 8, 8, 5, 2]
+    expected = np.isin(np.arange(44), [20, 41]).astype(np.float32)
+    np.testing.assert_array_equal(learner.replay.newest(44).terminations.numpy(), expected)
 
 
 def test_a_resumed_player_is_where_the_episode_was(args):
