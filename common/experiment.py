@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
+from typeguard import TypeCheckError, check_type
 
 from common import files
 from common.datasets import BUILT_IN_ID, BadInput, check, one_line
@@ -181,9 +182,13 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
         raise BadInput(f"--resume: cannot read {path}: {one_line(error)}") from None
     check(found == args.algorithm, f"--resume: {args.run_dir} is a run of {found}, not of {args.algorithm}")
     names = {field.name for field in dataclasses.fields(args_class)} & saved.keys()
-    before = args_class()
+    before, kinds = args_class(), get_type_hints(args_class)
     for name in names - {"run_dir", "trust_dataset_env"}:  # trust is never inherited
-        setattr(before, name, tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
+        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        try:
+            setattr(before, name, check_type(value, kinds[name]))
+        except TypeCheckError as error:
+            raise BadInput(f"--resume: {path} is damaged: {name}: {error}") from None
     args = _parse(args_class, command_line, default=before)
     plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {
         "dataset_id",

@@ -229,6 +229,9 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     assert_one_line(run_script("iql", "--resume", "--run-dir", folder, "--gamma", "0.9"), "--gamma 0.9: .* has 0.99")
     other = ["--dataset-id", make_dataset(env="Pendulum-v1")]
     assert_one_line(run_script("iql", "--resume", "--run-dir", folder, *other), f"--dataset-id .* has {BUILT_IN_ID}")
+    text = (tmp_path / "run" / "args.json").read_text()
+    (tmp_path / "run" / "args.json").write_text(text.replace('"batch_size": 256', '"batch_size": "many"'))
+    assert_one_line(run_script("iql", "--resume", "--run-dir", folder), "args.json is damaged: batch_size: str is not")
     (tmp_path / "run" / "args.json").unlink()  # the checkpoint itself tells, too
     arguments = ["--num-updates", "3", *SHORT, "--resume", "--run-dir", folder]
     assert_one_line(run_script("td3_bc", *arguments), "checkpoint of iql, not of td3_bc")
