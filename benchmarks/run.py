@@ -194,14 +194,18 @@ def run_locally(cells: list[Cell], args: Args) -> Outcomes:
 
 
 def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
-    """Cells as Ray tasks; one whose machine dies is started again elsewhere."""
+    """Cells as Ray tasks; one whose machine dies is started again elsewhere. This repository and its virtual
+    environment are to be found at the same place on every machine.
+    """
     try:
         import ray
     except ImportError:
         raise BadInput("--engine ray: Ray is not installed; pip install -e '.[cluster]'") from None
     if not ray.is_initialized():
         try:
-            ray.init(address=None if args.address == "local" else args.address, log_to_driver=False)
+            where = None if args.address == "local" else args.address
+            environment = {"PYTHONPATH": str(SCRIPTS.parent)}  # for `common`
+            ray.init(where, log_to_driver=False, runtime_env={"env_vars": environment})
         except ConnectionError:
             raise BadInput(f"--address {args.address}: no Ray cluster answers; start one with `ray start`") from None
     task = ray.remote(num_cpus=args.threads, num_gpus=args.gpus, max_retries=-1)(run_cell)
