@@ -37,7 +37,6 @@ from common.experiment import check_argument, launch
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent dies
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -131,21 +130,23 @@ RUNNING: set[subprocess.Popen] = set()  # scripts, so that stopping this command
 
 
 def _run_script(command: list[str], log: IO[str], environment: dict[str, str]) -> int:
-    """The script's exit code. In a session of its own: Ctrl-C comes to it from `stop_scripts`, once."""
+    """The script's exit code. In a session of its own: Ctrl-C comes to it from `stop_scripts`, once. On Linux it dies
+    with its parent: a worker that is killed must not leave it at work in a folder that another one takes over.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_die_with_parent
+        command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent
     )
     RUNNING.add(process)
     try:
         return process.wait()
     finally:
         RUNNING.discard(process)
-
-
-def _die_with_parent() -> None:
-    """Else a worker that is killed would leave its script behind, at work in a folder that another one takes over."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop_scripts() -> None:
