@@ -15,8 +15,15 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import grid
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
+import run
+
+from common.experiment import launch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -29,54 +36,42 @@ class Args:
     """of iql.py and of bc.py"""
     eval_episodes: int = 100
     """of each policy, for its true return"""
-    results: Path = grid.ROOT / "benchmarks" / "results" / "pendulum-fqe.csv"
+    results: Path = ROOT / "benchmarks" / "results" / "pendulum-fqe.csv"
     """the estimates go here"""
     workers: int = 2
     """runs side by side, one thread each"""
     runs_dir: Path = Path("runs/estimates")
-    """run folders go to <runs_dir>/<policy>/<algorithm>/<dataset>/<seed>"""
+    """run folders go to <runs_dir>/<policy>/<seed>/<script>"""
+    script: tyro.conf.Positional[tuple[str, ...]] = ()
+    """after `--`: arguments of fqe.py"""
 
 
-def estimate(args: Args, policy: str, seed: int, extra: list[str]) -> list[object]:
-    """Trains a policy and evaluates it: a row of the results. Raises SystemExit if a run fails; it has said why."""
+def estimate(args: Args, policy: str, seed: int) -> list[object]:
+    """Trains a policy and evaluates it: a row of the results. Raises SystemExit if a run fails."""
     algorithm, num_updates = ("bc", 1) if policy == "random" else (policy, args.num_updates)
-    plan = grid.Args(runs_dir=args.runs_dir / policy)
+    folder = args.runs_dir.resolve() / policy / str(seed)
     training = ["--num-updates", str(num_updates), "--eval-episodes", "1"]
-    trained = grid.run_dir(plan, algorithm, args.dataset_id, seed)
-    evaluation = ["--policy-run-dir", str(trained), "--eval-episodes", str(args.eval_episodes), *extra]
+    evaluation = ["--policy-run-dir", str(folder / algorithm), "--eval-episodes", str(args.eval_episodes), *args.script]
     for script, arguments in ((algorithm, training), ("fqe", evaluation)):
-        if not grid.run(plan, script, args.dataset_id, seed, arguments):
-            sys.exit(1)
-    result = json.loads((grid.run_dir(plan, "fqe", args.dataset_id, seed) / "result.json").read_text())
+        cell = run.Cell(script, args.dataset_id, seed, folder / script)
+        if problem := run.run_cell(cell, run.Args(script=tuple(arguments)), {}):
+            sys.exit(f"error: {cell.name}: {problem}")
+    result = json.loads((folder / "fqe" / "result.json").read_text())
     error = result["true_return_std"] / math.sqrt(args.eval_episodes)
     numbers = [result["estimate"], *result["interval"], result["true_return_mean"], error]
     return [args.dataset_id, policy, seed, result["num_updates"], *(f"{number:.1f}" for number in numbers)]
 
 
-def main() -> None:
-    command_line, extra = sys.argv[1:], []
-    if "--" in command_line:
-        split = command_line.index("--")
-        command_line, extra = command_line[:split], command_line[split + 1 :]
-    args = tyro.cli(Args, args=command_line, description=__doc__)
+def main(args: Args) -> None:
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(estimate, args, *cell, extra) for cell in product(("random", "bc", "iql"), args.seeds)]
+        jobs = [pool.submit(estimate, args, *cell) for cell in product(("random", "bc", "iql"), args.seeds)]
         rows = [job.result() for job in jobs]
-    columns = [
-        "dataset_id",
-        "policy",
-        "seed",
-        "num_updates",
-        "estimate",
-        "low",
-        "high",
-        "true_return",
-        "standard_error",
-    ]
+    known = ["dataset_id", "policy", "seed", "num_updates"]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with args.results.open("w", newline="") as file:
+        columns = [*known, "estimate", "low", "high", "true_return", "standard_error"]
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

@@ -21,17 +21,20 @@ Run: python -m benchmarks.report runs/first --out runs/first/report
 """
 
 import base64
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -92,17 +95,15 @@ def protocol(path: Path) -> pd.DataFrame:
 def check_equal(rows: pd.DataFrame) -> None:
     """Raises BadInput unless all runs on a dataset have the same updates and evaluations."""
     for dataset_id, runs in rows.groupby("dataset_id"):
-        kinds = {}
+        kinds: dict[str, str] = {}
         for (algorithm, seed), run in runs.groupby(["algorithm", "seed"]):
-            episodes = run["eval_episodes"].iloc[0] if "eval_episodes" in run else np.nan
-            kind = tuple(run["num_updates"]), None if np.isnan(episodes) else int(episodes)
-            kinds.setdefault(kind, f"{algorithm} {seed}")
-        if len(kinds) > 1:
-            (first, one), (second, other) = list(kinds.items())[:2]
-            what = [
-                f"{name}: {k[0][-1]} updates, {len(k[0])} evaluations" for k, name in ((first, one), (second, other))
-            ]
-            raise BadInput(f"{dataset_id}: unequal protocols ({'; '.join(what)}): --unequal compares them all the same")
+            steps = run["num_updates"].tolist()
+            kind = f"{steps[-1]:,} updates with {len(steps)} evaluations"
+            if "eval_episodes" in run and run["eval_episodes"].notna().all():
+                kind += f" of {run['eval_episodes'].iloc[0]:.0f} episodes"
+            kinds.setdefault(kind, f"{algorithm} {seed}: {kind}")
+        what = "; ".join(list(kinds.values())[:2])
+        check(len(kinds) == 1, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")
 
 
 # --- Statistics -----------------------------------------------------------------------------------------------------
@@ -162,14 +163,14 @@ def is_complete(runs: pd.DataFrame) -> bool:
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 
-def words(interval: Interval) -> str:
-    estimate, low, high = interval
+def words(interval: Interval, unit: float = 1.0) -> str:
+    estimate, low, high = (unit * number for number in interval)
     return f"{estimate:.1f}" if np.isnan(low) else f"{estimate:.1f} ({low:.1f} to {high:.1f})"
 
 
 def per_dataset(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     table = []
-    for (dataset_id, algorithm), own in runs.groupby(["dataset_id", "algorithm"], sort=False):
+    for (dataset_id, algorithm), own in runs.groupby(["dataset_id", "algorithm"]):
         of_runs = rows[(rows["dataset_id"] == dataset_id) & (rows["algorithm"] == algorithm)]
         line = {"dataset": dataset_id, "algorithm": algorithm, "seeds": len(own)}
         line |= {"updates": f"{of_runs['num_updates'].max():,}"}
@@ -189,7 +190,7 @@ def over_datasets(runs: pd.DataFrame) -> pd.DataFrame:
         line = {"algorithm": name, "IQM": words(bootstrap(samples(runs, name), iqm))}
         for other in names:
             chances = bootstrap(samples(runs, name) + samples(runs, other), improvement)
-            line[f"beats {other}"] = "" if other == name else words(tuple(100 * x for x in chances)) + " %"
+            line[f"beats {other}"] = "" if other == name else words(chances, 100) + " %"
         table.append(line)
     return pd.DataFrame(table)
 
@@ -202,46 +203,60 @@ def markdown(table: pd.DataFrame) -> str:
 # --- Pictures -------------------------------------------------------------------------------------------------------
 
 
+def colours(rows: pd.DataFrame) -> dict[str, Any]:
+    """One for each algorithm, the same in all pictures."""
+    names = rows["algorithm"].unique()
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    return dict(zip(names, itertools.cycle(palette), strict=False))
+
+
 def curves(rows: pd.DataFrame) -> Figure:
-    """A panel per dataset: the mean over seeds at each evaluation, and its interval."""
-    datasets = rows["dataset_id"].unique()
-    figure = Figure(figsize=(6.5 * len(datasets), 3.8), layout="constrained")
-    for axes, dataset_id in zip(np.atleast_1d(figure.subplots(1, len(datasets))), datasets, strict=True):
+    """A panel per dataset, three in a row: the mean over seeds at each evaluation, and its interval."""
+    datasets, colour = rows["dataset_id"].unique(), colours(rows)
+    columns = min(3, len(datasets))
+    lines = math.ceil(len(datasets) / columns)
+    figure = Figure(figsize=(5 * columns + 2, 3.8 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, dataset_id in zip(panels, datasets, strict=False):
         for algorithm, own in rows[rows["dataset_id"] == dataset_id].groupby("algorithm", sort=False):
             table = own.pivot(index="num_updates", columns="seed", values="value").dropna()
             intervals = np.array([bootstrap([values], np.mean) for values in table.to_numpy()])
-            label = f"{algorithm} ({table.shape[1]} seed{'s' * (table.shape[1] > 1)})"
-            (line,) = axes.plot(table.index, intervals[:, 0], marker=".", label=label)
-            axes.fill_between(table.index, intervals[:, 1], intervals[:, 2], color=line.get_color(), alpha=0.15)
-        axes.set(xlabel="updates", ylabel="score: mean of seeds, 95 % interval", title=dataset_id)
+            axes.plot(table.index, intervals[:, 0], marker=".", color=colour[algorithm])
+            axes.fill_between(table.index, intervals[:, 1], intervals[:, 2], color=colour[algorithm], alpha=0.15)
+        axes.set(xlabel="updates", ylabel="mean of seeds, 95 % interval", title=dataset_id)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))  # beside the curves, not on them
+    for axes in panels[len(datasets) :]:
+        axes.remove()
+    lines_of_legend = [Line2D([], [], color=value, marker=".") for value in colour.values()]
+    figure.legend(lines_of_legend, list(colour), loc="outside right upper")
     return figure
 
 
 def summary(runs: pd.DataFrame) -> Figure:
     """IQMs, performance profiles, and who beats whom."""
-    names = list(runs["algorithm"].unique())
+    colour = colours(runs)
+    names = list(colour)
     figure = Figure(figsize=(16, 1.6 + 0.45 * max(5, len(names))), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for row, name in enumerate(names):
         estimate, low, high = bootstrap(samples(runs, name), iqm)
-        left.barh(row, high - low if high > low else 0, left=low, height=0.6, color=f"C{row}", alpha=0.4)
-        left.plot([estimate, estimate], [row - 0.3, row + 0.3], color=f"C{row}")
+        left.barh(row, high - low if high > low else 0, left=low, height=0.6, color=colour[name], alpha=0.4)
+        left.plot([estimate, estimate], [row - 0.3, row + 0.3], color=colour[name])
         values = np.sort(np.concatenate(samples(runs, name)))
         middle.step([runs["last five"].min() - 5, *values], [1, *(1 - np.arange(1, len(values) + 1) / len(values))],
-                    where="post", label=name, color=f"C{row}")  # fmt: skip
+                    where="post", label=name, color=colour[name])  # fmt: skip
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="IQM of scores, 95 % interval", title="All datasets")
     left.invert_yaxis()
     middle.set(xlabel="score x", ylabel="share of runs above x", title="Performance profiles")
     middle.legend()
-    pairs = list(permutations(range(len(names)), 2))
+    pairs = list(itertools.permutations(range(len(names)), 2))
     chances = np.full((len(names), len(names)), np.nan)
     for row, column in pairs:
         chances[row, column] = improvement(*samples(runs, names[row]), *samples(runs, names[column]), axis=-1)
     right.imshow(chances, vmin=0, vmax=1, cmap="RdBu")
     for row, column in pairs:
-        right.text(column, row, f"{100 * chances[row, column]:.0f}", ha="center", va="center")
+        ink = "white" if abs(chances[row, column] - 0.5) > 0.35 else "black"
+        right.text(column, row, f"{100 * chances[row, column]:.0f}", ha="center", va="center", color=ink)
     ticks = {"xticks": range(len(names)), "yticks": range(len(names)), "xticklabels": names, "yticklabels": names}
     right.set(title="% of pairs in which the row beats the column", **ticks)
     right.tick_params(axis="x", rotation=60)

@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -33,7 +34,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset
-from common.experiment import check_argument, launch
+from common.experiment import ExperimentArgs, check_argument, launch
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent dies
@@ -42,7 +43,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent dies
 @dataclass
 class Args:
     algorithms: tuple[str, ...] = ("bc", "td3_bc", "iql", "awr")
-    """scripts in algorithms/, without .py"""
+    """scripts in algorithms/, without .py; with arguments of its own in quotes: "bc --top-fraction 0.1\""""
     datasets: tuple[str, ...] = (BUILT_IN_ID,)
     """dataset ids"""
     seeds: int = 3
@@ -70,12 +71,12 @@ class Args:
         check_argument(self, "workers", self.workers >= 0, "must not be negative")
         check_argument(self, "gpus", 0 <= self.gpus <= 1 or self.gpus == int(self.gpus), "must be in [0, 1], or whole")
         for algorithm in self.algorithms:
-            known = ", ".join(sorted(path.stem for path in SCRIPTS.glob("*.py")))
-            check((SCRIPTS / f"{algorithm}.py").is_file(), f"--algorithms {algorithm}: there are {known}")
+            known = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+            check(algorithm.split()[:1] in [[name] for name in known], f"--algorithms {algorithm}: there are {known}")
 
 
 class Cell(NamedTuple):
-    algorithm: str
+    algorithm: str  # the script's name, and arguments of its own
     dataset_id: str
     seed: int
     folder: Path  # the run folder
@@ -90,17 +91,21 @@ class Cell(NamedTuple):
 
     def command(self, script_arguments: tuple[str, ...]) -> list[str]:
         """What runs the cell anew, as a user would type it."""
-        command = [sys.executable, str(SCRIPTS / f"{self.algorithm}.py"), "--run-dir", str(self.folder)]
-        return [*command, "--dataset-id", self.dataset_id, "--seed", str(self.seed), *script_arguments]
+        script, *own = shlex.split(self.algorithm)
+        command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--run-dir", str(self.folder)]
+        return [*command, "--dataset-id", self.dataset_id, "--seed", str(self.seed), *script_arguments, *own]
 
-    def progress(self, num_updates: int) -> tuple[int, int]:
-        """The newest row's update, and how many there are to do."""
+    def num_updates(self, script_arguments: tuple[str, ...]) -> int:
+        found = re.findall(r"--num[-_]updates[ =](\d+)", " ".join(self.command(script_arguments)))
+        return int(found[-1]) if found else ExperimentArgs.num_updates
+
+    def updates_done(self) -> int:
+        """The newest row's update."""
         try:
             with (self.folder / "metrics.csv").open(newline="") as file:
-                done = max((int(float(row["step"])) for row in csv.DictReader(file)), default=0)
-        except (OSError, KeyError, TypeError, ValueError):
-            done = 0
-        return done, num_updates
+                return max((int(float(row["step"])) for row in csv.DictReader(file)), default=0)
+        except (OSError, KeyError, TypeError, ValueError):  # none yet, or it is being written
+            return 0
 
 
 # --- One cell -------------------------------------------------------------------------------------------------------
@@ -240,8 +245,8 @@ def collect(cells: list[Cell], out: Path) -> None:
         versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
         saved = json.loads((cell.folder / "args.json").read_text())
         protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
-        results.append(result | protocol | {"versions": versions, "run_dir": str(cell.folder)})
         key = {"algorithm": cell.algorithm, "dataset_id": cell.dataset_id, "seed": cell.seed}
+        results.append(result | key | protocol | {"versions": versions, "run_dir": str(cell.folder)})
         with (cell.folder / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("eval/return_mean"):
@@ -250,7 +255,8 @@ def collect(cells: list[Cell], out: Path) -> None:
     for name, rows in (("results", results), ("evaluations", evaluations)):
         scratch = out / f".{name}.csv"
         with scratch.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+            columns = dict.fromkeys(name for row in rows for name in row)  # fqe.py's results have some of their own
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(scratch, out / f"{name}.csv")
@@ -262,39 +268,36 @@ def collect(cells: list[Cell], out: Path) -> None:
 class Reporter:
     """Every so often, a line for each running cell and one with the time that is left, by the updates so far."""
 
-    def __init__(self, cells: list[Cell], num_updates: int, every: float = 30.0) -> None:
-        self.running, self.num_updates, self.every = list(cells), num_updates, every
-        self.total, self.began, self.last = len(cells), time.monotonic(), time.monotonic()
-        self.done_before = sum(cell.progress(num_updates)[0] for cell in cells)
+    def __init__(self, cells: list[Cell], script_arguments: tuple[str, ...], every: float = 30.0) -> None:
+        self.left = {cell: cell.num_updates(script_arguments) for cell in cells}  # cells that have not ended
+        self.planned, self.num_cells, self.every = sum(self.left.values()), len(cells), every
+        self.began = self.last = time.monotonic()
+        self.done_before = sum(cell.updates_done() for cell in cells)
 
     def finished(self, cell: Cell, problem: str | None) -> None:
-        self.running.remove(cell)
-        self._say(f"{cell.name}: {problem or 'done'}")
+        del self.left[cell]
+        print(f"{cell.name}: {problem or 'done'}", flush=True)
 
     def tick(self) -> None:
         now = time.monotonic()
-        if now - self.last < self.every or not self.running:
+        if now - self.last < self.every or not self.left:
             return
         self.last = now
-        states = [(cell, cell.progress(self.num_updates)[0]) for cell in self.running]
-        for cell, done in states:
-            if done:
-                self._say(f"  {cell.name}: {done:,} of {self.num_updates:,} updates")
-        finished = self.total - len(self.running)
-        all_done = finished * self.num_updates + sum(done for _, done in states)
-        gained, left = all_done - self.done_before, self.total * self.num_updates - all_done
-        minutes = f", about {left / gained * (now - self.began) / 60:.0f} min left" if gained > 0 else ""
-        self._say(f"{finished} of {self.total} cells done{minutes}")
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
+        done = {cell: cell.updates_done() for cell in self.left}
+        for cell, updates in done.items():
+            if updates:
+                print(f"  {cell.name}: {updates:,} of {self.left[cell]:,} updates", flush=True)
+        remaining = sum(self.left.values()) - sum(done.values())
+        gained = self.planned - remaining - self.done_before
+        minutes = f", about {remaining / gained * (now - self.began) / 60:.0f} min left" if gained > 0 else ""
+        print(f"{self.num_cells - len(self.left)} of {self.num_cells} cells done{minutes}", flush=True)
 
 
 def main(args: Args) -> None:
     args.validate()
     out = args.out.resolve()
     cells = [
-        Cell(algorithm, dataset_id, seed, out / algorithm / dataset_id.strip("/").replace("/", "-") / str(seed))
+        Cell(algorithm, dataset_id, seed, out / as_name(algorithm) / as_name(dataset_id.strip("/")) / str(seed))
         for algorithm, dataset_id, seed in product(args.algorithms, args.datasets, range(args.seeds))
     ]
     same_arguments(out, args.script)
@@ -304,7 +307,8 @@ def main(args: Args) -> None:
     print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done; the first to run:", flush=True)
     if pending:
         print(f"  {shlex.join(pending[0].command(args.script))}", flush=True)
-    reporter, problems = Reporter(pending, planned_updates(args)), {}
+    reporter = Reporter(pending, args.script)
+    problems: dict[Cell, str] = {}
     for ended in ENGINES[args.engine](pending, args):
         if ended is not None:
             cell, problem = ended
@@ -318,6 +322,11 @@ def main(args: Args) -> None:
         raise SystemExit(1)
 
 
+def as_name(text: str) -> str:
+    """Of a folder: "bc --top-fraction 0.1" is bc-top-fraction-0.1."""
+    return re.sub(r"[^\w.]+", "-", text)
+
+
 def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     """Raises BadInput if the folder's cells were run with other arguments: they would pass for this command's."""
     path, ours = out / "script_arguments.json", list(script_arguments)
@@ -329,12 +338,6 @@ def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
         path.write_text(json.dumps(ours) + "\n")
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from None
-
-
-def planned_updates(args: Args) -> int:
-    """--num-updates of the scripts, their default where it is not given."""
-    words = list(args.script)
-    return int(words[words.index("--num-updates") + 1]) if "--num-updates" in words[:-1] else 10_000
 
 
 if __name__ == "__main__":

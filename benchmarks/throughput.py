@@ -6,7 +6,7 @@ The products of one update are recorded on their way to the kernels and replayed
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
---peers adds d3rlpy's rows, measured by d3rlpy_speed.py.
+--peers adds d3rlpy's rows, measured by peers/d3rlpy_speed.py.
 
 Run: python benchmarks/throughput.py --compile --csv benchmarks/results/throughput.csv
 """
@@ -179,7 +179,7 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
 
 def start_peer(args: Args, algorithm: str) -> Callable[[], float]:
     """A function that has d3rlpy measure itself, in a process of its own environment that waits in between."""
-    script = Path(__file__).with_name("d3rlpy_speed.py")
+    script = Path(__file__).with_name("peers") / "d3rlpy_speed.py"
     command = [args.peers, script, algorithm, args.observation_dim, args.action_dim, args.threads]
     peer = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
+import run
+from conftest import ROOT, assert_one_line, run_script
 
 FEW = ["--num-updates", "6", "--eval-every", "3", "--eval-episodes", "1", "--hidden-dims", "8"]
 
@@ -22,26 +23,21 @@ def rows(path):
 def test_a_grid_is_its_cells(tmp_path, pendulum):
     out = tmp_path / "grid"
     arguments = ["--algorithms", "bc", "iql", "--seeds", "2", "--out", str(out)]
-    run = run_script("run", *arguments, "--", *FEW)
-    assert run.returncode == 0, run.stderr
+    ran = run_script("run", *arguments, "--", *FEW)
+    assert ran.returncode == 0, ran.stderr
     results = rows(out / "results.csv")
-    assert [(row["algorithm"], row["seed"]) for row in results] == [
-        ("bc", "0"),
-        ("bc", "1"),
-        ("iql", "0"),
-        ("iql", "1"),
-    ]
+    assert [row["algorithm"] + row["seed"] for row in results] == ["bc0", "bc1", "iql0", "iql1"]
     for row in results:
-        result = json.loads(
-            (out / row["algorithm"] / "anchorl-pendulum-mixed-v0" / row["seed"] / "result.json").read_text()
-        )
+        folder = out / row["algorithm"] / "anchorl-pendulum-mixed-v0" / row["seed"]
+        assert row["run_dir"] == str(folder)
+        result = json.loads((folder / "result.json").read_text())
         assert float(row["final_score"]) == result["final_score"] and row["num_updates"] == "6"
         assert row["eval_episodes"] == "1" and "torch" in row["versions"]
     evaluations = rows(out / "evaluations.csv")
     assert [row["num_updates"] for row in evaluations] == ["3", "6"] * 4
     assert float(evaluations[-1]["score"]) == float(results[-1]["final_score"])
     # the printed command gives the same result by itself
-    command = next(line for line in run.stdout.splitlines() if "bc.py" in line).split()
+    command = next(line for line in ran.stdout.splitlines() if "bc.py" in line).split()
     command[command.index("--run-dir") + 1] = str(tmp_path / "by-hand")
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     by_hand = json.loads((tmp_path / "by-hand" / "result.json").read_text())
@@ -53,11 +49,37 @@ def test_a_grid_is_its_cells(tmp_path, pendulum):
     assert other.returncode == 2 and "holds runs with" in other.stderr
 
 
+def test_an_algorithm_may_have_arguments_of_its_own(tmp_path, pendulum):
+    best = "bc --top-fraction 0.1"
+    arguments = ["--algorithms", "bc", best, "--seeds", "1", "--out", str(tmp_path), "--", *FEW]
+    assert run_script("run", *arguments).returncode == 0
+    assert [row["algorithm"] for row in rows(tmp_path / "evaluations.csv")] == ["bc", "bc", best, best]
+    folder = tmp_path / "bc-top-fraction-0.1" / "anchorl-pendulum-mixed-v0" / "0"
+    assert json.loads((folder / "args.json").read_text())["top_fraction"] == 0.1
+    assert [row["run_dir"] for row in rows(tmp_path / "results.csv")][1] == str(folder)
+
+
+def test_progress_is_a_line_per_running_cell_and_the_time_that_is_left(tmp_path, capsys, monkeypatch):
+    cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(3)]
+    times = iter([100.0, 160.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(times))
+    reporter = run.Reporter(cells, ("--num-updates", "600"), every=30)
+    reporter.finished(cells[0], None)
+    cells[1].folder.mkdir()
+    (cells[1].folder / "metrics.csv").write_text("step,seconds\n100,1\n300,2\n")
+    reporter.tick()  # 600 and 300 updates took a minute; as many are left
+    assert capsys.readouterr().out.splitlines() == [
+        "bc some/data-v0 0: done",
+        "  bc some/data-v0 1: 300 of 600 updates",
+        "1 of 3 cells done, about 1 min left",
+    ]
+
+
 def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pendulum):
     arguments = ["--algorithms", "bc", "iql", "--seeds", "1", "--out", str(tmp_path / "grid")]
-    run = run_script("run", *arguments, "--", *FEW, "--expectile", "0.8")  # which bc.py does not know
-    assert run.returncode == 1
-    (line,) = (line for line in run.stdout.splitlines() if line.startswith("bc ") and "exit code 2" in line)
+    ran = run_script("run", *arguments, "--", *FEW, "--expectile", "0.8")  # which bc.py does not know
+    assert ran.returncode == 1
+    (line,) = (line for line in ran.stdout.splitlines() if line.startswith("bc ") and "exit code 2" in line)
     assert "--expectile" in line and ".log" in line
     assert [row["algorithm"] for row in rows(tmp_path / "grid" / "results.csv")] == ["iql"]
 
@@ -65,19 +87,8 @@ def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pe
 def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
     out = tmp_path / "grid"
     long = ["--num-updates", "3000", "--eval-every", "1500", "--checkpoint-every", "100", *FEW[4:]]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.run",
-        "--algorithms",
-        "bc",
-        "--seeds",
-        "1",
-        "--out",
-        str(out),
-        "--",
-        *long,
-    ]
+    command = [sys.executable, "-m", "benchmarks.run", "--algorithms", "bc", "--seeds", "1", "--out", str(out), "--"]
+    command += long
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = out / "bc" / "anchorl-pendulum-mixed-v0" / "0" / "metrics.csv"
     while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -89,8 +100,8 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
     length = metrics.stat().st_size
     time.sleep(0.3)
     assert metrics.stat().st_size == length
-    run = run_script("run", *command[3:])
-    assert run.returncode == 0, run.stdout
+    ran = run_script("run", *command[3:])
+    assert ran.returncode == 0, ran.stdout
     log = (out / "bc" / "anchorl-pendulum-mixed-v0" / "0.log").read_text()
     assert log.count("$ ") == 2 and "--resume" in log
     assert [row["num_updates"] for row in rows(out / "evaluations.csv")] == ["1500", "3000"]
@@ -106,10 +117,7 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):
-    import re
-
-    run = run_script("run", *arguments, "--out", str(tmp_path / "grid"))
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and re.search(message, run.stderr), run.stderr
+    assert_one_line(run_script("run", *arguments, "--out", str(tmp_path / "grid")), message)
 
 
 @pytest.mark.slow
