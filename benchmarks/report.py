@@ -3,7 +3,7 @@
 Scores are normalised; where a dataset has no reference scores, returns stand for them. Per dataset and algorithm:
 
     last        the last evaluation: the mean over seeds, and a 95 % bootstrap interval of that mean
-    last five   the mean of the last five evaluations, which swings less; over seeds in the same way
+    last five   the mean of the last five evaluations (of all, where there are fewer), which swings less
     best        the highest evaluation of each seed: what one who may choose by the simulator would get, and a fair
                 estimate of nothing else
 
@@ -223,7 +223,7 @@ def curves(rows: pd.DataFrame) -> Figure:
             intervals = np.array([bootstrap([values], np.mean) for values in table.to_numpy()])
             axes.plot(table.index, intervals[:, 0], marker=".", color=colour[algorithm])
             axes.fill_between(table.index, intervals[:, 1], intervals[:, 2], color=colour[algorithm], alpha=0.15)
-        axes.set(xlabel="updates", ylabel="mean of seeds, 95 % interval", title=dataset_id)
+        axes.set(xlabel="updates", ylabel="score: mean of seeds, 95 % interval", title=dataset_id)
         axes.grid(alpha=0.3)
     for axes in panels[len(datasets) :]:
         axes.remove()

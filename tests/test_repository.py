@@ -106,6 +106,9 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     elif words[1] == "benchmarks.collect":
         split = words.index("--")
         words = words[:split] + FEW_COLLECTED + words[split:] + FAST_AGENT
+    elif words[1] == "benchmarks.run":
+        split = words.index("--")
+        words = [*words[:split], "--seeds", "1", *words[split:], *FEW]
     elif words[1] == "benchmarks.shift_report":
         words += FEW_SHIFTED
     start = runpy.run_path if words[0] != "-m" else runpy.run_module
