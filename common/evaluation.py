@@ -33,16 +33,16 @@ class Policy:
         self.actor = actor
         self.observation_mean, self.observation_std = observation_mean, observation_std
         self.action_low, self.action_high = action_low, action_high
+        self.center, self.half_range = (action_high + action_low) / 2, (action_high - action_low) / 2
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         expected = len(self.observation_mean)
         if np.ndim(observations) != 2 or np.shape(observations)[1] != expected:
             raise ValueError(f"observations must have shape [N, {expected}], not {list(np.shape(observations))}")
-        inputs = torch.as_tensor(observations, dtype=torch.float32, device=self.observation_mean.device)
+        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float32)).to(self.observation_mean.device)
         actions = self.actor((inputs - self.observation_mean) / self.observation_std).cpu().numpy()
-        center, half_range = (self.action_high + self.action_low) / 2, (self.action_high - self.action_low) / 2
-        return np.clip(center + half_range * actions, self.action_low, self.action_high)
+        return np.clip(self.center + self.half_range * actions, self.action_low, self.action_high)
 
 
 def save_policy(path: Path, policy: Policy) -> None:
