@@ -60,7 +60,7 @@ class Args(ExperimentArgs):
     gamma: float = 0.99
     """discount (paper)"""
     penalty: Literal["max_std", "ensemble_std", "disagreement"] = "max_std"
-    """u(s, a), what stands for the model's error (paper: max_std)"""
+    """u(s, a) (paper: max_std, which ends at the learned bound of the variance; ensemble_std grows beyond the data)"""
     penalty_coefficient: float = 1.0
     """lambda, the weight of u in the reward; 0 trusts the model (paper: 0.5 to 5, in other units of u)"""
     rollout_length: int = 5
