@@ -46,7 +46,6 @@ class Args(ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         check_argument(self, "top_fraction", 0 < self.top_fraction <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -79,16 +79,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "phi", 0 <= self.phi < math.inf, "must not be negative")
         check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
-        check_argument(self, "num_target_actions", self.num_target_actions >= 1, "must be at least 1")
-        check_argument(self, "num_acting_actions", self.num_acting_actions >= 1, "must be at least 1")
         check_argument(self, "latent_clip", self.latent_clip > 0, "must be positive")
         check_argument(self, "kl_weight", 0 <= self.kl_weight < math.inf, "must not be negative")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        for name in ("hidden_dims", "vae_hidden_dims"):
-            check_argument(self, name, min(getattr(self, name), default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

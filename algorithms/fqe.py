@@ -77,8 +77,6 @@ class Args(ExperimentArgs):
         super().validate()
         check_argument(self, "gamma", 0 < self.gamma < 1, "must be in (0, 1)")
         check_argument(self, "num_members", self.num_members >= 2, "must be at least 2, for an interval")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
         check(
             self.resume or self.policy_run_dir is not None,
             "--policy-run-dir is needed: the folder of the run to evaluate",

@@ -95,6 +95,8 @@ class Args(ExperimentArgs):
     """rate at which the target critic follows the critic (paper)"""
     actor_learning_rate: float = 3e-4
     """also of the temperature (paper)"""
+    cosine_decay: bool = False
+    """the actor's learning rate falls to 0 over the run, so that it ends with a policy that has settled"""
     critic_learning_rate: float = 3e-4
     """paper"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -104,16 +106,9 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "penalty_coefficient", 0 <= self.penalty_coefficient < math.inf, "must not be negative")
-        positive = "rollout_length", "rollout_batch_size", "rollout_every", "rollouts_kept", "dynamics_batch_size"
-        for name in (*positive, "num_models", "dynamics_patience", "max_dynamics_epochs"):
-            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
         check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        for name in ("hidden_dims", "dynamics_hidden_dims"):
-            check_argument(self, name, min(getattr(self, name), default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -445,6 +440,12 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 
+def decay_learning_rate(learner: Learner, step: int, args: Args) -> None:
+    """The actor's falls to zero along half a cosine."""
+    rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
+    learner.optimizer.param_groups[0]["lr"].fill_(rate)
+
+
 def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
     noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
@@ -464,10 +465,7 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    rule = termination_rule(buffer.dataset.env_id)
-    known = args.termination != "rule" or rule is not None
-    check_argument(args, "termination", known, f"none is known for {buffer.dataset.env_id}; take learned or never")
-    ending = args.termination if args.termination in ("learned", "never") else rule or "learned"
+    ending = termination_rule(args.termination, buffer.dataset.env_id)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
@@ -480,6 +478,8 @@ def main(args: Args) -> None:
     elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
     for step in run.steps():
+        if args.cosine_decay:
+            decay_learning_rate(learner, step, args)
         rolled_out = (step - 1) % args.rollout_every == 0
         metrics_model = rollout(learner, elites, buffer, ending, args) if rolled_out else {}
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)

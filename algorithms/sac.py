@@ -77,11 +77,6 @@ class Args(ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         self.dataset_id = self.env_id
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
-        for name in ("random_steps", "replay_size"):
-            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -82,13 +82,20 @@ class ExperimentArgs:
     """W&B user or team"""
 
     def validate(self) -> None:
-        """Raises BadInput for values that make no sense. Scripts extend it."""
-        for name in ("num_updates", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
-            check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
+        """Raises BadInput for values that make no sense, of all arguments that mean the same in every script."""
         check_argument(self, "seed", 0 <= self.seed < 2**63, "must not be negative")
-        for field in dataclasses.fields(self):
-            if field.name.endswith("learning_rate"):
-                check_argument(self, field.name, 0 < getattr(self, field.name) < math.inf, "must be positive")
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "seed"):
+            value = getattr(self, name)
+            if type(value) is int:
+                check_argument(self, name, value >= 1, "must be at least 1")
+            elif name == "gamma":
+                check_argument(self, name, 0 <= value <= 1, "must be in [0, 1]")
+            elif name == "tau":
+                check_argument(self, name, 0 < value <= 1, "must be in (0, 1]")
+            elif name.endswith("learning_rate"):
+                check_argument(self, name, 0 < value < math.inf, "must be positive")
+            elif name.endswith("hidden_dims"):
+                check_argument(self, name, min(value, default=0) >= 1, "must be one or more positive sizes")
         if self.device == "cuda":
             check_argument(self, "device", torch.cuda.is_available(), "PyTorch finds no CUDA device; take cpu or auto")
         check(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.datasets import check
+
 # from the states [N, observation_dim] that steps lead to, as the environment has them, to [N]: true where it ends
 TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
@@ -14,7 +16,13 @@ TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def termination_rule(env_id: str | None) -> str | None:
-    """The key of TERMINATION_RULES for an environment's id, such as Hopper-v5; None if there is none."""
+def termination_rule(termination: str, env_id: str | None) -> str:
+    """What ends a rollout, given --termination and an environment's id, such as Hopper-v5: a key of TERMINATION_RULES,
+    "learned" or "never". Raises BadInput if a rule is asked for and none is known.
+    """
+    if termination in ("learned", "never"):
+        return termination
     name = (env_id or "").split("-")[0]
-    return name if name in TERMINATION_RULES else None
+    known = name in TERMINATION_RULES
+    check(known or termination == "auto", f"--termination rule: none is known for {env_id}; take learned or never")
+    return name if known else "learned"

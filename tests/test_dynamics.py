@@ -322,11 +322,25 @@ def test_termination_rules(name, alive, dead):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "rule"),
-    [("Hopper-v5", "Hopper"), ("Pendulum-v1", "Pendulum"), ("InvertedPendulum-v5", None), (None, None)],
+    ("termination", "env_id", "ending"),
+    [
+        ("auto", "Hopper-v5", "Hopper"),
+        ("rule", "Pendulum-v1", "Pendulum"),
+        ("auto", "InvertedPendulum-v5", "learned"),
+        ("auto", None, "learned"),
+        ("learned", "Hopper-v5", "learned"),
+        ("never", "Hopper-v5", "never"),
+    ],
 )
-def test_rules_are_found_by_the_environments_id(env_id, rule):
-    assert termination_rule(env_id) == rule
+def test_what_ends_a_rollout(termination, env_id, ending):
+    assert termination_rule(termination, env_id) == ending
+
+
+def test_the_actors_learning_rate_decays(script):
+    learner, args = make_learner(script, num_updates=100)
+    script.decay_learning_rate(learner, 51, args)
+    rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
+    assert rates == pytest.approx([args.actor_learning_rate / 2, args.critic_learning_rate])
 
 
 # --- Runs ---
