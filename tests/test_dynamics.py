@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch, random_episode, run_script, start_script
+from conftest import Started, random_batch, random_episode, run_script
 
 from common.terminations import TERMINATION_RULES, termination_rule
 
@@ -390,13 +390,13 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
 
 def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
     arguments = [*SMALL, "--dynamics-patience", "1000", "--num-updates", "3", "--run-dir", str(tmp_path / "run")]
-    process = start_script(algorithm, *arguments)
+    process = Started(algorithm, *arguments)
     while not (tmp_path / "run" / "metrics.csv").is_file():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.wait()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and "interrupted at dynamics epoch" in errors.splitlines()[-1]
+    code, errors = process.wait()
+    assert code == 130 and "interrupted at dynamics epoch" in errors.splitlines()[-1]
     stopped = checkpoint(tmp_path / "run")
     assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epoch"] >= 1
 
@@ -405,13 +405,13 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
     arguments = [*SMALL, "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
-    process = start_script(algorithm, *arguments, "--run-dir", str(killed))
+    process = Started(algorithm, *arguments, "--run-dir", str(killed))
     deadline = time.monotonic() + 120
     while not (killed / "metrics.csv").is_file() or len((killed / "metrics.csv").read_text().splitlines()) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert process.poll() is None and time.monotonic() < deadline, process.wait()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     stopped = checkpoint(killed)
     assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 20
     assert run_script(algorithm, "--resume", "--run-dir", str(killed)).returncode == 0

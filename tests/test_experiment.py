@@ -76,7 +76,7 @@ def test_run_folder(algorithm, tmp_path, pendulum):
         "--seed",
         "3",
     ]
-    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()))
+    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()), plot=True)
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
     assert {path.name for path in folder.iterdir()} - {"dynamics.pt", "previous_checkpoint.pt"} == expected
@@ -195,7 +195,7 @@ def test_the_same_seed_gives_the_same_bits_however_often_a_run_is_looked_at(algo
         rows = {row["step"]: {key: row[key] for key in row if key.split("/")[0] in ("actor", "critic")} for row in rows}
         return checkpoint(tmp_path / name), rows
 
-    often, rows_often = train("often", "--eval-every", "4", "--log-every", "1", "--checkpoint-every", "2")
+    often, rows_often = train("often", "--eval-every", "9", "--log-every", "1", "--checkpoint-every", "2")
     seldom, rows_seldom = train("seldom", "--eval-every", "45", "--log-every", "15", "--eval-episodes", "3")
     for key in ("learner", "random_state"):
         assert_same(often[key], seldom[key])

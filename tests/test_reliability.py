@@ -22,12 +22,12 @@ from conftest import (
     ROOT,
     SCRIPTS,
     SHORT,
+    Started,
     assert_one_line,
     assert_same,
     assert_same_runs,
     checkpoint,
     run_script,
-    start_script,
     what_it_needs,
 )
 
@@ -43,26 +43,26 @@ every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 @every_script
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
-    arguments = ["--num-updates", "400", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
-    arguments += what_it_needs(algorithm, tmp_path)
+    arguments = ["--num-updates", "300", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
+    arguments += ["--batch-size", "32", *what_it_needs(algorithm, tmp_path)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
-    process = start_script(algorithm, *arguments, "--run-dir", str(killed))
+    process = Started(algorithm, *arguments, "--run-dir", str(killed))
     while not (killed / "metrics.csv").exists() or checkpoint(killed)["step"] == 0:
         assert process.poll() is None
         time.sleep(0.005)
     kill(process)
-    assert checkpoint(killed)["step"] < 400
+    assert checkpoint(killed)["step"] < 300
     with (killed / "metrics.csv").open("a") as file:
-        file.write("391,0.1,half a ro")  # as a kill in the middle of a write leaves it
+        file.write("291,0.1,half a ro")  # as a kill in the middle of a write leaves it
     run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
     assert run.returncode == 0, run.stderr
     assert_same_runs(whole, killed)
 
 
 def kill(process):
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 @pytest.mark.slow
@@ -82,9 +82,9 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
         begun = (killed / "checkpoint.pt").exists()
         before = (killed / "args.json").stat().st_mtime_ns if begun else 0
         words = ["--resume"] if begun else arguments
-        process = start_script(algorithm, *words, "--run-dir", str(killed))
+        process = Started(algorithm, *words, "--run-dir", str(killed))
         while not (killed / "args.json").exists() or (killed / "args.json").stat().st_mtime_ns == before:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.wait()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, seconds / 10))  # from here on it trains
         assert process.poll() is None, f"done before the kill after {moments}"
@@ -98,7 +98,7 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
 def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path):
     """While it lives, no second process may touch its folder."""
     folder = tmp_path / "run"
-    process = start_script("bc", "--num-updates", "100000", "--run-dir", str(folder), *SHORT)
+    process = Started("bc", "--num-updates", "100000", "--run-dir", str(folder), *SHORT)
     wait_for_row(process, folder, 100)
     files_before = {path.name for path in folder.iterdir()}
     for arguments in (["--resume"], SHORT):
@@ -129,9 +129,9 @@ def stop(process, number):
     """Sends a signal and takes the seconds until the process has ended. Returns its last line."""
     began = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    code, errors = process.wait(timeout=60)
     assert time.monotonic() - began < 5
-    assert process.returncode == 128 + number, errors
+    assert code == 128 + number, errors
     assert "Traceback" not in errors
     return errors.splitlines()[-1]
 
@@ -139,14 +139,14 @@ def stop(process, number):
 def wait_for_row(process, folder, step):
     """Until metrics.csv has the row of that update."""
     while not (folder / "metrics.csv").exists() or f"\n{step}," not in (folder / "metrics.csv").read_text():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.wait()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint(number, tmp_path):
     arguments = ["--num-updates", "1000000", "--checkpoint-every", "1000000", "--run-dir", str(tmp_path / "run")]
-    process = start_script("iql", *arguments, *SHORT)
+    process = Started("iql", *arguments, *SHORT)
     wait_for_row(process, tmp_path / "run", 100)
     step = checkpoint(tmp_path / "run")["step"]
     assert step == 0
@@ -161,7 +161,7 @@ def test_a_signal_in_a_long_evaluation_loses_no_update(tmp_path, pendulum):
     arguments += ["--hidden-dims", "16", "16"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_script("td3_bc", *arguments, "--eval-episodes", "2", "--run-dir", str(whole)).returncode == 0
-    process = start_script("td3_bc", *arguments, "--eval-episodes", "5000", "--run-dir", str(stopped))
+    process = Started("td3_bc", *arguments, "--eval-episodes", "5000", "--run-dir", str(stopped))
     wait_for_row(process, stopped, 4)
     time.sleep(0.3)
     line = stop(process, signal.SIGTERM)
@@ -184,7 +184,7 @@ def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seconds", [1, 6, 15])
 def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     """--compile takes about half a minute for its first calls."""
-    process = start_script("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
+    process = Started("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
     while not (tmp_path / "run" / "args.json").exists():
         assert process.poll() is None
         time.sleep(0.01)

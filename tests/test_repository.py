@@ -4,7 +4,6 @@ import ast
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 
@@ -86,10 +85,7 @@ def home(tmp_path_factory):
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
 def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
-    """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id.
-
-    All in this process, which spares the seconds that a fresh one takes to import torch.
-    """
+    """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
     monkeypatch.chdir(home)
     if step not in SCRIPT_COMMANDS:
         exec(compile(step, "README.md", "exec"), {})
@@ -111,6 +107,11 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         words = [*words[:split], "--seeds", "1", *words[split:], *FEW]
     elif words[1] == "benchmarks.shift_report":
         words += FEW_SHIFTED
+    execute(words, monkeypatch)
+
+
+def execute(words, monkeypatch):
+    """What `python *words` does, in this process, which spares the seconds that a fresh one takes to import torch."""
     start = runpy.run_path if words[0] != "-m" else runpy.run_module
     program = str(ROOT / words[0]) if words[0] != "-m" else words.pop(1)
     monkeypatch.setattr(sys, "argv", words)
@@ -145,24 +146,21 @@ SLOW = ("collect.py", "estimates.py", "loading.py", "memory.py")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BENCHMARKS]
 )
-def test_benchmarks_run(name, home, pendulum):
+def test_benchmarks_run(name, home, pendulum, monkeypatch):
     (home / "logs.csv").write_text(LOGS)
-    words = [sys.executable, ROOT / "benchmarks" / name, *BENCHMARKS[name]]
-    run = subprocess.run(words, cwd=home, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(home)
+    execute([f"benchmarks/{name}", *BENCHMARKS[name]], monkeypatch)
 
 
-def test_the_peers_speed_is_asked_for_by_lines(home, tmp_path):
+def test_the_peers_speed_is_asked_for_by_lines(tmp_path, monkeypatch, capsys):
     """d3rlpy is not among the test's packages: a script answers as d3rlpy_speed.py would."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nwhile read seconds; do echo 12.5; done\n")
     python.chmod(0o755)
-    words = [*BENCHMARKS["throughput.py"], "--algorithms", "bc", "--peers", python]
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "throughput.py", *words], cwd=home, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", run.stdout)
+    monkeypatch.chdir(tmp_path)
+    words = [*BENCHMARKS["throughput.py"], "--algorithms", "bc", "--peers", str(python)]
+    execute(["benchmarks/throughput.py", *words], monkeypatch)
+    assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", capsys.readouterr().out)
 
 
 def test_every_benchmark_is_tested():

@@ -193,14 +193,14 @@ SMALL = [
 
 
 def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
-    arguments = ["--num-updates", "4000", "--eval-every", "2000", "--gamma", "0.95", "--keep-actors"]
+    arguments = ["--num-updates", "3000", "--eval-every", "1500", "--gamma", "0.95", "--keep-actors"]
     run = run_script("sac", *arguments, *SMALL, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["dataset_id"] == "Pendulum-v1"
     assert result["dataset_return_mean"] < -900 and result["final_return_mean"] > -300
-    policy, actor = load_policy(tmp_path / "run").actor, torch.load(tmp_path / "run" / "actor-4000.pt")["actor"]
-    assert (tmp_path / "run" / "actor-2000.pt").exists()
+    policy, actor = load_policy(tmp_path / "run").actor, torch.load(tmp_path / "run" / "actor-3000.pt")["actor"]
+    assert (tmp_path / "run" / "actor-1500.pt").exists()
     for name, weight in policy.state_dict().items():
         assert torch.equal(weight, actor[f"net.{name}"])
 
