@@ -46,6 +46,7 @@ class Args:
         "td3_bc",
         "iql",
         "awr",
+        "awac",
         "bcq",
         "cql",
         "mopo",

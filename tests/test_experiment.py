@@ -407,6 +407,7 @@ NONSENSE = {
     "vae_hidden_dims": "0",
     "cql_alpha": "-1",
     "num_samples": "1",
+    "num_value_samples": "0",
     "target_gap": "inf",
     "target_entropy": "nan",
     "hidden_dims": "0",

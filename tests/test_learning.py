@@ -18,6 +18,7 @@ RUNS = {
     "td3_bc": ["--num-updates", "3000", *FAST],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
+    "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
     "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
     "mopo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],

@@ -1,0 +1,248 @@
+"""Advantage-weighted actor-critic (AWAC): a policy that imitates the actions which its own critic thinks better.
+
+The critic is learned by one-step targets with the current policy's action at s'; the actor imitates the data's actions,
+each weighted by how much better it is than what the policy would do itself. The policy is asked for actions and never
+pushed along the gradient of Q, so that an error of Q outside the data reaches it only through the targets and the
+baseline V. With Q' the target critic (a slow copy of Q) and actions drawn from pi:
+
+    y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
+    L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
+    A    = min_i Q_i(s, a) - V(s),  V(s) = mean over a_k ~ pi(.|s) of min_i Q_i(s, a_k)
+    L_pi = E[ -w(s, a) log pi(a | s) ],  w = exp(A / beta), over the batch's mean of it; beta is the paper's lambda
+
+Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020,
+arXiv 2006.09359.
+Differences: as in the authors' code, weights are divided by their mean over the batch, where the paper has a factor
+1 / Z(s) and then leaves it out. The authors' actor has four hidden layers, a weight decay of 1e-4 and a standard
+deviation between exp(-6) and 1, and their batches 1024 rows; here the actor is iql.py's. One optimiser step trains both
+networks, each loss seeing the other as it was before; actions drawn from pi are clipped to the range that the
+environment knows; observations are normalised; nothing is learned online.
+
+Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/awac.py` finds common/
+from common.compile import compiled
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "awac"
+
+    gamma: float = 0.99
+    """discount (authors' code)"""
+    beta: float = 2.0
+    """temperature of the policy's weights, in units of Q: the larger, the nearer to cloning (authors' code)"""
+    num_value_samples: int = 1
+    """actions of pi over which V averages Q (authors' code)"""
+    tau: float = 0.005
+    """rate at which the target critic follows the critic (authors' code)"""
+    actor_learning_rate: float = 3e-4
+    """authors' code"""
+    critic_learning_rate: float = 3e-4
+    """authors' code"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (authors' code: of the critics)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "beta", 0 < self.beta < math.inf, "must be positive")
+        check_argument(self, "num_value_samples", self.num_value_samples >= 1, "must be at least 1")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The mean action, which is the deterministic policy: [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
+        """Actions drawn from pi, [..., batch, action_dim], one for each row of standard normal `noise`, clipped."""
+        return (self(observations) + self.log_std.clamp(-5, 2).exp() * noise).clamp(-1, 1)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a | s), [batch]."""
+        log_std = self.log_std.clamp(-5, 2)
+        z = (actions - self(observations)) * torch.exp(-log_std)
+        return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
+        observations = observations.expand(*actions.shape[:-1], -1)
+        x = torch.cat([observations, actions], dim=-1).flatten(0, -2).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).view(2, *actions.shape[:-1])
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    optimizer: Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, Adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def advantage(actor: Actor, critic: Critic, batch: Batch, noise: Tensor) -> Tensor:
+    """A(s, a) = min_i Q_i(s, a) - V(s),  V(s) = mean over a_k ~ pi(.|s) of min_i Q_i(s, a_k): constants, [batch].
+
+    `noise` [num_value_samples, batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        actions = torch.cat([batch.actions.unsqueeze(0), actor.sample(batch.observations, noise)])
+        q = (
+            critic(batch.observations, actions).min(dim=0).values
+        )  # [1 + num_value_samples, batch], the data's action first
+        return q[0] - q[1:].mean(dim=0)
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, gamma: float) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        next_actions = learner.actor.sample(batch.next_observations, noise)  # what pi would do now, not the data
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        target = batch.rewards + gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    return loss, {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -w log pi(a | s) ],  w = exp(u / beta) over the batch's mean of it,  u = A(s, a)"""
+    weight = len(u) * torch.softmax(u / beta, dim=0)  # [batch]: however large A is, they sum to the batch's size
+    log_prob = actor.log_prob(batch.observations, batch.actions)
+    metrics = {"actor/advantage": u.mean(), "actor/weight": weight.max(), "actor/log_prob": log_prob.detach().mean()}
+    return -(weight * log_prob).mean(), metrics
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
+    u = advantage(learner.actor, learner.critic, batch, noise[1:])
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args.gamma)
+    loss_pi, metrics_pi = actor_loss(learner.actor, u, batch, args.beta)
+    losses = {"critic/loss": loss_q.detach(), "actor/loss": loss_pi.detach()}
+    return loss_q + loss_pi, losses | metrics_q | metrics_pi
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of both networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(1 + args.num_value_samples, *batch.actions.shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
