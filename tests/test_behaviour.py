@@ -19,6 +19,7 @@ RATES = {
     "awr": {"actor_learning_rate": 3e-3, "value_learning_rate": 3e-3},
     "awac": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3},
     "bcq": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "vae_learning_rate": 3e-3},
+    "rebrac": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3},
     "cql": {"actor_learning_rate": 1e-2, "critic_learning_rate": 1e-3},  # the actor's is the temperature's, too
 }
 SMALL = {"hidden_dims": (32, 32), "batch_size": 64}
@@ -70,6 +71,7 @@ STATES = -1.0, -0.3, 0.2, 0.9
         ("awr", {"beta": 0.3}),
         ("awac", {"beta": 0.1}),
         ("bcq", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5}),
+        ("rebrac", {"actor_beta": 3.0}),
         ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0}),
     ],
 )

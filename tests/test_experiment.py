@@ -278,8 +278,8 @@ def test_a_loss_that_is_not_finite_is_named_within_one_log_interval(algorithm, t
     """From update 13 on an update gives NaN losses: the row of update 20 is the first to show it."""
     module = importlib.import_module(algorithm)
 
-    def update(learner, batch, step, args):
-        metrics = train(learner, batch, step, args)
+    def update(learner, batch, step, args, *rest):
+        metrics = train(learner, batch, step, args, *rest)
         return {name: value * (torch.nan if step >= 13 else 1) for name, value in metrics.items()}
 
     train = module.update
@@ -408,6 +408,8 @@ NONSENSE = {
     "cql_alpha": "-1",
     "num_samples": "1",
     "num_value_samples": "0",
+    "actor_beta": "-1",
+    "critic_beta": "-1",
     "target_gap": "inf",
     "target_entropy": "nan",
     "hidden_dims": "0",
