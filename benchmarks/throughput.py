@@ -44,6 +44,7 @@ class Args:
     algorithms: tuple[str, ...] = (
         "bc",
         "td3_bc",
+        "sac_bc",
         "rebrac",
         "iql",
         "awr",

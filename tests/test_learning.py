@@ -16,6 +16,7 @@ MODEL += ["--num-models", "3", "--num-elites", "2", "--rollout-batch-size", "500
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
+    "sac_bc": ["--num-updates", "2500", *FAST],
     "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],

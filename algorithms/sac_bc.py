@@ -1,0 +1,289 @@
+"""SAC+BC: soft actor-critic whose actor pays, too, for making the data's actions unlikely.
+
+TD3+BC is one member of a family, AC+BC: take any actor-critic, leave its critic as it is, and add imitation to its
+actor's loss. Imitation is -log pi(a | s), the forward KL from the data to pi; where pi is a normal distribution of
+fixed width, that is TD3+BC's squared error. Here the actor-critic is SAC. As in TD3+BC its actor's loss is divided by
+the mean magnitude of Q, so that one alpha fits every scale of rewards. With Q' the target critic and `temperature`
+SAC's entropy coefficient:
+
+    y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
+    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ]
+    L_pi = E[ lambda (temperature log pi(a_pi | s) - min_i Q_i(s, a_pi)) - alpha log pi(a | s) ],
+           lambda = 1 / E|min_i Q_i(s, a_pi)|,  a_pi ~ pi(.|s), differentiable
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
+
+alpha weighs imitation: 0 is SAC on fixed data; TD3+BC's, which weighs Q, is the other way round.
+
+Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
+Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
+Differences from SAC are those of sac.py: no factor 1/2, one optimiser step that trains everything, each loss seeing the
+others as they were before it. A tanh policy's density is not finite at the bounds of the actions: actions of the data
+there are taken 1e-3 inside them.
+
+Run: python algorithms/sac_bc.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/sac_bc.py` finds common/
+from common.compile import compiled
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "sac_bc"
+
+    gamma: float = 0.99
+    """discount (SAC)"""
+    alpha: float = 0.1
+    """weight of imitation against Q in L_pi: 0 is SAC on fixed data (our trials)"""
+    target_entropy: float | None = None
+    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
+    tau: float = 0.005
+    """rate at which the target critic follows the critic (SAC)"""
+    actor_learning_rate: float = 3e-4
+    """also of the temperature (SAC)"""
+    critic_learning_rate: float = 3e-4
+    """SAC"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (SAC)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "alpha", 0 <= self.alpha < math.inf, "must not be negative")
+        entropy = 0.0 if self.target_entropy is None else self.target_entropy
+        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
+        hidden = self.net[:-2](observations)
+        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # the authors' range
+
+
+def squashed_log_prob(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """log pi(a | s) of a = tanh(u), [batch], for u [batch, action_dim].
+
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) where
+    the left side would be log 0.
+    """
+    log_normal = -(0.5 * ((u - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi))
+    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
+def squashed_sample(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch]."""
+    u = mean + std * noise
+    return u.tanh(), squashed_log_prob(mean, std, u)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+
+
+class Coefficient(nn.Module):
+    """A positive number that is learned through its logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    temperature: Coefficient
+    optimizer: Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    temperature = Coefficient().to(device)
+    groups = [
+        {"params": [*actor.parameters(), *temperature.parameters()], "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, temperature, Adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        next_policy = learner.actor.distribution(batch.next_observations)
+        next_actions, next_log_prob = squashed_sample(*next_policy, noise)
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        next_value = next_q - learner.temperature() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def imitation_loss(mean: Tensor, std: Tensor, actions: Tensor) -> tuple[Tensor, Metrics]:
+    """E[ -log pi(a | s) ] of the data's `actions` [batch, action_dim], given mean and std of pi(.|s) before tanh."""
+    u = actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # tanh reaches no bound
+    loss = -squashed_log_prob(mean, std, u).mean()
+    return loss, {"actor/imitation": loss.detach()}
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """E[ lambda (temperature log pi(a_pi | s) - min_i Q_i(s, a_pi)) ],  lambda = 1 / E|min_i Q_i(s, a_pi)|
+
+    `actions` a_pi and their `log_prob` are differentiable in the actor.
+    """
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    lambda_ = 1 / q.detach().abs().mean()  # a constant of the loss: no gradient
+    loss = lambda_ * (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+    actor, critic, temperature = learner.actor, learner.critic, learner.temperature()
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
+    mean, std = actor.distribution(batch.observations)  # once, for Q and for imitation
+    actions, log_prob = squashed_sample(mean, std, noise[1])
+    loss_ac, metrics_ac = actor_loss(critic, temperature, batch.observations, actions, log_prob)
+    loss_bc, metrics_bc = imitation_loss(mean, std, batch.actions)
+    loss_pi = loss_ac + args.alpha * loss_bc  # AC+BC
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_ac | metrics_bc | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

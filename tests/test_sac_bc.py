@@ -1,0 +1,145 @@
+"""SAC+BC's losses against NumPy on small numbers, and what each of them may touch."""
+
+import math
+
+import numpy as np
+import pytest
+import sac_bc
+import torch
+from conftest import assert_one_line, numpy_mlp, numpy_sample, numpy_twins, random_batch, run_script
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def args():
+    return sac_bc.Args(hidden_dims=(5, 4), gamma=0.9, alpha=0.4)
+
+
+@pytest.fixture
+def learner(args):
+    torch.manual_seed(0)
+    learner = sac_bc.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
+        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        learner.temperature.log.fill_(math.log(0.3))
+    return learner
+
+
+def draws():
+    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+
+
+def numpy_imitation(learner, batch):
+    """By the change of variables: the density of a = tanh(u) is that of u over da/du = 1 - a^2."""
+    hidden = np.maximum(numpy_mlp(learner.actor.net[:-2], batch.observations.numpy()), 0)
+    mean, log_std = (
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+        for head in (learner.actor.net[-2], learner.actor.log_std)
+    )
+    std = np.exp(np.clip(log_std, -5, 2))
+    actions = np.clip(batch.actions.numpy().astype(np.float64), -0.999, 0.999)
+    u = np.log((1 + actions) / (1 - actions)) / 2
+    log_density = -0.5 * ((u - mean) / std) ** 2 - np.log(std * np.sqrt(2 * np.pi)) - np.log(1 - actions**2)
+    return -log_density.sum(axis=1).mean()
+
+
+def numpy_actor_critic(learner, batch, noise):
+    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    return np.mean(0.3 * log_prob - q) / np.mean(np.abs(q))
+
+
+def at_bounds():
+    batch = random_batch()
+    batch.actions[0] = torch.tensor([1.0, -1.0])
+    return batch
+
+
+def test_critic_loss(learner, args):
+    batch, noise = random_batch(), draws()[0]
+    next_observations = batch.next_observations.numpy()
+    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    loss, metrics = sac_bc.critic_loss(learner, batch, noise, args)
+    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
+    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [random_batch(), at_bounds()], ids=["inside", "at the bounds"])
+def test_imitation_loss(learner, batch):
+    loss, _ = sac_bc.imitation_loss(*learner.actor.distribution(batch.observations), batch.actions)
+    assert loss.item() == pytest.approx(numpy_imitation(learner, batch), rel=1e-4)
+
+
+def test_actor_and_temperature_losses(learner):
+    batch, noise = random_batch(), draws()[0]
+    policy = learner.actor.distribution(batch.observations)
+    actions, log_prob = sac_bc.squashed_sample(*policy, noise)
+    loss, _ = sac_bc.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, actions, log_prob)
+    assert loss.item() == pytest.approx(numpy_actor_critic(learner, batch, noise), rel=1e-4)
+    loss, _ = sac_bc.temperature_loss(torch.tensor(0.3), log_prob, target_entropy=-2.0)
+    _, expected = numpy_sample(learner.actor, batch.observations.numpy(), noise)
+    assert loss.item() == pytest.approx(np.mean(-0.3 * (expected - 2.0)), rel=1e-4)
+
+
+def test_actor_gradient_treats_lambda_as_a_constant(learner):
+    batch, parameters = random_batch(), list(learner.actor.parameters())
+    actions, log_prob = sac_bc.squashed_sample(*learner.actor.distribution(batch.observations), draws()[0])
+    loss, _ = sac_bc.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, actions, log_prob)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    q = learner.critic(batch.observations, actions).min(dim=0).values
+    expected = torch.autograd.grad((0.3 * log_prob - q).mean() / q.abs().mean().item(), parameters)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_alpha_weighs_imitation_and_nothing_else(learner, args):
+    """The gradient of the whole, less that without imitation, is alpha times imitation's."""
+    batch, noise, everything = random_batch(), draws(), []
+    networks = (learner.actor, learner.critic, learner.temperature)
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    for args.alpha in (0.0, 0.4):
+        loss, _ = sac_bc.total_loss(learner, batch, noise, args)
+        everything.append(torch.autograd.grad(loss, parameters))
+    imitation, _ = sac_bc.imitation_loss(*learner.actor.distribution(batch.observations), batch.actions)
+    alone = torch.autograd.grad(imitation, parameters, allow_unused=True, materialize_grads=True)
+    for without, with_it, expected in zip(*everything, alone, strict=True):
+        torch.testing.assert_close(with_it - without, 0.4 * expected, atol=1e-5, rtol=1e-4)
+
+
+def test_each_loss_trains_its_own_network_only(learner, args):
+    batch, noise = random_batch(), draws()
+    policy, temperature = learner.actor.distribution(batch.observations), learner.temperature()
+    actions, log_prob = sac_bc.squashed_sample(*policy, noise[1])
+    losses = {
+        "critic": [sac_bc.critic_loss(learner, batch, noise[0], args)],
+        "actor": [
+            sac_bc.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob),
+            sac_bc.imitation_loss(*policy, batch.actions),
+        ],
+        "temperature": [sac_bc.temperature_loss(temperature, log_prob, -2.0)],
+    }
+    for name, parts in losses.items():
+        for loss, _ in parts:
+            for other in losses:
+                gradients = torch.autograd.grad(
+                    loss, list(getattr(learner, other).parameters()), retain_graph=True, allow_unused=True
+                )
+                touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+                assert touched == (name == other), f"{name} loss and {other}"
+
+
+def test_the_target_follows(learner, args):
+    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
+    sac_bc.update(learner, random_batch(), 1, args)
+    followed = learner.critic.parameters()
+    for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
+        torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+def test_bad_input_is_one_line(tmp_path):
+    run = run_script("sac_bc", "--alpha", "-1", "--run-dir", str(tmp_path / "run"))
+    assert_one_line(run, "--alpha -1.0: must not be negative")
