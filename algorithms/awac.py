@@ -66,11 +66,7 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "beta", 0 < self.beta < math.inf, "must be positive")
-        check_argument(self, "num_value_samples", self.num_value_samples >= 1, "must be at least 1")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -169,9 +165,7 @@ def advantage(actor: Actor, critic: Critic, batch: Batch, noise: Tensor) -> Tens
     """
     with torch.no_grad():
         actions = torch.cat([batch.actions.unsqueeze(0), actor.sample(batch.observations, noise)])
-        q = (
-            critic(batch.observations, actions).min(dim=0).values
-        )  # [1 + num_value_samples, batch], the data's action first
+        q = critic(batch.observations, actions).min(dim=0).values  # [1 + num_value_samples, batch], the data's first
         return q[0] - q[1:].mean(dim=0)
 
 

@@ -72,14 +72,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "actor_beta", 0 <= self.actor_beta < math.inf, "must not be negative")
         check_argument(self, "critic_beta", 0 <= self.critic_beta < math.inf, "must not be negative")
         check_argument(self, "policy_noise", 0 <= self.policy_noise < math.inf, "must not be negative")
         check_argument(self, "noise_clip", 0 <= self.noise_clip < math.inf, "must not be negative")
-        check_argument(self, "policy_every", self.policy_every >= 1, "must be at least 1")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -70,12 +70,9 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "alpha", 0 <= self.alpha < math.inf, "must not be negative")
         entropy = 0.0 if self.target_entropy is None else self.target_entropy
         check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
