@@ -51,6 +51,8 @@ class Args:
         "awac",
         "bcq",
         "cql",
+        "edac",
+        "bear",
         "mopo",
         "mopo:dynamics",
         "mopo:rollout",

@@ -41,6 +41,8 @@ MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollou
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
     "cql": ["--num-samples", "3"],
+    "edac": ["--num-critics", "3"],
+    "bear": ["--num-samples", "3", "--num-target-actions", "3"],
     "mopo": MODEL,
     "combo": MODEL,
     "sac": ["--random-steps", "200", "--replay-size", "2000"],

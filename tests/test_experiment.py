@@ -427,6 +427,12 @@ NONSENSE = {
     "dynamics_patience": "0",
     "max_dynamics_epochs": "0",
     "num_members": "1",
+    "num_critics": "1",
+    "eta": "-1",
+    "threshold": "-1",
+    "bandwidth": "0",
+    "behaviour_learning_rate": "0",
+    "alpha_learning_rate": "0",
 }
 
 

@@ -1,0 +1,283 @@
+"""Ensemble-diversified actor-critic (EDAC): many critics, of which the least sure one is believed.
+
+The agent is SAC, but with N critics instead of two. They agree at the data's actions, which all of them were trained
+on, and differ elsewhere, the more the further: the lowest of them doubts what is not in the data. Critics whose slopes
+point the same way at the data agree beyond it, too, so a second term of their loss turns the slopes apart. With Q' the
+target critics and g_i = dQ_i(s, a)/da / |dQ_i(s, a)/da| at the data's action:
+
+    y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
+    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ] + eta E[ sum_{i != j} g_i . g_j ] / (N - 1)
+    L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
+
+--eta 0 is the paper's SAC-N, whose critics are diverse by their initial weights alone: it needs more of them. Slopes
+along an action of one dimension, such as the built-in data's, have no angle that could turn: there EDAC is SAC-N.
+
+Paper: An, Moon, Kim, Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", 2021,
+arXiv 2110.01548; SAC is arXiv 1812.05905.
+Differences: the diversity is taken over all N critics, as in the paper; the authors' code draws as many of them as the
+action has dimensions, where it has fewer than N. One optimiser step trains everything, each loss seeing the others as
+they were before it; weights begin as PyTorch's layers do; observations are normalised.
+
+Run: python algorithms/edac.py --dataset-id anchorl/pendulum/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import softplus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/edac.py` finds common/
+from common.compile import compiled
+from common.datasets import load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "edac"
+
+    gamma: float = 0.99
+    """discount (paper)"""
+    num_critics: int = 10
+    """N (authors' code: 10; paper: 50 for Hopper, and SAC-N takes up to 500)"""
+    eta: float = 1.0
+    """weight of the diversity; 0 is SAC-N (paper: mostly 1)"""
+    target_entropy: float | None = None
+    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
+    tau: float = 0.005
+    """rate at which the target critics follow the critics (paper)"""
+    actor_learning_rate: float = 3e-4
+    """also of the temperature (paper)"""
+    critic_learning_rate: float = 3e-4
+    """paper"""
+    hidden_dims: tuple[int, ...] = (256, 256, 256)
+    """hidden layers of every network (paper)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "num_critics", self.num_critics >= 2, "must be at least 2")
+        check_argument(self, "eta", 0 <= self.eta < math.inf, "must not be negative")
+        entropy = 0.0 if self.target_entropy is None else self.target_entropy
+        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.net(observations)
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch].
+
+        log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
+        where the left side would be log 0.
+        """
+        hidden = self.net[:-2](observations)
+        log_std = self.log_std(hidden).clamp(-5, 2)
+        u = self.net[-2](hidden) + log_std.exp() * noise
+        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
+        return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
+
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) to Q_N(s, a): an ensemble, trained on the same target from different initial weights."""
+
+    def __init__(self, members: int, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.members = members
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(members, *pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Observations [batch, observation_dim]; actions [batch, action_dim], or [members, batch, action_dim] if each
+        member has its own: values [members, batch].
+        """
+        x = torch.cat([observations.expand(*actions.shape[:-1], -1), actions], dim=-1).expand(self.members, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    optimizer: Adam
+
+
+def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
+    critic = Critic(args.num_critics, observation_dim, action_dim, args.hidden_dims).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    return Learner(actor, critic, target_critic, Adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def diversity(critic: Critic, observations: Tensor, actions: Tensor) -> Tensor:
+    """E[ sum_{i != j} g_i . g_j ] / (N - 1),  g_i = dQ_i(s, a)/da / |dQ_i(s, a)/da|
+
+    N where all slopes point the same way, -N / (N - 1) at its least: the cosines of all pairs, on average, times N.
+    """
+    actions = actions.expand(critic.members, -1, -1).detach().requires_grad_()  # one of its own for each member
+    q = critic(observations, actions)
+    (slopes,) = torch.autograd.grad(q.sum(), actions, create_graph=True)  # [members, batch, action_dim], of weights
+    g = F.normalize(slopes, dim=-1)
+    # |sum_i g_i|^2 has every pair twice and every g_i with itself: N rows instead of N^2 products
+    pairs = g.sum(dim=0).square().sum(dim=-1) - g.square().sum(dim=(0, -1))  # [batch]
+    return pairs.mean() / (critic.members - 1)
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ] + eta diversity,
+    y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s'))
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch], of all N
+        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [members, batch]
+    loss = args.num_critics * F.mse_loss(q, target.expand_as(q))  # the mean over the members, too, times N: their sum
+    metrics = {
+        "critic/q": q.detach().mean(),
+        "critic/disagreement": q.detach().std(dim=0).mean(),
+        "critic/target": target.mean(),
+    }
+    if args.eta > 0 and batch.actions.shape[-1] > 1:  # of one dimension, g_i is 1 or -1 and has no gradient
+        similarity = diversity(learner.critic, batch.observations, batch.actions)
+        loss = loss + args.eta * similarity
+        metrics["critic/diversity"] = similarity.detach()
+    return loss, metrics | {"critic/loss": loss.detach()}
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    loss = (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+    temperature = learner.actor.log_temperature.exp()
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
