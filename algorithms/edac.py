@@ -71,13 +71,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "num_critics", self.num_critics >= 2, "must be at least 2")
         check_argument(self, "eta", 0 <= self.eta < math.inf, "must not be negative")
         entropy = 0.0 if self.target_entropy is None else self.target_entropy
         check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

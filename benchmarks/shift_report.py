@@ -1,6 +1,6 @@
 """How far a trained policy has gone from its data, and whether its Q can be believed there: a table, and a picture.
 
-D is the data, pi the policy as it is evaluated, Q the mean of the run's twins in the environment's units of reward.
+D is the data, pi the policy as it is evaluated, Q the mean of the run's critics in the environment's units of reward.
 States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes (of fewer than ten: of short pieces)
 is left out of all that is fitted or searched: at their states, `data` stands for D's own action, `policy` for pi(s),
 `random` for one drawn uniformly, and what is found for `data` is the scale. `visits` are the (s, a) of pi's own
@@ -10,7 +10,7 @@ episodes in the environment.
     S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
     Q above     share of Q(s, a) > max(r_max, r_max / (1 - gamma)) + S / 10, r_max the highest reward in D: too high to
                 be true
-    twins       mean |Q_1(s, a) - Q_2(s, a)|, the disagreement of the critics
+    critics     mean of max_i Q_i(s, a) - min_i Q_i(s, a), their disagreement: of twins |Q_1 - Q_2|
     distance    d(s, a) = min_{j in near(s)} |a - a_j|,  near(s): the 10 states of D nearest to s
     covered     share of d(s, a) <= its 0.95 quantile for `data`;  visits covered: of distances to D's nearest pair
     surprise    -sum_j log beta_j(b_j(a) | s),  b_j: the bin of a's entry j, of 15;  beta: a network fitted to D
@@ -23,9 +23,9 @@ episodes in the environment.
                 the best tenth of D's episodes against the others
     speaking    N (sum w)^2 / (n sum w^2) min(1, mean w), n left-out data: how many of all N transitions speak of pi
 
-Alarming is: more than 10% of Q too high to be true; Q above G by S / 2 on average; twins that disagree more than twice
-as much as about `data`; fewer than 80% covered or typical, where `data` has 95%; fewer than 100 transitions that speak,
-whose mean has an error of a tenth of their standard deviation.
+Alarming is: more than 10% of Q too high to be true; Q above G by S / 2 on average; critics that disagree more than
+twice as much as about `data`; fewer than 80% covered or typical, where `data` has 95%; fewer than 100 transitions that
+speak, whose mean has an error of a tenth of their standard deviation.
 
 Limits. An alarm says that the data cannot vouch for the policy, not that it is bad; no alarm, that nothing was found:
 where `random` passes, the data cover every action. Distances mean less the more dimensions there are, and beta takes
@@ -150,7 +150,7 @@ def set_scene(run: Trained, visits: Visits | None, num_states: int) -> Scene:
 
 
 def judge_values(scene: Scene) -> Findings:
-    """Q: its level, what is impossible in it, its error, and how far its twins agree."""
+    """Q: its level, what is impossible in it, its error, and how far its critics agree."""
     run, visits, data = scene.run, scene.visits, scene.run.buffer.transitions
     if run.critic is None:
         return [], {}
@@ -158,14 +158,14 @@ def judge_values(scene: Scene) -> Findings:
     spread = float(torch.cat([measures.discounted_returns(rewards, run.gamma) for rewards in episodes]).std())
     highest = float(data.rewards.max())
     possible = max(highest, highest / max(1 - run.gamma, 1e-9)) + spread / 10
-    q = {name: run.q(data.observations[scene.rows], actions) for name, actions in scene.actions.items()}  # [2, n]
+    q = {name: run.q(data.observations[scene.rows], actions) for name, actions in scene.actions.items()}  # [critics, n]
     if visits is not None:
         q["visits"] = run.q(visits.observations, visits.actions)
     mean = {name: values.mean(dim=0) for name, values in q.items()}
     rows = [Row("Q", {name: float(values.mean()) for name, values in mean.items()})]
     shares = {name: float((values > possible).float().mean()) for name, values in mean.items()}
     rows.append(judged(f"Q above {possible:.4g}", shares, ".1%", "at most 10%", lambda share: share > 0.1))
-    panels = {"twins": {name: (first - second).abs() for name, (first, second) in q.items()}}
+    panels = {"critics": {name: values.amax(dim=0) - values.amin(dim=0) for name, values in q.items()}}
     if visits is not None:
         known = visits.returns.isfinite()
         came, believed = visits.returns[known], mean["visits"][known]
@@ -174,8 +174,8 @@ def judge_values(scene: Scene) -> Findings:
         name = f"(Q - G) / S, S {spread:.4g}"
         rows.append(judged(name, {"visits": bias}, ".2f", "at most 0.5", lambda bias: bias > 0.5))
         panels["returns"] = {"came": came, "believed": believed}
-    twins = {name: float(values.mean()) for name, values in panels["twins"].items()}
-    rows.append(judged("twins", twins, ".4g", "at most twice data", lambda value: value > 2 * twins["data"]))
+    apart = {name: float(values.mean()) for name, values in panels["critics"].items()}
+    rows.append(judged("critics", apart, ".4g", "at most twice data", lambda value: value > 2 * apart["data"]))
     return rows, panels
 
 
@@ -275,7 +275,7 @@ def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     draw_training(axes[0], run)
     draw_returns(axes[1], panels.get("returns", {}))
     titles = {
-        "twins": ("disagreement of the twins", "|Q1 - Q2|"),
+        "critics": ("disagreement of the critics", "max Q - min Q"),
         "distance": ("actions at near states", "distance to the nearest of the data's"),
         "surprise": ("surprise under the fitted behaviour", "-log beta(a | s)"),
         "ratio": ("visits against data", "log of the ratio of densities, w"),
@@ -351,7 +351,7 @@ def main(args: Args) -> None:
     for line in table(rows):
         print(line)
     if run.critic is None:
-        print(f"skipped, for {run.args.algorithm} has no critic: Q and twins")
+        print(f"skipped, for {run.args.algorithm} has no critic: Q and critics")
     if visits is None:
         print("skipped, for there is no environment: visits")
     print("", *headlines(rows), sep="\n")

@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     metrics: list[dict[str, str]]  # the rows of metrics.csv
 
     def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Q_1 and Q_2 in the environment's units: [2, n]. For runs with a critic."""
+        """Q_i of every critic in the environment's units: [critics, n]. For runs with a critic."""
         return self.critic(observations, actions) / self.reward_scale  # type: ignore[misc]
 
 

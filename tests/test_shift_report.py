@@ -197,7 +197,7 @@ def test_every_script(runs, algorithm):
     assert text.startswith(f"{algorithm} on {BUILT_IN_ID}, seed 0: ")
     assert {"distance (median)", "covered", "typical", "KL", "TV", "visits covered", "accuracy", "speaking"} <= rows
     without_q = algorithm in ("bc", "awr")
-    assert ({"Q", "G", "twins"} <= rows) != without_q
+    assert ({"Q", "G", "critics"} <= rows) != without_q
     assert (f"skipped, for {algorithm} has no critic" in text) == without_q
     counts = re.findall(r"^alarming .*: \d of (\d)", text, flags=re.MULTILINE)
     assert counts == (["2", "2"] if without_q else ["4", "5"])
@@ -214,7 +214,7 @@ def test_q_and_policy_are_those_of_the_checkpoint(runs, algorithm):
     observations = run.buffer.transitions.observations[:50]
     raw = (observations * run.buffer.observation_std + run.buffer.observation_mean).numpy()
     np.testing.assert_allclose(2 * run.actor(observations), load_policy(folder)(raw), atol=1e-4)
-    assert run.q(observations, run.actor(observations)).shape == (2, 50)
+    assert run.q(observations, run.actor(observations)).shape == (3 if algorithm == "edac" else 2, 50)
 
 
 def test_q_is_in_the_units_of_the_environment(runs):
@@ -292,13 +292,13 @@ def test_values_of_a_known_critic(runs):
         fixed = run._replace(critic=lambda _, actions, level=level: torch.stack([actions[:, 0] + level] * 2))
         scene = set_scene(fixed, visit(fixed, 2), 100)
         found = judge_values(scene)[0]
-        assert [row.name.split()[0] for row in found] == ["Q", "Q", "G", "(Q", "twins"]
-        rows = dict(zip(("Q", "too high", "G", "bias", "twins"), found, strict=True))
+        assert [row.name.split()[0] for row in found] == ["Q", "Q", "G", "(Q", "critics"]
+        rows = dict(zip(("Q", "too high", "G", "bias", "critics"), found, strict=True))
         assert rows["Q"].values["data"] == pytest.approx(level + scene.actions["data"].mean().item(), rel=1e-4)
         assert rows["too high"].values["policy"] == float(impossible)
         assert rows["too high"].alarming == {"policy": impossible, "visits": impossible}
         assert rows["G"].values["visits"] == pytest.approx(float(scene.visits.returns.mean()), rel=1e-4)
-        assert rows["twins"].values == {"data": 0, "policy": 0, "random": 0, "visits": 0}
+        assert rows["critics"].values == {"data": 0, "policy": 0, "random": 0, "visits": 0}
         bias = (level + scene.visits.actions[:, 0] - scene.visits.returns).mean()
         spread = np.std(
             [float(g) for rewards in data.rewards.view(150, 200) for g in measures.discounted_returns(rewards, 0.99)]
