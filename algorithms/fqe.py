@@ -143,6 +143,7 @@ def load(args: Args, dataset: Dataset) -> Policy:
         policy = load_policy(run_dir or "")
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
+    check(not policy.discrete, f"{where}: the policy's actions are discrete, and this script is for continuous ones")
     found = len(policy.observation_mean), len(policy.action_low)
     expected = dataset.observation_dim, len(dataset.action_low)
     sizes = f"{where}: the policy has observation and action sizes {found}, {dataset.dataset_id} has {expected}"

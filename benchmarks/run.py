@@ -302,7 +302,7 @@ def main(args: Args) -> None:
     ]
     same_arguments(out, args.script)
     for dataset_id in args.datasets:
-        load_dataset(dataset_id)  # once, before many processes ask for it at a time
+        load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
     pending = [cell for cell in cells if not (cell.folder / "result.json").exists()]
     print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done; the first to run:", flush=True)
     if pending:

@@ -1,4 +1,4 @@
-"""Where data comes from: the built-in dataset, Minari (local or downloaded), and HDF5 files in D4RL's layout.
+"""Where data comes from: the built-in datasets, Minari (local or downloaded), and HDF5 files in D4RL's layout.
 
 `load_dataset` turns an id or a path into a `Dataset`: checked metadata and an iterator over checked episodes, one at a
 time, so that loading holds the training tensors and one episode, no more. Nothing that a dataset says is run as code.
@@ -27,6 +27,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
+BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
 
 
 class BadInput(ValueError):
@@ -57,7 +58,7 @@ class Episode(NamedTuple):
     """One episode of T steps, in the environment's own units."""
 
     observations: np.ndarray  # [T, observation_dim]
-    actions: np.ndarray  # [T, action_dim]
+    actions: np.ndarray  # [T, action_dim], or [T] where they are discrete
     rewards: np.ndarray  # [T]
     next_observations: np.ndarray  # [T, observation_dim]
     terminations: np.ndarray  # [T], true where the environment ended the episode; a time limit does not
@@ -70,7 +71,7 @@ class Dataset:
     dataset_id: str
     num_steps: int  # at least as many as the transitions that `read_episodes` yields
     observation_dim: int
-    action_low: np.ndarray  # [action_dim], as is action_high
+    action_low: np.ndarray  # [action_dim], as is action_high; of discrete actions [1], the first and the last number
     action_high: np.ndarray
     read_episodes: Callable[[], Iterator[Episode]] = field(repr=False)
     env_id: str | None = None
@@ -78,18 +79,23 @@ class Dataset:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     max_episode_steps: int | None = None
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
+    discrete: bool = False  # actions are whole numbers
 
 
-def load_dataset(dataset_id: str, env_id: str | None = None) -> Dataset:
+def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | None = False) -> Dataset:
     """Finds a built-in id, a Minari id (local first, else downloaded), or the path of an HDF5 file in D4RL's layout.
 
     `env_id` names the evaluation environment and overrides the one in the dataset's metadata.
-    Raises BadInput if there is no such dataset, or if its spaces are not vectors of numbers with bounded actions.
+    Raises BadInput if there is no such dataset, if its observations are not vectors of numbers, or if its actions are
+    not bounded vectors or, with `discrete`, not the numbers of a Discrete space; None takes either.
     """
     if dataset_id.endswith((".hdf5", ".h5")):
+        todo = "write discrete actions as a Minari dataset (minari.create_dataset_from_buffers)"
+        check(not discrete, f"{dataset_id}: files in D4RL's layout are for continuous actions: {todo}")
         return _open_d4rl(Path(dataset_id), env_id)
     if dataset_id.startswith("anchorl/"):
-        check(dataset_id == BUILT_IN_ID, f"unknown built-in dataset {dataset_id!r}: there is {BUILT_IN_ID}")
+        known = f"there are {' and '.join(_MAKERS)}"
+        check(dataset_id in _MAKERS, f"unknown built-in dataset {dataset_id!r}: {known}")
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError):  # the latter for an id without version
@@ -98,11 +104,11 @@ def load_dataset(dataset_id: str, env_id: str | None = None) -> Dataset:
     try:
         if not (get_dataset_path(dataset_id) / "data").exists():
             with scratch_root(dataset_id, same_data=True):
-                _make_pendulum() if dataset_id == BUILT_IN_ID else _download(dataset_id)
+                _MAKERS[dataset_id]() if dataset_id in _MAKERS else _download(dataset_id)
     except OSError as error:
         advice = "point MINARI_DATASETS_PATH to a folder that can be written"
         raise BadInput(f"cannot write {dataset_id} to the datasets folder ({one_line(error)}): {advice}") from None
-    return _open_minari(dataset_id, env_id)
+    return _open_minari(dataset_id, env_id, discrete)
 
 
 @contextlib.contextmanager
@@ -159,8 +165,18 @@ def _flat_keys(space: gym.spaces.Dict) -> list[str]:
     return sorted(space)  # the order in which Minari stores them
 
 
-def action_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent."""
+def action_bounds(space: gym.Space, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent or, with
+    `discrete`, a Discrete one, whose first and last number are given as [1] each.
+    """
+    other = "README.md says which scripts are for these"
+    if discrete:
+        if not isinstance(space, gym.spaces.Discrete):
+            raise BadInput(f"actions must be numbered (a Discrete), not {space}: {other}")
+        check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
+        return np.array([space.start]), np.array([space.start + space.n - 1])
+    if isinstance(space, gym.spaces.Discrete):
+        raise BadInput(f"actions must be vectors of real numbers (a Box), not {space}: {other}")
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
@@ -181,7 +197,7 @@ def _download(dataset_id: str) -> None:
         raise BadInput(f"{dataset_id} is not local, and its download failed ({one_line(error)}): {advice}") from None
 
 
-def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
+def _open_minari(dataset_id: str, env_id: str | None, discrete: bool | None) -> Dataset:
     path = get_dataset_path(dataset_id) / "data"
     with _reading(f"dataset {dataset_id} in {path}"):
         metadata = MinariStorage.read_raw_metadata(path)
@@ -192,8 +208,10 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         spec = dict(json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"))
         kwargs = dict(spec.get("kwargs") or {})
         low_score, high_score = (float(metadata.get(f"ref_{end}_score", math.nan)) for end in ("min", "max"))
+    if discrete is None:
+        discrete = isinstance(dataset.action_space, gym.spaces.Discrete)
     try:
-        low, high = action_bounds(dataset.action_space)
+        low, high = action_bounds(dataset.action_space, discrete)
         observation_dim = flat_observation_dim(dataset.observation_space)
     except BadInput as error:
         raise BadInput(f"{dataset_id}: {error}") from None
@@ -212,6 +230,7 @@ def _open_minari(dataset_id: str, env_id: str | None) -> Dataset:
         env_kwargs=kwargs,
         max_episode_steps=spec.get("max_episode_steps"),
         reference_returns=(low_score, high_score) if known else None,
+        discrete=discrete,
     )
 
 
@@ -281,7 +300,9 @@ def _split_d4rl(data: dict[str, np.ndarray]) -> Iterator[Episode]:
             yield Episode(observations[rows], actions[rows], rewards[rows], following[: end - start], terminals[rows])
 
 
-# --- The built-in dataset -------------------------------------------------------------------------------------------
+# --- The built-in datasets ------------------------------------------------------------------------------------------
+
+Controller = Callable[[np.ndarray, np.random.Generator], Any]  # an observation to the environment's action
 
 
 def _good_controller(observation: np.ndarray) -> float:
@@ -293,42 +314,88 @@ def _good_controller(observation: np.ndarray) -> float:
     return math.copysign(2, speed) * (1 if missing_energy > 0 else -1)
 
 
-def _roll_out(env: gym.Env, seed: int, skill: float, noise: float = 0.0) -> EpisodeBuffer:
-    """One episode of the good controller: at each step with probability `skill`, else of random torque."""
+def _pendulum_controller(skill: float, noise: float = 0.0) -> Controller:
+    """The good controller with probability `skill` at each step, else random torque."""
+
+    def act(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        skilled, random = rng.random() < skill, rng.uniform(-2, 2)
+        torque = _good_controller(observation) + noise * rng.normal() if skilled else random
+        return np.clip([torque], -2, 2).astype(np.float32)
+
+    return act
+
+
+def _cartpole_controller(skill: float, weights: tuple[float, ...] = (0.05, 0.1, 1.0, 0.3)) -> Controller:
+    """With probability `skill` at each step a push to where the weighted sum of the cart's position and speed and the
+    pole's angle and speed points, else a random one. The default weights balance without an end.
+    """
+
+    def act(observation: np.ndarray, rng: np.random.Generator) -> int:
+        skilled, random = rng.random() < skill, rng.integers(2)
+        return int(observation @ weights > 0) if skilled else int(random)
+
+    return act
+
+
+def _roll_out(env: gym.Env, seed: int, act: Controller) -> EpisodeBuffer:
     rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     lists: dict[str, list] = {"actions": [], "rewards": [], "terminations": [], "truncations": []}
     episode = EpisodeBuffer(seed=seed, observations=[observation], **lists)
-    truncated = False
-    while not truncated:  # Pendulum-v1 never terminates: every episode is cut at 200 steps
-        skilled, random = rng.random() < skill, rng.uniform(-2, 2)
-        torque = _good_controller(observation) + noise * rng.normal() if skilled else random
-        action = np.clip([torque], -2, 2).astype(np.float32)
-        observation, reward, _, truncated, _ = env.step(action)
-        values = observation, action, float(reward), False, truncated
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = act(observation, rng)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        values = observation, action, float(reward), terminated, truncated
         for name, value in zip(("observations", *lists), values, strict=True):
             getattr(episode, name).append(value)
     return episode
 
 
 def _make_pendulum() -> None:
-    """Writes the built-in dataset: 30 good, 60 weak and 60 random episodes of Pendulum-v1, the same bits each time."""
-    print(f"making {BUILT_IN_ID} (once, a few seconds)", flush=True)
-    with gym.make("Pendulum-v1") as env:
-        plan = [(1.0, 0.4)] * 30 + [(0.3, 0.0)] * 60 + [(0.0, 0.0)] * 60  # skill and noise of each episode
-        episodes = [_roll_out(env, seed, *episode) for seed, episode in enumerate(plan)]
-        random_return, good_return = (
-            float(np.mean([sum(_roll_out(env, seed, skill).rewards) for seed in range(10_000, 10_050)]))
-            for skill in (0.0, 1.0)
+    """30 good, 60 weak and 60 random episodes of Pendulum-v1."""
+    good, weak, random = (_pendulum_controller(*arguments) for arguments in ((1.0, 0.4), (0.3, 0.0), (0.0, 0.0)))
+    what = "30 good, 60 weak and 60 random episodes"
+    task = "Swing a pendulum up and hold it; scores: random torque 0, the good controller 100"
+    _make(BUILT_IN_ID, "Pendulum-v1", [good] * 30 + [weak] * 60 + [random] * 60, what, task, _pendulum_controller(1.0))
+
+
+def _make_cartpole() -> None:
+    """10 good, 50 weak, 50 short-sighted and 50 random episodes of CartPole-v1."""
+    good, weak, random = (_cartpole_controller(skill) for skill in (0.9, 0.3, 0.0))
+    short_sighted = _cartpole_controller(1.0, (0.0, 0.0, 1.0, 0.0))  # looks at the angle alone, and overshoots
+    what = "10 good, 50 weak, 50 short-sighted and 50 random episodes"
+    task = "Balance a pole on a cart; scores: random pushes 0, the longest episode, of 500 steps, 100"
+    controllers = [good] * 10 + [weak] * 50 + [short_sighted] * 50 + [random] * 50
+    _make(BUILT_IN_DISCRETE_ID, "CartPole-v1", controllers, what, task, 500.0)
+
+
+def _make(
+    dataset_id: str, env_id: str, controllers: list[Controller], what: str, task: str, best: Controller | float
+) -> None:
+    """Writes a built-in dataset, the same bits each time: an episode of each of the controllers, of which the last is
+    random, which is score 0. Score 100 is the return of `best`.
+    """
+    print(f"making {dataset_id} (once, a few seconds)", flush=True)
+    with gym.make(env_id) as env:
+        episodes = [_roll_out(env, seed, act) for seed, act in enumerate(controllers)]
+        low, high = (
+            end
+            if isinstance(end, float)
+            else float(np.mean([sum(_roll_out(env, seed, end).rewards) for seed in range(10_000, 10_050)]))
+            for end in (controllers[-1], best)
         )
     minari.create_dataset_from_buffers(
-        BUILT_IN_ID,
+        dataset_id,
         episodes,
-        env="Pendulum-v1",
-        ref_min_score=random_return,
-        ref_max_score=good_return,
+        env=env_id,
+        ref_min_score=low,
+        ref_max_score=high,
         num_episodes_average_score=50,
-        algorithm_name="scripted controllers: 30 good, 60 weak and 60 random episodes",
+        algorithm_name=f"scripted controllers: {what}",
         author="AnchoRL",
-        description="Swing a pendulum up and hold it; scores: random torque 0, the good controller 100",
+        description=task,
     )
+
+
+_MAKERS = {BUILT_IN_ID: _make_pendulum, BUILT_IN_DISCRETE_ID: _make_cartpole}

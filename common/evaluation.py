@@ -11,7 +11,15 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 
-from common.datasets import BadInput, Dataset, check, flat_observation_dim, flatten_observations, one_line
+from common.datasets import (
+    BadInput,
+    Dataset,
+    action_bounds,
+    check,
+    flat_observation_dim,
+    flatten_observations,
+    one_line,
+)
 from common.files import load, save
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
@@ -19,7 +27,8 @@ EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation
 
 class Policy:
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], both as the environment
-    has them. `actor` maps normalised observations to actions in [-1, 1].
+    has them. `actor` maps normalised observations to actions in [-1, 1]; or to a preference for each of the discrete
+    actions, of which the policy takes the first of the highest: whole numbers [N].
     """
 
     def __init__(
@@ -29,8 +38,9 @@ class Policy:
         observation_std: Tensor,
         action_low: np.ndarray,
         action_high: np.ndarray,
+        discrete: bool = False,
     ):
-        self.actor = actor
+        self.actor, self.discrete = actor, discrete
         self.observation_mean, self.observation_std = observation_mean, observation_std
         self.action_low, self.action_high = action_low, action_high
         self.center, self.half_range = (action_high + action_low) / 2, (action_high - action_low) / 2
@@ -42,15 +52,17 @@ class Policy:
             raise ValueError(f"observations must have shape [N, {expected}], not {list(np.shape(observations))}")
         inputs = torch.from_numpy(np.asarray(observations, dtype=np.float32)).to(self.observation_mean.device)
         actions = self.actor((inputs - self.observation_mean) / self.observation_std).cpu().numpy()
+        if self.discrete:
+            return self.action_low[0] + actions.argmax(axis=1)
         return np.clip(self.center + self.half_range * actions, self.action_low, self.action_high)
 
 
 def save_policy(path: Path, policy: Policy) -> None:
     """Writes all that acting needs: the weights of `policy.actor.net` (an MLP with ReLU between layers and tanh at its
-    end) or, of an actor without it, all that _BestCandidate acts with; the observation normalisation, the action range.
-    The file loads with `torch.load(weights_only=True)`.
+    end) or, of an actor without it, all that _BestCandidate or _Preference acts with; the observation normalisation,
+    the action range. The file loads with `torch.load(weights_only=True)`.
     """
-    if isinstance(policy.actor, _BestCandidate):  # one that was loaded
+    if isinstance(policy.actor, (_BestCandidate, _Preference)):  # one that was loaded
         weights = policy.actor.weights
     else:
         weights = getattr(policy.actor, "net", policy.actor).state_dict()
@@ -60,7 +72,7 @@ def save_policy(path: Path, policy: Policy) -> None:
         "observation_std": policy.observation_std.cpu(),
         "action_low": torch.from_numpy(policy.action_low),
         "action_high": torch.from_numpy(policy.action_high),
-    }
+    } | ({"discrete": True} if policy.discrete else {})
     save(state, path)
 
 
@@ -68,7 +80,8 @@ def load_policy(run_dir: str | Path) -> Policy:
     """The trained policy of a run folder, ready to act on the CPU: `actions = load_policy("runs/...")(observations)`.
 
     Observations [N, observation_dim] are in the environment's own scale (Dicts flattened by `flatten_observations`),
-    actions [N, action_dim] in its range. Raises BadInput if the folder holds no readable policy.pt.
+    actions [N, action_dim] in its range, or [N] the numbers of discrete ones. Raises BadInput if the folder holds no
+    readable policy.pt.
     """
     path = Path(run_dir) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
@@ -76,21 +89,25 @@ def load_policy(run_dir: str | Path) -> Policy:
         state = load(path)
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"cannot read {path}: {one_line(error)}") from None
-    weights = state["actor"]
+    weights, discrete = state["actor"], state.get("discrete", False)
+    form: Any = _Preference if discrete else _BestCandidate if "latents" in weights else _mlp
     return Policy(
-        _BestCandidate(weights) if "latents" in weights else _mlp(weights),
+        form(weights),
         state["observation_mean"],
         state["observation_std"],
         state["action_low"].numpy(),
         state["action_high"].numpy(),
+        discrete,
     )
 
 
-def _mlp(weights: dict[str, Tensor]) -> nn.Sequential:
+def _mlp(weights: dict[str, Tensor], prefix: str = "", output: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    """The network whose weights' names begin with `prefix`."""
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     layers: list[nn.Module] = []
     for name in (name for name in weights if name.endswith("weight")):
         layers += [nn.Linear(*weights[name].shape[::-1]), nn.ReLU()]
-    actor = nn.Sequential(*layers[:-1], nn.Tanh())
+    actor = nn.Sequential(*layers[:-1], output())
     actor.load_state_dict(weights)
     return actor
 
@@ -104,10 +121,7 @@ class _BestCandidate(nn.Module):
         super().__init__()
         self.weights = weights
         self.latents, self.phi = weights["latents"], weights["perturbation.phi"]
-        self.decoder, self.perturbation = (
-            _mlp({name.removeprefix(net): weights[name] for name in weights if name.startswith(net)})
-            for net in ("decoder.net.", "perturbation.net.")
-        )
+        self.decoder, self.perturbation = (_mlp(weights, net) for net in ("decoder.net.", "perturbation.net."))
         critic = [weights[name][:1] for name in weights if name.startswith("critic")]  # of the twins, the first
         self.critic = list(zip(critic[::2], critic[1::2], strict=True))
 
@@ -122,6 +136,28 @@ class _BestCandidate(nn.Module):
             x = torch.baddbmm(bias, torch.relu(x) if index else x, weight)
         best = x.view(candidates.shape[:2]).argmax(dim=0)
         return candidates.take_along_dim(best[None, :, None], dim=0)[0]
+
+
+class _Preference(nn.Module):
+    """Discrete actions: Q(s, .) and, with a model beta(. | s) of the data's actions, bc_weight log beta added, and -inf
+    where beta is not above `threshold` times its highest.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.critic = _mlp(weights, "critic.net.", nn.Identity)
+        modelled = any(name.startswith("behaviour.") for name in weights)
+        self.behaviour = _mlp(weights, "behaviour.net.", nn.Identity) if modelled else None
+        self.threshold, self.bc_weight = (weights.get(name, torch.zeros(())) for name in ("threshold", "bc_weight"))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        q = self.critic(observations)
+        if self.behaviour is None:
+            return q
+        log_beta = self.behaviour(observations).log_softmax(dim=-1)
+        unlikely = log_beta - log_beta.amax(dim=-1, keepdim=True) <= self.threshold.log()  # the logarithm of 0 is -inf
+        return (q + self.bc_weight * log_beta).masked_fill(unlikely, -torch.inf)
 
 
 def registered(env_id: str) -> EnvSpec | None:
@@ -177,13 +213,18 @@ def make_environments(dataset: Dataset, num_episodes: int, trust: bool = False) 
         ]
     except BadInput as error:
         return _skip(str(error))
-    found = flat_observation_dim(environments[0].observation_space), *(environments[0].action_space.shape or ())
-    expected = dataset.observation_dim, len(dataset.action_low)
-    check(
-        found == expected,
-        f"{dataset.env_id} has observation and action sizes {found}, {dataset.dataset_id} has {expected}",
-    )
+    space = environments[0].action_space
+    numbers = action_bounds(space, discrete=True) if isinstance(space, gym.spaces.Discrete) else None
+    found = _sizes(flat_observation_dim(environments[0].observation_space), space.shape, numbers)
+    numbers = (dataset.action_low, dataset.action_high) if dataset.discrete else None
+    expected = _sizes(dataset.observation_dim, dataset.action_low.shape, numbers)
+    check(found == expected, f"{env_id} has {found}, {dataset.dataset_id} has {expected}")
     return environments
+
+
+def _sizes(observation_dim: int, shape: Any, numbers: tuple[np.ndarray, np.ndarray] | None) -> str:
+    actions = f"of shape {shape}" if numbers is None else f"numbered {numbers[0][0]} to {numbers[1][0]}"
+    return f"observations of size {observation_dim} and actions {actions}"
 
 
 def _warn(message: str) -> None:

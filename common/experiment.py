@@ -260,8 +260,8 @@ class Run:
         self.device = buffer.storage.device
         default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
-        bounds = self.dataset.action_low, self.dataset.action_high
-        self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *bounds)
+        actions = self.dataset.action_low, self.dataset.action_high, self.dataset.discrete
+        self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *actions)
         self.step, self.stopped_by, self.suspected = 0, 0, False
         self.before: dict[str, Any] = {}  # the checkpoint of before an update that is evaluated
         self.evaluations: list[dict[str, float]] = []
@@ -330,14 +330,17 @@ class Run:
         """True every `every` updates and after the last one."""
         return step % every == 0 or step == self.args.num_updates
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Mean and standard deviation of the deterministic policy's returns, and its score; no environment, nothing."""
+    def evaluate(self, step: int, gamma: float | None = None) -> dict[str, float]:
+        """Mean and standard deviation of the deterministic policy's returns, and its score; with `gamma` also the mean
+        of the returns discounted by it, of the same episodes played again. No environment, nothing.
+        """
         if self.environments is None:
             return {}
         self._check_weights(step)  # simulators fail in ways of their own on actions that are not numbers
         began = time.perf_counter()
         try:
             returns = evaluate(self.policy, self.environments)
+            discounted = None if gamma is None else evaluate(self.policy, self.environments, gamma)
         except Stopped:  # this update is not over without its row: it will be done again
             if self.before:
                 self._write_checkpoint(self.before)
@@ -346,6 +349,8 @@ class Run:
         score = normalized_score(metrics["eval/return_mean"], self.dataset)
         if score is not None:
             metrics["eval/score"] = score
+        if discounted is not None:
+            metrics["eval/discounted_return"] = float(discounted.mean())
         self.evaluations.append({"step": step} | metrics)
         self.progress.set_postfix_str(_headline(metrics))
         self.pause_seconds += time.perf_counter() - began

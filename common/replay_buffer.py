@@ -11,10 +11,10 @@ from common.datasets import BadInput, Dataset, check
 
 
 class Batch(NamedTuple):
-    """Transitions, float32, on the buffer's device."""
+    """Transitions, float32 (but for discrete actions), on the buffer's device."""
 
     observations: Tensor  # [batch, observation_dim], normalised as the buffer is
-    actions: Tensor  # [batch, action_dim], scaled to [-1, 1]
+    actions: Tensor  # [batch, action_dim], scaled to [-1, 1]; discrete ones [batch], int64, counted from 0
     rewards: Tensor  # [batch]
     next_observations: Tensor  # [batch, observation_dim]
     terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
@@ -32,14 +32,18 @@ class ReplayBuffer:
 
     Attributes (N transitions, E episodes): `transitions`, a Batch of views [N, ...] on the storage; `episode_starts`
     and `episode_lengths` [E], in rows; `episode_returns` [E], undiscounted, in the environment's units; `mean_return`,
-    that of the whole dataset; `observation_mean`, `observation_std` [observation_dim]; `fingerprint`, a hash of it all.
+    that of the whole dataset; `observation_mean`, `observation_std` [observation_dim]; `fingerprint`, a hash of it all;
+    `num_actions`, how many there are, if they are discrete. Those are one float32 column of the storage, and converted
+    where they leave it; in `transitions` they are a copy.
 
-    Raises BadInput if the dataset is empty or an episode holds a non-finite number or arrays of different lengths.
+    Raises BadInput if the dataset is empty or an episode holds a non-finite number, a discrete action that the space
+    does not have, or arrays of different lengths.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
         self.dataset = dataset
         self.observation_dim, self.action_dim = dataset.observation_dim, len(dataset.action_low)
+        self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         # a row is observation | action | reward | next observation | termination
         storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         lengths, returns = self._fill(storage, dataset)
@@ -74,11 +78,16 @@ class ReplayBuffer:
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
 
     def _split(self, rows: Tensor) -> Batch:
-        return _split(rows, self.observation_dim, self.action_dim)
+        batch = _split(rows, self.observation_dim, self.action_dim)
+        return batch._replace(actions=batch.actions.squeeze(1).long()) if self.num_actions else batch
 
     def _fill(self, storage: Tensor, dataset: Dataset) -> tuple[list[int], list[float]]:
-        """Copies the episodes, actions mapped from the environment's range to [-1, 1]. Gives lengths and returns."""
-        columns = self._split(storage)._asdict()
+        """Copies the episodes, actions mapped from the environment's range to [-1, 1], discrete ones counted from 0.
+        Gives lengths and returns.
+        """
+        columns = _split(storage, self.observation_dim, self.action_dim)._asdict()
+        if dataset.discrete:
+            columns["actions"] = columns["actions"].squeeze(1)
         center = (dataset.action_high + dataset.action_low) / 2
         half_range = (dataset.action_high - dataset.action_low) / 2
         lengths, returns, end = [], [], 0
@@ -88,6 +97,8 @@ class ReplayBuffer:
             check(end <= len(storage), f"{where}: more steps than the metadata says ({dataset.num_steps})")
             for name, values in episode._asdict().items():
                 check(not np.iscomplexobj(values), f"{where}: {name} are complex numbers")
+                if name == "actions" and dataset.discrete:  # subtracted before the rounding to float32
+                    values = np.asarray(values, dtype=np.float64) - int(dataset.action_low[0])
                 with np.errstate(over="ignore"):
                     values = np.asarray(values, dtype=np.float32)
                 target = columns[name][start:end]
@@ -98,13 +109,23 @@ class ReplayBuffer:
                     place = tuple(np.argwhere(~finite)[0])
                     what = f"{name} hold {values[place]}; repair or remove that episode"
                     raise BadInput(f"{where}, step {place[0]}: {what}")
-                if name == "actions":  # one beyond the bounds acted as if it were on them: environments clip
+                if name == "actions" and dataset.discrete:
+                    self._check_numbers(values, where)
+                elif name == "actions":  # one beyond the bounds acted as if it were on them: environments clip
                     values = np.clip((values - center) / half_range, -1, 1)
                 target.copy_(torch.from_numpy(values))
             lengths.append(end - start)
             returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         return lengths, returns
+
+    def _check_numbers(self, indices: np.ndarray, where: str) -> None:
+        """Raises BadInput unless all of the `indices` [T] of discrete actions are such."""
+        strangers = np.flatnonzero((indices < 0) | (indices >= self.num_actions) | (indices % 1 != 0))
+        if len(strangers):
+            low, high = int(self.dataset.action_low[0]), int(self.dataset.action_high[0])
+            found = f"action {indices[strangers[0]] + low:g} is not a whole number from {low} to {high}"
+            raise BadInput(f"{where}, step {strangers[0]}: {found}; repair or remove that episode")
 
 
 class RingBuffer:

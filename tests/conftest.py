@@ -24,7 +24,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from common.datasets import BUILT_IN_ID, Episode, load_dataset
+from common.datasets import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, Episode, load_dataset
 from common.datasets import _read_minari as read_minari
 from common.evaluation import Policy, save_policy
 from common.experiment import launch
@@ -32,6 +32,7 @@ from common.replay_buffer import Batch, ReplayBuffer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
+DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # which learn from anchorl/cartpole/mixed-v0
 ALGORITHMS = [name for name in SCRIPTS if name not in ("sac", "fqe")]  # those that learn from a dataset how to act
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
@@ -68,6 +69,17 @@ def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def pendulum(datasets_path: Path) -> ReplayBuffer:
     return ReplayBuffer(load_dataset(BUILT_IN_ID), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def cartpole(datasets_path: Path) -> ReplayBuffer:
+    return ReplayBuffer(load_dataset(BUILT_IN_DISCRETE_ID, discrete=True), torch.device("cpu"))
+
+
+@pytest.fixture
+def data(algorithm: str, request: pytest.FixtureRequest) -> ReplayBuffer:
+    """The built-in dataset that the algorithm of a test learns from."""
+    return request.getfixturevalue("cartpole" if algorithm in DISCRETE else "pendulum")
 
 
 @pytest.fixture
@@ -118,6 +130,10 @@ def random_batch(batch_size: int = 8, observation_dim: int = 3, action_dim: int 
     terminations = (torch.arange(batch_size) % 3 == 0).float()
     observations, actions = normal(batch_size, observation_dim), normal(batch_size, action_dim).tanh()
     return Batch(observations, actions, normal(batch_size), normal(batch_size, observation_dim), terminations)
+
+
+def discrete_batch(num_actions: int = 3) -> Batch:
+    return random_batch()._replace(actions=torch.arange(8) % num_actions)
 
 
 def numpy_mlp(net: torch.nn.Sequential, inputs: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import ALGORITHMS, SHORT, SHORTER, run_script
+from conftest import ALGORITHMS, DISCRETE, SHORT, SHORTER, run_script
 from torch import Tensor
 
 from common.compile import _eager_seconds, _say_when_it_pays_off, compiled
@@ -24,9 +24,15 @@ def double_precision():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
-    [(name, {}) for name in ALGORITHMS] + [("cql", {"variant": "rho", "lagrange": True}), ("cql", {"variant": "var"})],
+    [(name, {}) for name in ALGORITHMS]
+    + [
+        ("cql", {"variant": "rho", "lagrange": True}),
+        ("cql", {"variant": "var"}),
+        ("discrete_cql", {"bc_weight": 1.0}),
+        ("fqi", {"double": True}),
+    ],
 )
-def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, double_precision):
+def test_compiled_updates_equal_eager_ones(algorithm, arguments, data, double_precision):
     """Compiled losses must train to the same weights, or their speed means nothing.
 
     In double precision: Adam turns the rounding of a gradient near zero into a step as long as any other.
@@ -36,11 +42,12 @@ def test_compiled_updates_equal_eager_ones(algorithm, arguments, pendulum, doubl
     for compile in (False, True):
         args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, **arguments)
         torch.manual_seed(0)
-        learner = module.build(3, 1, args, device)
+        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device)
         initial = [weight.clone() for weight in learner.actor.parameters()]
         train = compiled(module.update, args, device)
         for step in range(1, 31):
-            train(learner, Batch(*(tensor.double() for tensor in pendulum.sample(64))), step, args)
+            batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in data.sample(64)]
+            train(learner, Batch(*batch), step, args)
         finals.append(
             [
                 weight.detach().clone()
@@ -101,16 +108,16 @@ def test_when_a_graph_pays_off_is_said(capsys):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_bf16_rounds_the_products_alone(algorithm, pendulum):
+def test_bf16_rounds_the_products_alone(algorithm, data):
     """Weights stay float32; an update is near float32's, and not the same."""
     module, device = importlib.import_module(algorithm), torch.device("cpu")
     steps = []
     for precision in ("float32", "bf16"):
         args = module.Args(hidden_dims=(16, 16), precision=precision, batch_size=64)
         torch.manual_seed(0)
-        learner = module.build(3, 1, args, device)
+        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device)
         before = torch.cat([weight.detach().flatten() for weight in learner.actor.parameters()])
-        metrics = compiled(module.update, args, device)(learner, pendulum.sample(64), 2, args)
+        metrics = compiled(module.update, args, device)(learner, data.sample(64), 2, args)
         weights = list(learner.actor.parameters())
         assert all(weight.dtype == torch.float32 for weight in weights)
         assert all(value.isfinite() for value in metrics.values())
@@ -136,11 +143,12 @@ def train_on_cuda(algorithm: str, compile: bool, num_updates: int, sync_debug_mo
     module = importlib.import_module(algorithm)
     args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, device="cuda")
     torch.manual_seed(0)
-    learner = module.build(3, 1, args, CUDA)
+    learner = module.build(3, 2 if algorithm in DISCRETE else 1, args, CUDA)
     update = compiled(module.update, args, CUDA)
     for step in range(1, num_updates + 1):
         x = torch.randn(64, 9, device=CUDA)
-        batch = Batch(x[:, :3], x[:, 3:4].tanh(), x[:, 4], x[:, 5:8], (x[:, 8] > 1).to(x.dtype))
+        actions = (x[:, 3] > 0).long() if algorithm in DISCRETE else x[:, 3:4].tanh()
+        batch = Batch(x[:, :3], actions, x[:, 4], x[:, 5:8], (x[:, 8] > 1).to(x.dtype))
         torch.cuda.set_sync_debug_mode(sync_debug_mode if step > 2 else "default")
         update(learner, batch, step, args)
     torch.cuda.set_sync_debug_mode("default")

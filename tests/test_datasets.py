@@ -14,7 +14,7 @@ import torch
 from conftest import random_episode
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from common.datasets import BUILT_IN_ID, BadInput, load_dataset
+from common.datasets import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, BadInput, load_dataset
 from common.evaluation import make_environments, normalized_score
 from common.replay_buffer import ReplayBuffer
 
@@ -41,6 +41,32 @@ def test_the_built_in_dataset_has_the_same_bits_each_time(pendulum, tmp_path, mo
     assert again.fingerprint == pendulum.fingerprint
     assert again.dataset.reference_returns == pendulum.dataset.reference_returns
     assert sorted(os.listdir(tmp_path)) == ["anchorl"]  # nothing half-made is left
+
+
+def test_the_built_in_dataset_with_discrete_actions(cartpole):
+    dataset = minari.load_dataset(BUILT_IN_DISCRETE_ID)
+    assert dataset.total_episodes == 160 and dataset.action_space == gym.spaces.Discrete(2)
+    assert dataset.env_spec.id == cartpole.dataset.env_id == "CartPole-v1"
+    assert [normalized_score(value, cartpole.dataset) for value in (cartpole.dataset.reference_returns[0], 500)] == [
+        0,
+        100,
+    ]
+    scores = [normalized_score(float(value), cartpole.dataset) for value in cartpole.episode_returns]
+    good, weak, short_sighted, random = (np.mean(scores[a:b]) for a, b in ((0, 10), (10, 60), (60, 110), (110, 160)))
+    assert good == 100
+    assert 0 < random + 3 < 6 and 3 < weak < 15 and 1 < short_sighted < 10
+    data = cartpole.transitions
+    ends = cartpole.episode_starts + cartpole.episode_lengths - 1
+    np.testing.assert_array_equal(data.terminations[ends], cartpole.episode_lengths < 500)  # the time limit is no end
+    assert data.terminations.sum() == 150
+    assert (data.actions.dtype, data.actions.unique().tolist()) == (torch.int64, [0, 1])
+
+
+def test_the_built_in_dataset_with_discrete_actions_has_the_same_bits_each_time(cartpole, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    again = ReplayBuffer(load_dataset(BUILT_IN_DISCRETE_ID, discrete=True), CPU)
+    assert again.fingerprint == cartpole.fingerprint
+    assert again.dataset.reference_returns == cartpole.dataset.reference_returns
 
 
 def make_at_once(barrier):
@@ -156,7 +182,11 @@ def test_damaged_data_file(make_dataset, datasets_path):
 
 IMAGE = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
 REFUSED = {
-    "discrete": ({"action_space": gym.spaces.Discrete(3)}, {"actions": np.zeros(30, np.int64)}, "actions must be"),
+    "discrete": (
+        {"action_space": gym.spaces.Discrete(3)},
+        {"actions": np.zeros(30, np.int64)},
+        r"actions must be vectors of real numbers \(a Box\), not Discrete\(3\)",
+    ),
     "unbounded": ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, {}, "finite bounds"),
     "image": ({"observation_space": IMAGE}, {"observations": np.zeros((31, 32, 32, 3), np.uint8)}, "images"),
     "discrete observations": (
@@ -173,6 +203,36 @@ def test_refuses_spaces_it_cannot_train_on(make_dataset, name):
     dataset_id = make_dataset(episodes=[random_episode(0, **fields)], **spaces)
     with pytest.raises(BadInput, match=rf"test/data-v0: .*{message}"):
         load_dataset(dataset_id)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unbounded", r"actions must be numbered \(a Discrete\), not Box"),
+        ("discrete observations", "observations must be"),
+    ],
+)
+def test_refuses_spaces_it_cannot_train_discrete_actions_on(make_dataset, name, message):
+    spaces, fields, _ = REFUSED[name]
+    if name == "discrete observations":
+        spaces, fields = spaces | REFUSED["discrete"][0], fields | REFUSED["discrete"][1]
+    dataset_id = make_dataset(episodes=[random_episode(0, **fields)], **spaces)
+    with pytest.raises(BadInput, match=rf"test/data-v0: .*{message}"):
+        load_dataset(dataset_id, discrete=True)
+
+
+def test_more_actions_than_can_be_stored_are_refused(make_dataset):
+    space = gym.spaces.Discrete(2**24 + 1)
+    dataset_id = make_dataset(episodes=[random_episode(0, actions=np.zeros(30, np.int64))], action_space=space)
+    with pytest.raises(BadInput, match="16777217 actions are more than"):
+        load_dataset(dataset_id, discrete=True)
+
+
+def test_takes_either_kind_of_actions_where_asked_to(make_dataset):
+    spaces, fields, _ = REFUSED["discrete"]
+    make_dataset("test/discrete-v0", [random_episode(0, **fields)], **spaces)
+    make_dataset("test/box-v0")
+    assert [load_dataset(name, discrete=None).discrete for name in ("test/discrete-v0", "test/box-v0")] == [True, False]
 
 
 def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_path, monkeypatch, capsys):
@@ -292,6 +352,11 @@ def test_d4rl_file_takes_action_bounds_from_the_environment(d4rl_file):
     dataset = load_dataset(path, "Pendulum-v1")
     assert (dataset.env_id, dataset.action_high.tolist()) == ("Pendulum-v1", [2])
     np.testing.assert_allclose(ReplayBuffer(dataset, CPU).transitions.actions[0], arrays["actions"][0] / 2)
+
+
+def test_d4rl_file_for_discrete_actions_is_refused(d4rl_file):
+    with pytest.raises(BadInput, match="are for continuous actions: write discrete actions as a Minari dataset"):
+        load_dataset(d4rl_file()[0], discrete=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import sys
 from typing import ClassVar
 
 import bcq
+import discrete_bcq
+import discrete_cql
+import fqi
 import gymnasium as gym
 import iql
 import numpy as np
@@ -133,6 +136,76 @@ def test_load_policy_needs_neither_scripts_nor_dataset(any_policy, tmp_path):
     run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout.strip(" []\n")) == pytest.approx(any_policy(np.zeros((1, 3)))[0, 0], rel=1e-5)
+
+
+PREFERENCES = [
+    fqi.Args(hidden_dims=(16, 8)),
+    discrete_cql.Args(hidden_dims=(16, 8), bc_weight=2.0),
+    discrete_bcq.Args(hidden_dims=(16, 8), threshold=0.9),
+]
+
+
+@pytest.fixture(params=PREFERENCES, ids=lambda args: args.algorithm)
+def discrete_policy(request):
+    """Of four actions, numbered from 5."""
+    torch.manual_seed(0)
+    actor = sys.modules[request.param.algorithm].Actor(3, 4, request.param)
+    with torch.no_grad():
+        for weight in actor.parameters():
+            weight.mul_(3)  # so that actions, and those that are likely, differ from state to state
+    return Policy(
+        actor, torch.tensor([0.5, 0.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), np.array([5]), np.array([8]), True
+    )
+
+
+def test_a_policy_of_discrete_actions_takes_the_highest_preference(discrete_policy):
+    observations = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    actions = discrete_policy(observations)
+    normalised = torch.tensor((observations - [0.5, 0, 1]) / [1, 2, 3], dtype=torch.float32)
+    with torch.no_grad():
+        preferences = discrete_policy.actor(normalised).numpy()
+    assert (actions.dtype, actions.shape) == (np.int64, (200,))
+    assert actions.tolist() == [5 + int(np.argmax(row)) for row in preferences]
+    assert len(set(actions.tolist())) > 1
+
+
+def test_a_policy_of_discrete_actions_goes_through_its_file(discrete_policy, tmp_path):
+    observations = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    for folder in (tmp_path / "first", tmp_path / "second"):  # the second of what was loaded from the first
+        folder.mkdir()
+        save_policy(folder / "policy.pt", discrete_policy)
+        loaded = load_policy(folder)
+        np.testing.assert_array_equal(loaded(observations), discrete_policy(observations))
+        assert loaded.actor is not discrete_policy.actor
+        discrete_policy = loaded
+
+
+def test_discrete_evaluation_is_the_episode_played_by_hand(cartpole):
+    torch.manual_seed(1)
+    actor = fqi.Actor(4, 2, fqi.Args(hidden_dims=(16, 8)))
+    bounds = cartpole.dataset.action_low, cartpole.dataset.action_high
+    policy = Policy(actor, torch.zeros(4), torch.ones(4), *bounds, discrete=True)
+    returns = evaluate(policy, make_environments(cartpole.dataset, 2))
+    for index in range(2):
+        env = gym.make("CartPole-v1")
+        observation, _ = env.reset(seed=10_000 + index)
+        total, done = 0.0, False
+        while not done:
+            with torch.no_grad():
+                action = int(actor(torch.tensor(observation)[None]).argmax())
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total, done = total + float(reward), terminated or truncated
+        assert returns[index] == total
+
+
+@pytest.mark.parametrize(("n", "first"), [(3, 0), (2, 1)])
+def test_environment_with_other_discrete_actions_is_refused(make_dataset, n, first):
+    fields = {"actions": np.full(30, first), "observations": np.zeros((31, 4), np.float32)}
+    spaces = {"action_space": gym.spaces.Discrete(n, start=first), "observation_space": gym.spaces.Box(-9, 9, (4,))}
+    dataset = load_dataset(make_dataset(episodes=[random_episode(0, **fields)], **spaces), "CartPole-v1", discrete=True)
+    message = f"CartPole-v1 has .* numbered 0 to 1, test/data-v0 has .* numbered {first} to {first + n - 1}"
+    with pytest.raises(BadInput, match=message):
+        make_environments(dataset, 1)
 
 
 def test_load_policy_without_policy(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 
 import fqe
+import fqi
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -381,12 +382,16 @@ def assert_refused(tmp_path, pattern, *arguments):
         ("none", "error: --policy-run-dir .*: no policy at "),
         ("junk", "error: --policy-run-dir .*: cannot read "),
         ("wide", r"error: --policy-run-dir .*: the policy has observation and action sizes \(7, 1\), .* has \(3, 1\)"),
+        ("discrete", "error: --policy-run-dir .*: the policy's actions are discrete"),
         ("range", "error: --policy-run-dir .*: the policy's range of actions is not that of anchorl/pendulum/mixed-v0"),
     ],
 )
 def test_a_policy_that_cannot_be_evaluated(policy, pattern, tmp_path):
     write_policy(tmp_path / "wide", observation_dim=7)
     write_policy(tmp_path / "range", high=1.0)
+    (tmp_path / "discrete").mkdir()
+    actor, ones = fqi.Actor(3, 2, fqi.Args(hidden_dims=(4,))), torch.ones(3)
+    save_policy(tmp_path / "discrete" / "policy.pt", Policy(actor, ones, ones, np.array([0]), np.array([1]), True))
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "policy.pt").write_bytes(b"junk")
     assert_refused(tmp_path, pattern, *([] if policy is None else ["--policy-run-dir", str(tmp_path / policy)]))

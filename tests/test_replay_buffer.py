@@ -45,6 +45,51 @@ def test_maps_actions_to_the_unit_box_and_clips_beyond_it(make_dataset):
     assert buffer.transitions.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [1, -1]]
 
 
+def discrete_dataset(make_dataset, actions, first=0, n=3, **fields):
+    episode = random_episode(0, len(actions), actions=np.asarray(actions), **fields)
+    return make_dataset(episodes=[episode], action_space=gym.spaces.Discrete(n, start=first))
+
+
+@pytest.mark.parametrize("first", [0, 1, -2, 2**40])
+def test_discrete_actions_are_integers_counted_from_0(make_dataset, first):
+    actions = np.array([0, 2, 1, 1, 0]) + first
+    buffer = ReplayBuffer(load_dataset(discrete_dataset(make_dataset, actions, first), discrete=True), CPU)
+    assert buffer.num_actions == 3
+    assert buffer.transitions.actions.tolist() == [0, 2, 1, 1, 0]
+    assert {name: column.dtype for name, column in buffer.sample(4)._asdict().items()} == {
+        name: torch.int64 if name == "actions" else torch.float32 for name in Batch._fields
+    }
+    assert buffer.sample(4).actions.shape == (4,)
+    assert [buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()] == [[first], [first + 2]]
+
+
+def test_samples_and_keeps_whole_rows_of_discrete_actions(make_dataset):
+    rewards = np.array([0.0, 1.0, 2.0, 3.0])
+    dataset_id = discrete_dataset(make_dataset, [5, 7, 6, 5], first=5, rewards=rewards)
+    buffer = ReplayBuffer(load_dataset(dataset_id, discrete=True), CPU)
+    batch = buffer.sample(1000)
+    for name, values in batch._asdict().items():
+        torch.testing.assert_close(values, getattr(buffer.transitions, name)[batch.rewards.long()])
+    buffer.keep_episodes(torch.tensor([True]))
+    assert buffer.transitions.actions.tolist() == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([1, 2, 4, 0], "step 2: action 4 is not a whole number from 1 to 3"),
+        ([1, 0, 1, 1], "step 1: action 0 is not a whole number from 1 to 3"),
+        ([1.0, 2.0, 3.0, 2.5], "step 3: action 2.5 is not a whole number from 1 to 3"),
+        ([1.0, 2.0, np.nan, 2.5], "step 2: actions hold nan"),
+        ([[1], [2], [3], [1]], r"actions of shape \(4, 1\) where its 4 rewards ask for \(4,\)"),
+    ],
+)
+def test_refuses_discrete_actions_that_the_space_lacks(make_dataset, actions, message):
+    dataset = load_dataset(discrete_dataset(make_dataset, actions, first=1), discrete=True)
+    with pytest.raises(BadInput, match=f"test/data-v0, episode 0.* {message}"):
+        ReplayBuffer(dataset, CPU)
+
+
 def test_flattens_goal_conditioned_observations(make_dataset):
     names = {"observation": 2, "achieved_goal": 1, "desired_goal": 1}
     space = gym.spaces.Dict({name: gym.spaces.Box(-np.inf, np.inf, (size,)) for name, size in names.items()})

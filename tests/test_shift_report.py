@@ -11,7 +11,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ALGORITHMS, ROOT, SHORT, SHORTER, random_episode, run_script
+from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, random_episode, run_script
 from matplotlib.image import imread
 
 from benchmarks.shift_report import Row, covered, headlines, judge_values, set_scene, table
@@ -187,7 +187,7 @@ def report(folder, *arguments):
     return run.stdout
 
 
-POLICIES = [name for name in ALGORITHMS if name != "fqe"]
+POLICIES = [name for name in ALGORITHMS if name not in DISCRETE]
 
 
 @pytest.mark.parametrize("algorithm", POLICIES)
@@ -392,6 +392,10 @@ def test_too_little_data(make_dataset, tmp_path):
     words = ["--dataset-id", dataset_id, "--num-updates", "1", *SHORT, "--run-dir", str(tmp_path / "run")]
     assert run_script("bc", *words).returncode == 0
     assert "99 transitions are too few for a report" in refuse(tmp_path / "run")
+
+
+def test_a_run_with_discrete_actions_is_refused(runs):
+    assert "actions must be vectors of real numbers (a Box), not Discrete(2)" in refuse(runs("fqi"))
 
 
 @pytest.mark.parametrize(

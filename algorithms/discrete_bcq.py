@@ -1,0 +1,214 @@
+"""Batch-constrained Q-learning for discrete actions: Double DQN among those that the data would take.
+
+A model beta of the data's actions says which are likely at a state; of these, and of no others, the policy takes the
+one with the highest Q, and so does the target. With Q' the target network, a slow copy of Q:
+
+    pi     = argmax_a Q(s, a)  over the a with  beta(a | s) / max_a' beta(a' | s) > threshold
+    y      = r + gamma (1 - termination) Q'(s', pi(s'))
+    L_Q    = E[ huber(y - Q(s, a)) ]
+    L_beta = E[ -log beta(a | s) + logit_penalty mean_a' logit(a' | s)^2 ]
+
+A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
+
+Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
+arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
+Differences: none in the losses from the authors' code, of which the penalty on logits is; observations are normalised.
+The target network follows slowly, as it does there in all but Atari.
+
+Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that `python algorithms/discrete_bcq.py` finds common/
+from common.compile import compiled
+from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "discrete_bcq"
+
+    dataset_id: str = BUILT_IN_DISCRETE_ID
+    """built-in id or Minari id (local first, else downloaded), with discrete actions"""
+    gamma: float = 0.99
+    """discount (paper)"""
+    threshold: float = 0.3
+    """of beta's probability, relative to the likeliest action's, above which an action may be taken (paper)"""
+    logit_penalty: float = 0.01
+    """weight of beta's squared logits in its loss (authors' code)"""
+    tau: float = 0.005
+    """rate at which the target network follows the critic (authors' code)"""
+    critic_learning_rate: float = 3e-4
+    """authors' code"""
+    behaviour_learning_rate: float = 3e-4
+    """beta's (authors' code)"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network (authors' code)"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "threshold", 0 <= self.threshold < 1, "must be in [0, 1)")
+        check_argument(self, "logit_penalty", 0 <= self.logit_penalty < math.inf, "must not be negative")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Critic(nn.Module):
+    """Q(s, a) of every action at once."""
+
+    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)  # [batch, num_actions]
+
+
+class Behaviour(nn.Module):
+    """beta(a | s): a model of the data's actions."""
+
+    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The logits of beta(. | s), [batch, num_actions]."""
+        return self.net(observations)
+
+
+class Actor(nn.Module):
+    """pi(s) = argmax_a Q(s, a) over the actions that beta finds likely."""
+
+    def __init__(self, observation_dim: int, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.critic = Critic(observation_dim, num_actions, args.hidden_dims)
+        self.behaviour = Behaviour(observation_dim, num_actions, args.hidden_dims)
+        self.register_buffer("threshold", torch.tensor(args.threshold))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """What the policy takes the highest of, -inf for unlikely actions: [batch, num_actions]."""
+        logits = self.behaviour(observations)
+        ratio = (logits - logits.amax(dim=1, keepdim=True)).exp()  # beta / max beta: what turns logits to it cancels
+        return self.critic(observations).masked_fill(ratio <= self.threshold, -torch.inf)
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    target_critic: Critic
+    optimizer: Adam
+
+
+def build(observation_dim: int, num_actions: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network."""
+    actor = Actor(observation_dim, num_actions, args).to(device)
+    groups = [
+        {"params": actor.critic.parameters(), "lr": args.critic_learning_rate},
+        {"params": actor.behaviour.parameters(), "lr": args.behaviour_learning_rate},
+    ]
+    target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
+    return Learner(actor, target_critic, Adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def of(actions: Tensor, q: Tensor) -> Tensor:
+    """Of q [batch, num_actions] the values of `actions` [batch]: [batch]."""
+    return q.gather(1, actions.unsqueeze(1)).squeeze(1)
+
+
+def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ huber(y - Q(s, a)) ],  y = r + gamma (1 - termination) Q'(s', pi(s'))"""
+    with torch.no_grad():
+        next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q and beta ...
+        next_q = of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+    q = of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
+    loss = F.smooth_l1_loss(q, target)
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def behaviour_loss(behaviour: Behaviour, batch: Batch, logit_penalty: float) -> tuple[Tensor, Metrics]:
+    """L_beta = E[ -log beta(a | s) + logit_penalty mean_a' logit(a' | s)^2 ]"""
+    logits = behaviour(batch.observations)
+    log_beta = -F.cross_entropy(logits, batch.actions)
+    loss = -log_beta + logit_penalty * logits.square().mean()
+    return loss, {"behaviour/loss": loss.detach(), "behaviour/log_prob": log_beta.detach()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of critic and beta, then the target network follows the critic. `step` counts from 1."""
+    loss, metrics = critic_loss(learner, batch, args)
+    loss_beta, metrics_beta = behaviour_loss(learner.actor.behaviour, batch, args.logit_penalty)
+    (loss + loss_beta).backward()  # each reaches the weights of one network only
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        target, critic = learner.target_critic.parameters(), learner.actor.critic.parameters()
+        torch._foreach_lerp_(list(target), list(critic), args.tau)
+    return metrics | metrics_beta
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.num_actions, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)

@@ -1,0 +1,221 @@
+"""Conservative Q-learning for discrete actions: Double DQN whose Q is made to doubt every action outside the data.
+
+The critic pays for high values of all actions and is paid for them at the data's. With so few actions nothing has to be
+sampled: the logarithm of the sum over them is exact. With Q' the target network, a slow copy of Q:
+
+    y   = r + gamma (1 - termination) Q'(s', pi(s'))                              (Double DQN)
+    L_Q = E[ (y - Q(s, a))^2 + cql_alpha gap(s, a) ],  gap = log sum_a' exp Q(s, a') - Q(s, a)        (eq. 4)
+    pi  = argmax_a Q(s, a) + bc_weight log beta(a | s)
+
+The gap is also the cross-entropy of softmax(Q) on the data's actions: discrete CQL is Double DQN with a term of
+behaviour cloning on Q itself. --bc-weight holds the policy instead ("DDQN+BC" with --cql-alpha 0): beta is a model of
+the data's actions, and an action must be worth more the more rarely the data take it:
+
+    L_beta = E[ -log beta(a | s) ]
+
+At weight 0 there is no beta; a large one is behaviour cloning. --cql-alpha 0 alone is Double DQN.
+
+Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
+arXiv 2006.04779; Double DQN is arXiv 1509.06461; the form of --bc-weight is that of Wu, Tucker, Nachum, "Behavior
+Regularized Offline Reinforcement Learning", 2019, arXiv 1911.11361, with a greedy policy.
+Differences: a plain Q, where the authors' code for Atari has quantiles; the squared error has no factor 1/2; the target
+network follows slowly, where theirs is copied every so many updates.
+
+Run: python algorithms/discrete_cql.py --dataset-id anchorl/cartpole/mixed-v0
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that `python algorithms/discrete_cql.py` finds common/
+from common.compile import compiled
+from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
+from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.optim import Adam
+from common.replay_buffer import Batch, ReplayBuffer
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args(ExperimentArgs):
+    algorithm: ClassVar[str] = "discrete_cql"
+
+    dataset_id: str = BUILT_IN_DISCRETE_ID
+    """built-in id or Minari id (local first, else downloaded), with discrete actions"""
+    gamma: float = 0.99
+    """discount (paper)"""
+    cql_alpha: float = 1.0
+    """weight of the gap in L_Q (authors' code for Atari: 1)"""
+    bc_weight: float = 0.0
+    """weight of log beta in the policy, in units of the return"""
+    tau: float = 0.005
+    """rate at which the target network follows the critic (usual)"""
+    critic_learning_rate: float = 3e-4
+    """usual for Adam"""
+    behaviour_learning_rate: float = 3e-4
+    """beta's (usual for Adam)"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """hidden layers of every network"""
+    normalize_observations: bool = True
+    """by the mean and standard deviation of the data"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        check_argument(self, "cql_alpha", 0 <= self.cql_alpha < math.inf, "must not be negative")
+        check_argument(self, "bc_weight", 0 <= self.bc_weight < math.inf, "must not be negative")
+        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
+        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Critic(nn.Module):
+    """Q(s, a) of every action at once."""
+
+    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)  # [batch, num_actions]
+
+
+class Behaviour(nn.Module):
+    """beta(a | s): a model of the data's actions."""
+
+    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """log beta(. | s), [batch, num_actions]."""
+        return self.net(observations).log_softmax(dim=1)
+
+
+class Actor(nn.Module):
+    """pi(s) = argmax_a Q(s, a) + bc_weight log beta(a | s)."""
+
+    def __init__(self, observation_dim: int, num_actions: int, args: Args) -> None:
+        super().__init__()
+        self.critic = Critic(observation_dim, num_actions, args.hidden_dims)
+        self.behaviour = Behaviour(observation_dim, num_actions, args.hidden_dims) if args.bc_weight else None
+        self.register_buffer("bc_weight", torch.tensor(args.bc_weight))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """What the policy takes the highest of: [batch, num_actions]."""
+        q = self.critic(observations)
+        return q if self.behaviour is None else q + self.bc_weight * self.behaviour(observations)
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    target_critic: Critic
+    optimizer: Adam
+
+
+def build(observation_dim: int, num_actions: int, args: Args, device: torch.device) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network."""
+    actor = Actor(observation_dim, num_actions, args).to(device)
+    groups = [{"params": actor.critic.parameters(), "lr": args.critic_learning_rate}]
+    if actor.behaviour is not None:
+        groups += [{"params": actor.behaviour.parameters(), "lr": args.behaviour_learning_rate}]
+    target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
+    return Learner(actor, target_critic, Adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def of(actions: Tensor, q: Tensor) -> Tensor:
+    """Of q [batch, num_actions] the values of `actions` [batch]: [batch]."""
+    return q.gather(1, actions.unsqueeze(1)).squeeze(1)
+
+
+def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ (y - Q(s, a))^2 + cql_alpha gap ],  y = r + gamma (1 - termination) Q'(s', pi(s'))        (eq. 4)"""
+    with torch.no_grad():
+        next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q ...
+        next_q = of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+    all_q = learner.actor.critic(batch.observations)  # [batch, num_actions]
+    q = of(batch.actions, all_q)  # [batch]
+    gap = (all_q.logsumexp(dim=1) - q).mean()  # over the actions of one state
+    loss = F.mse_loss(q, target) + args.cql_alpha * gap
+    metrics = {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+    return loss, metrics | {"critic/gap": gap.detach()}
+
+
+def behaviour_loss(behaviour: Behaviour, batch: Batch) -> tuple[Tensor, Metrics]:
+    """L_beta = E[ -log beta(a | s) ]"""
+    loss = F.nll_loss(behaviour(batch.observations), batch.actions)
+    return loss, {"behaviour/loss": loss.detach()}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+    """One gradient step of critic and beta, then the target network follows the critic. `step` counts from 1."""
+    loss, metrics = critic_loss(learner, batch, args)
+    if learner.actor.behaviour is not None:
+        loss_beta, metrics_beta = behaviour_loss(learner.actor.behaviour, batch)
+        loss, metrics = loss + loss_beta, metrics | metrics_beta  # of other weights: one backward pass serves both
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        target, critic = learner.target_critic.parameters(), learner.actor.critic.parameters()
+        torch._foreach_lerp_(list(target), list(critic), args.tau)
+    return metrics
+
+
+# --- Main -----------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+
+    learner = build(buffer.observation_dim, buffer.num_actions, args, device)
+    train = compiled(update, args, device)
+    run = Run(args, buffer, learner)
+    for step in run.steps():
+        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+
+        if evaluating := run.is_due(step, args.eval_every):
+            metrics |= run.evaluate(step)
+        if evaluating or run.is_due(step, args.log_every):
+            run.log(step, metrics)
+        if run.is_due(step, args.checkpoint_every):
+            run.save_checkpoint(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
