@@ -5,15 +5,16 @@ one with the highest Q, and so does the target. With Q' the target network, a sl
 
     pi     = argmax_a Q(s, a)  over the a with  beta(a | s) / max_a' beta(a' | s) > threshold
     y      = r + gamma (1 - termination) Q'(s', pi(s'))
-    L_Q    = E[ huber(y - Q(s, a)) ]
+    L_Q    = E[ (y - Q(s, a))^2 ]
     L_beta = E[ -log beta(a | s) + logit_penalty mean_a' logit(a' | s)^2 ]
 
 A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
 
 Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
 arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
-Differences: none in the losses from the authors' code, of which the penalty on logits is; observations are normalised.
-The target network follows slowly, as it does there in all but Atari.
+Differences: the squared error, where the authors' code has Huber's: rare ends of episodes, of which Q is far off at
+first, then count with all of that, and Q stays bounded on data where it ran away with Huber's. Observations are
+normalised. The penalty on logits is the authors' code's; the target network follows slowly, as there in all but Atari.
 
 Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
 """
@@ -152,13 +153,13 @@ def of(actions: Tensor, q: Tensor) -> Tensor:
 
 
 def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = E[ huber(y - Q(s, a)) ],  y = r + gamma (1 - termination) Q'(s', pi(s'))"""
+    """L_Q = E[ (y - Q(s, a))^2 ],  y = r + gamma (1 - termination) Q'(s', pi(s'))"""
     with torch.no_grad():
         next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q and beta ...
         next_q = of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
-    loss = F.smooth_l1_loss(q, target)
+    loss = F.mse_loss(q, target)
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 

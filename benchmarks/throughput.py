@@ -35,6 +35,7 @@ from common.datasets import Dataset, Episode
 from common.experiment import set_up
 from common.replay_buffer import ReplayBuffer
 
+DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # as many actions as there are dimensions for the others
 PEERS = "bc", "td3_bc", "iql", "bcq", "cql"  # the algorithms that d3rlpy has, too
 COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "bound_updates_per_second", "ratio"]
 
@@ -57,6 +58,7 @@ class Args:
         "mopo:dynamics",
         "mopo:rollout",
         "combo",
+        *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
     compile: bool = False
@@ -97,18 +99,22 @@ class ProductRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def random_buffer(args: Args, device: torch.device, num_episodes: int = 100) -> ReplayBuffer:
+def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes: int = 100) -> ReplayBuffer:
+    discrete = algorithm in DISCRETE
+
     def read_episodes() -> Iterator[Episode]:
         rng = np.random.default_rng(0)
         for _ in range(num_episodes):
             observations = rng.normal(size=(1001, args.observation_dim))
             actions = rng.uniform(-1, 1, size=(1000, args.action_dim))
+            if discrete:
+                actions = actions.argmax(axis=1)
             yield Episode(observations[:-1], actions, rng.normal(size=1000), observations[1:], np.zeros(1000))
 
     ones = np.ones(args.action_dim, np.float32)
-    return ReplayBuffer(
-        Dataset("random", num_episodes * 1000, args.observation_dim, -ones, ones, read_episodes), device
-    )
+    bounds = (np.array([0]), np.array([args.action_dim - 1])) if discrete else (-ones, ones)
+    sizes = num_episodes * 1000, args.observation_dim
+    return ReplayBuffer(Dataset("random", *sizes, *bounds, read_episodes, discrete=discrete), device)
 
 
 def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool) -> tuple[Callable[[], None], Any]:
@@ -140,7 +146,7 @@ def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool
 
 def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[], None]:
     """A function that does the matrix products of one update, taking turns between `num_updates` recorded ones."""
-    train, _ = make_trainer(args, algorithm, random_buffer(args, torch.device("cpu"), 1), compile=False)
+    train, _ = make_trainer(args, algorithm, random_buffer(args, algorithm, torch.device("cpu"), 1), compile=False)
     prepare = prepare_product
     if algorithm.endswith(":rollout"):  # products of equal shape share their memory, which would be gigabytes
         prepare, num_updates = cache(prepare_product), 1
@@ -203,7 +209,7 @@ def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
     In double precision: Adam turns the rounding of a gradient near zero into a step as long as any other.
     """
     torch.set_default_dtype(torch.float64)
-    buffer = random_buffer(args, torch.device(args.device), 1)
+    buffer = random_buffer(args, algorithm, torch.device(args.device), 1)
     finals = []
     for compile in (False, True):
         train, learner = make_trainer(args, algorithm, buffer, compile)
@@ -221,7 +227,7 @@ def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
 
 def measure(args: Args, algorithm: str) -> list[list[Any]]:
     """A row for each mode."""
-    buffer = random_buffer(args, torch.device(args.device))
+    buffer = random_buffer(args, algorithm, torch.device(args.device))
     modes = ["eager", "compile"] if args.compile and not algorithm.endswith(":rollout") else ["eager"]
     if "compile" in modes:
         check_equal(args, algorithm)

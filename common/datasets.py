@@ -361,12 +361,12 @@ def _make_pendulum() -> None:
 
 
 def _make_cartpole() -> None:
-    """10 good, 50 weak, 50 short-sighted and 50 random episodes of CartPole-v1."""
+    """20 good, 60 weak, 60 short-sighted and 60 random episodes of CartPole-v1."""
     good, weak, random = (_cartpole_controller(skill) for skill in (0.9, 0.3, 0.0))
     short_sighted = _cartpole_controller(1.0, (0.0, 0.0, 1.0, 0.0))  # looks at the angle alone, and overshoots
-    what = "10 good, 50 weak, 50 short-sighted and 50 random episodes"
+    what = "20 good, 60 weak, 60 short-sighted and 60 random episodes"
     task = "Balance a pole on a cart; scores: random pushes 0, the longest episode, of 500 steps, 100"
-    controllers = [good] * 10 + [weak] * 50 + [short_sighted] * 50 + [random] * 50
+    controllers = [good] * 20 + [weak] * 60 + [short_sighted] * 60 + [random] * 60
     _make(BUILT_IN_DISCRETE_ID, "CartPole-v1", controllers, what, task, 500.0)
 
 

@@ -88,6 +88,42 @@ def test_plain_sac_goes_to_the_edge_of_what_nobody_tried(bandit):
     assert (actions > 0.85).all(), actions
 
 
+@pytest.fixture(scope="module")
+def half_tried():
+    """One step each: a state of no meaning, the first or the second of three actions, -0.8 or -0.4 as the reward.
+
+    The third was never tried: no reward speaks against it, and neither does one for it.
+    """
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(size=(2000, 1, 1)), rng.integers(2, size=(2000, 1))
+    episodes = [Episode(s, a, 0.4 * a - 0.8, s, np.ones(1)) for s, a in zip(states, actions, strict=True)]
+    first, last = np.array([0]), np.array([2])
+    return ReplayBuffer(Dataset("test", 2000, 1, first, last, lambda: iter(episodes), discrete=True), CPU)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "expected"),
+    [
+        ("fqi", {}, 2),  # at first its Q is near 0, above all of the rewards, and nothing moves it
+        ("discrete_cql", {"cql_alpha": 0.0}, 2),
+        ("discrete_cql", {"cql_alpha": 0.1}, 1),
+        ("discrete_cql", {"cql_alpha": 0.0, "bc_weight": 0.2, "behaviour_learning_rate": 3e-3}, 1),
+        ("discrete_bcq", {"behaviour_learning_rate": 3e-3, "threshold": 0.0}, 2),
+        ("discrete_bcq", {"behaviour_learning_rate": 3e-3}, 1),
+    ],
+)
+def test_an_action_that_never_occurs(half_tried, algorithm, arguments, expected):
+    module = importlib.import_module(algorithm)
+    torch.manual_seed(0)
+    args = module.Args(num_updates=400, critic_learning_rate=3e-3, **(SMALL | arguments))
+    args.validate()
+    learner = module.build(1, 3, args, CPU)
+    for step in range(1, 401):
+        module.update(learner, half_tried.sample(64), step, args)
+    with torch.no_grad():
+        assert learner.actor(torch.linspace(-1, 1, 9)[:, None]).argmax(dim=1).tolist() == [expected] * 9
+
+
 START, OTHER_START, MIDDLE, SAFE = -2.0, -1.0, 1.0, 2.0
 
 

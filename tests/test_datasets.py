@@ -45,20 +45,20 @@ def test_the_built_in_dataset_has_the_same_bits_each_time(pendulum, tmp_path, mo
 
 def test_the_built_in_dataset_with_discrete_actions(cartpole):
     dataset = minari.load_dataset(BUILT_IN_DISCRETE_ID)
-    assert dataset.total_episodes == 160 and dataset.action_space == gym.spaces.Discrete(2)
+    assert dataset.total_episodes == 200 and dataset.action_space == gym.spaces.Discrete(2)
     assert dataset.env_spec.id == cartpole.dataset.env_id == "CartPole-v1"
     assert [normalized_score(value, cartpole.dataset) for value in (cartpole.dataset.reference_returns[0], 500)] == [
         0,
         100,
     ]
     scores = [normalized_score(float(value), cartpole.dataset) for value in cartpole.episode_returns]
-    good, weak, short_sighted, random = (np.mean(scores[a:b]) for a, b in ((0, 10), (10, 60), (60, 110), (110, 160)))
+    good, weak, short_sighted, random = (np.mean(scores[a:b]) for a, b in ((0, 20), (20, 80), (80, 140), (140, 200)))
     assert good == 100
     assert 0 < random + 3 < 6 and 3 < weak < 15 and 1 < short_sighted < 10
     data = cartpole.transitions
     ends = cartpole.episode_starts + cartpole.episode_lengths - 1
     np.testing.assert_array_equal(data.terminations[ends], cartpole.episode_lengths < 500)  # the time limit is no end
-    assert data.terminations.sum() == 150
+    assert data.terminations.sum() == 180
     assert (data.actions.dtype, data.actions.unique().tolist()) == (torch.int64, [0, 1])
 
 

@@ -107,7 +107,7 @@ def test_run_folder(algorithm, tmp_path, data):
     assert result["last_5_score"] == pytest.approx(np.mean(scores))
     assert result["best_score"] == pytest.approx(max(scores))
     assert result["dataset_return_mean"] == pytest.approx(data.mean_return)
-    assert result["dataset_score"] == pytest.approx(10 if algorithm in DISCRETE else 34, abs=5)
+    assert result["dataset_score"] == pytest.approx(13 if algorithm in DISCRETE else 34, abs=5)
     assert {
         "final_return_mean",
         "final_return_std",
