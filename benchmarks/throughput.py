@@ -112,9 +112,10 @@ def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes
             yield Episode(observations[:-1], actions, rng.normal(size=1000), observations[1:], np.zeros(1000))
 
     ones = np.ones(args.action_dim, np.float32)
-    bounds = (np.array([0]), np.array([args.action_dim - 1])) if discrete else (-ones, ones)
-    sizes = num_episodes * 1000, args.observation_dim
-    return ReplayBuffer(Dataset("random", *sizes, *bounds, read_episodes, discrete=discrete), device)
+    low, high = (np.array([0]), np.array([args.action_dim - 1])) if discrete else (-ones, ones)
+    num_steps = num_episodes * 1000
+    dataset = Dataset("random", num_steps, args.observation_dim, low, high, read_episodes, discrete=discrete)
+    return ReplayBuffer(dataset, device)
 
 
 def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool) -> tuple[Callable[[], None], Any]:

@@ -32,7 +32,7 @@ RUNS = {
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {
-    "fqi": DISCRETE_FAST,
+    "fqi": ["--num-updates", "1000", "--critic-learning-rate", "1e-3", "--tau", "0.2"],
     "discrete_cql": DISCRETE_FAST,
     "discrete_bcq": [*DISCRETE_FAST, "--behaviour-learning-rate", "1e-3"],
 }
