@@ -8,9 +8,9 @@ and the maximum looks for just such errors. With Q' the target network, a slow c
     L_Q = E[ (y - Q(s, a))^2 ]
     pi  = argmax_a Q(s, a)
 
-How much it overestimates is in metrics.csv and on the terminal: critic/overestimate is what Q promises where episodes
-start, E[ max_a Q(s_0, a) ] over the episodes of the data, less the discounted return that the policy then earns in the
-evaluations (until their time limit, which Q knows nothing of).
+How much it overestimates is in metrics.csv: critic/overestimate is what Q promises where the data's episodes start,
+E[ max_a Q(s_0, a) ], less the discounted return that the policy then earns in the evaluations (until their time limit,
+which Q knows nothing of).
 
 Paper: Ernst, Geurts, Wehenkel, "Tree-Based Batch Mode Reinforcement Learning", 2005, JMLR 6; with networks: Riedmiller,
 "Neural Fitted Q Iteration", 2005; --double: van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double
