@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/bear.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up

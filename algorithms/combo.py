@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/combo.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import check, load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, launch, load_part, set_up

@@ -30,9 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # so that `python algorithms/discrete_bcq.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
 from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
@@ -67,11 +65,8 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         check_argument(self, "threshold", 0 <= self.threshold < 1, "must be in [0, 1)")
         check_argument(self, "logit_penalty", 0 <= self.logit_penalty < math.inf, "must not be negative")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

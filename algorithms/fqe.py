@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/fqe.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import BadInput, Dataset, check, load_dataset
 from common.evaluation import Policy, evaluate, load_policy, make_environments

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/fqi.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.experiment import ExperimentArgs, Run, launch, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 
@@ -60,12 +60,6 @@ class Args(ExperimentArgs):
     """hidden layers of the network"""
     normalize_observations: bool = True
     """by the mean and standard deviation of the data"""
-
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
-        check_argument(self, "tau", 0 < self.tau <= 1, "must be in (0, 1]")
-        check_argument(self, "hidden_dims", min(self.hidden_dims, default=0) >= 1, "must be one or more positive sizes")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -132,9 +126,8 @@ def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Met
     with torch.no_grad():
         next_q = learner.target_critic(batch.next_observations)  # [batch, num_actions]
         next_actions = (learner.actor(batch.next_observations) if args.double else next_q).argmax(dim=1)  # a'
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * of(
-            next_actions, next_q
-        )  # a truncation goes on
+        next_value = of(next_actions, next_q)  # [batch]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
     loss = F.mse_loss(q, target)
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}

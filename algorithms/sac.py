@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python algorithms/sac.py` finds common/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
 from common.datasets import Dataset, Episode, action_bounds, flat_observation_dim, flatten_observations
 from common.evaluation import make_environment
