@@ -66,7 +66,7 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "beta", 0 < self.beta < math.inf, "must be positive")
+        check_argument(self, "beta", self.beta > 0, "must be positive")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

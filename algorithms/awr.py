@@ -74,7 +74,7 @@ class Args(ExperimentArgs):
         check_argument(self, "batch_size", enough, "must be at least 2 to standardise the advantage over it")
         check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
         check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
-        check_argument(self, "beta", 0 < self.beta < math.inf, "must be positive")
+        check_argument(self, "beta", self.beta > 0, "must be positive")
         check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
 
 

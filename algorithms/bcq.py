@@ -79,10 +79,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "phi", 0 <= self.phi < math.inf, "must not be negative")
+        check_argument(self, "phi", self.phi >= 0, "must not be negative")
         check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
         check_argument(self, "latent_clip", self.latent_clip > 0, "must be positive")
-        check_argument(self, "kl_weight", 0 <= self.kl_weight < math.inf, "must not be negative")
+        check_argument(self, "kl_weight", self.kl_weight >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

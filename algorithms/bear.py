@@ -95,10 +95,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "bandwidth", 0 < self.bandwidth < math.inf, "must be positive")
+        check_argument(self, "bandwidth", self.bandwidth > 0, "must be positive")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
         threshold = THRESHOLDS[self.divergence] if self.threshold is None else self.threshold
-        check_argument(self, "threshold", 0 <= threshold < math.inf, "must not be negative")
+        check_argument(self, "threshold", threshold >= 0, "must not be negative")
         check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
 
 

@@ -85,6 +85,8 @@ class Args(ExperimentArgs):
     """epochs without being better by 1% on held-out data after which a member is done (MBPO)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
+    target_entropy: float | None = None
+    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
     """rate at which the target critic follows the critic (paper)"""
     actor_learning_rate: float = 1e-4
@@ -100,7 +102,7 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "beta", 0 <= self.beta < math.inf, "must not be negative")
+        check_argument(self, "beta", self.beta >= 0, "must not be negative")
         some = 0 < self.real_ratio < 1 and 0 < round(self.real_ratio * self.batch_size) < self.batch_size
         check_argument(self, "real_ratio", some, "must leave some of both, data and rollouts, in a batch")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
@@ -251,9 +253,8 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    dynamics_optimizer = Adam(groups_d, args.dynamics_learning_rate)
-    optimizer = Adam(groups)
-    return Learner(actor, critic, target_critic, best, dynamics, model_buffer, dynamics_optimizer, optimizer)
+    optimizers = Adam(groups_d, args.dynamics_learning_rate), Adam(groups)
+    return Learner(actor, critic, target_critic, best, dynamics, model_buffer, *optimizers)
 
 
 # --- Dynamics -------------------------------------------------------------------------------------------------------
@@ -344,8 +345,6 @@ def model_step(elites: Dynamics, buffer: ReplayBuffer, observations: Tensor, act
     next_observations, rewards = observations + z[:, :-1], z[:, -1]
     if ending == "learned":
         terminations = torch.bernoulli(torch.sigmoid(logit[member, rows]))
-    elif ending == "never":
-        terminations = torch.zeros_like(rewards)
     else:
         raw = next_observations * buffer.observation_std + buffer.observation_mean
         terminations = TERMINATION_RULES[ending](raw)
@@ -422,7 +421,8 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
     loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])  # as in SAC
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 

@@ -85,12 +85,9 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "cql_alpha", 0 <= self.cql_alpha < math.inf, "must not be negative")
+        check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
-        check_argument(self, "target_gap", math.isfinite(self.target_gap), "must be a finite number")
-        entropy = 0.0 if self.target_entropy is None else self.target_entropy
-        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

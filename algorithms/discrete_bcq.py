@@ -20,7 +20,6 @@ Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
 """
 
 import copy
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ class Args(ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         check_argument(self, "threshold", 0 <= self.threshold < 1, "must be in [0, 1)")
-        check_argument(self, "logit_penalty", 0 <= self.logit_penalty < math.inf, "must not be negative")
+        check_argument(self, "logit_penalty", self.logit_penalty >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ Run: python algorithms/discrete_cql.py --dataset-id anchorl/cartpole/mixed-v0
 """
 
 import copy
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +69,8 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "cql_alpha", 0 <= self.cql_alpha < math.inf, "must not be negative")
-        check_argument(self, "bc_weight", 0 <= self.bc_weight < math.inf, "must not be negative")
+        check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
+        check_argument(self, "bc_weight", self.bc_weight >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -72,9 +72,7 @@ class Args(ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         check_argument(self, "num_critics", self.num_critics >= 2, "must be at least 2")
-        check_argument(self, "eta", 0 <= self.eta < math.inf, "must not be negative")
-        entropy = 0.0 if self.target_entropy is None else self.target_entropy
-        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
+        check_argument(self, "eta", self.eta >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

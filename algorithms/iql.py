@@ -70,10 +70,10 @@ class Args(ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         check_argument(self, "expectile", 0 < self.expectile < 1, "must be in (0, 1)")
-        check_argument(self, "beta", 0 <= self.beta < math.inf, "must not be negative")
+        check_argument(self, "beta", self.beta >= 0, "must not be negative")
         check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
         if self.reward_scale != "return-range":
-            check_argument(self, "reward_scale", 0 < self.reward_scale < math.inf, "must be positive")
+            check_argument(self, "reward_scale", self.reward_scale > 0, "must be positive")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline 
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: observations, and so u, are in standard deviations of the data, where the authors' u is in units of the
 environment, and over all members; z is normalised; each member draws its batches with replacement and has bounds of
-its variance for itself; the target entropy is -action_dim, theirs -3; one step trains actor, critic and temperature.
+its variance for itself; one step trains actor, critic and temperature.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -91,6 +91,8 @@ class Args(ExperimentArgs):
     """epochs without being better by 1% on held-out data after which a member is done (MBPO)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
+    target_entropy: float | None = None
+    """entropy that the temperature holds the policy to; default: -action_dim (SAC; authors: -3)"""
     tau: float = 0.005
     """rate at which the target critic follows the critic (paper)"""
     actor_learning_rate: float = 3e-4
@@ -106,7 +108,7 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "penalty_coefficient", 0 <= self.penalty_coefficient < math.inf, "must not be negative")
+        check_argument(self, "penalty_coefficient", self.penalty_coefficient >= 0, "must not be negative")
         check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
 
@@ -256,9 +258,8 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    dynamics_optimizer = Adam(groups_d, args.dynamics_learning_rate)
-    optimizer = Adam(groups)
-    return Learner(actor, critic, target_critic, best, dynamics, model_buffer, dynamics_optimizer, optimizer)
+    optimizers = Adam(groups_d, args.dynamics_learning_rate), Adam(groups)
+    return Learner(actor, critic, target_critic, best, dynamics, model_buffer, *optimizers)
 
 
 # --- Dynamics -------------------------------------------------------------------------------------------------------
@@ -362,8 +363,6 @@ def model_step(
     rewards = z[:, -1] - args.penalty_coefficient * u  # r~ = r - penalty_coefficient u(s, a)
     if ending == "learned":
         terminations = torch.bernoulli(torch.sigmoid(logit[member, rows]))
-    elif ending == "never":
-        terminations = torch.zeros_like(rewards)
     else:
         raw = next_observations * buffer.observation_std + buffer.observation_mean
         terminations = TERMINATION_RULES[ending](raw)
@@ -436,7 +435,8 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
     loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])  # as in SAC
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 

@@ -72,10 +72,10 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "actor_beta", 0 <= self.actor_beta < math.inf, "must not be negative")
-        check_argument(self, "critic_beta", 0 <= self.critic_beta < math.inf, "must not be negative")
-        check_argument(self, "policy_noise", 0 <= self.policy_noise < math.inf, "must not be negative")
-        check_argument(self, "noise_clip", 0 <= self.noise_clip < math.inf, "must not be negative")
+        check_argument(self, "actor_beta", self.actor_beta >= 0, "must not be negative")
+        check_argument(self, "critic_beta", self.critic_beta >= 0, "must not be negative")
+        check_argument(self, "policy_noise", self.policy_noise >= 0, "must not be negative")
+        check_argument(self, "noise_clip", self.noise_clip >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

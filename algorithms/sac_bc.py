@@ -70,9 +70,7 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "alpha", 0 <= self.alpha < math.inf, "must not be negative")
-        entropy = 0.0 if self.target_entropy is None else self.target_entropy
-        check_argument(self, "target_entropy", math.isfinite(entropy), "must be a finite number")
+        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

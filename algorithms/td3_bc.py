@@ -65,9 +65,9 @@ class Args(ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
-        check_argument(self, "alpha", 0 <= self.alpha < math.inf, "must not be negative")
-        check_argument(self, "policy_noise", 0 <= self.policy_noise < math.inf, "must not be negative")
-        check_argument(self, "noise_clip", 0 <= self.noise_clip < math.inf, "must not be negative")
+        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
+        check_argument(self, "policy_noise", self.policy_noise >= 0, "must not be negative")
+        check_argument(self, "noise_clip", self.noise_clip >= 0, "must not be negative")
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ class ExperimentArgs:
         check_argument(self, "seed", 0 <= self.seed < 2**63, "must not be negative")
         for name in (field.name for field in dataclasses.fields(self) if field.name != "seed"):
             value = getattr(self, name)
+            if isinstance(value, float):  # no clip at all is a sensible one
+                check_argument(self, name, math.isfinite(value) or name.endswith("clip"), "must be a finite number")
             if type(value) is int:
                 check_argument(self, name, value >= 1, "must be at least 1")
             elif name == "gamma":
@@ -93,7 +95,7 @@ class ExperimentArgs:
             elif name == "tau":
                 check_argument(self, name, 0 < value <= 1, "must be in (0, 1]")
             elif name.endswith("learning_rate"):
-                check_argument(self, name, 0 < value < math.inf, "must be positive")
+                check_argument(self, name, value > 0, "must be positive")
             elif name.endswith("hidden_dims"):
                 check_argument(self, name, min(value, default=0) >= 1, "must be one or more positive sizes")
         if self.device == "cuda":

@@ -12,7 +12,7 @@ TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
     "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
     "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
-    **dict.fromkeys(("HalfCheetah", "Pendulum"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+    **dict.fromkeys(("HalfCheetah", "Pendulum", "never"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
 }
 
 

@@ -109,7 +109,8 @@ def test_rollouts_take_the_policys_actions_or_uniform_ones(learner, args, rollou
     args.rollout_policy, args.rollout_batch_size, args.rollout_length = rollout_policy, 10, 5
     with torch.no_grad():
         learner.actor.net[-2].bias.fill_(5.0)
-    buffer = SimpleNamespace(sample=lambda n: random_batch(n), action_dim=2)
+    raw = {"observation_mean": 0.0, "observation_std": 1.0}
+    buffer = SimpleNamespace(sample=lambda n: random_batch(n), action_dim=2, **raw)
     combo.rollout(learner, learner.dynamics, buffer, "never", args)
     actions = learner.model_buffer.storage[:50, 3:5]
     assert actions.abs().max() <= 1

@@ -301,7 +301,8 @@ def test_each_row_draws_its_member_and_its_noise(script):
 
     arguments = [args] if script.__name__ == "mopo" else []
     states = torch.zeros(2000, 1)
-    result = script.model_step(TwoMembers, None, states, states, "never", *arguments)
+    raw = SimpleNamespace(observation_mean=0.0, observation_std=1.0)  # in a buffer's place
+    result = script.model_step(TwoMembers, raw, states, states, "never", *arguments)
     moved = (result[0] if script.__name__ == "mopo" else result).next_observations[:, 0]
     assert 0.4 < (moved > 0).float().mean() < 0.6
     assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
@@ -341,6 +342,17 @@ def test_the_actors_learning_rate_decays(script):
     script.decay_learning_rate(learner, 51, args)
     rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     assert rates == pytest.approx([args.actor_learning_rate / 2, args.critic_learning_rate])
+
+
+@pytest.mark.parametrize(("target_entropy", "sign"), [(100.0, 1), (-100.0, -1), (None, 1)])
+def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy, sign):
+    """By default to -action_dim: a policy of almost no noise has less, 2 (0.5 log(2 pi e) - 5) in two dimensions."""
+    learner, args = make_learner(script, target_entropy=target_entropy, batch_size=8)
+    with torch.no_grad():
+        learner.actor.log_std.weight.zero_()
+        learner.actor.log_std.bias.fill_(-5)
+    script.update(learner, random_batch(), 1, args)
+    assert np.sign(learner.actor.log_temperature.item()) == sign
 
 
 # --- Runs ---

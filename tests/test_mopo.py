@@ -1,6 +1,7 @@
 """MOPO's uncertainties and losses against NumPy on small numbers, and what each loss may touch."""
 
 import math
+from types import SimpleNamespace
 
 import mopo
 import numpy as np
@@ -50,6 +51,9 @@ def test_uncertainty_by_hand(penalty, expected):
     assert mopo.uncertainty(MEAN, STD, penalty).tolist() == pytest.approx([expected])
 
 
+RAW = SimpleNamespace(observation_mean=0.0, observation_std=1.0)  # in a buffer's place
+
+
 def test_rewards_of_the_model_are_penalised(args):
     class Elites:
         @staticmethod
@@ -57,7 +61,7 @@ def test_rewards_of_the_model_are_penalised(args):
             return MEAN[:, :, :1].repeat(1, 4, 2), torch.zeros(3, 4, 2), torch.zeros(3, 4)
 
     args.penalty, args.penalty_coefficient = "disagreement", 2.0
-    transitions, u = mopo.model_step(Elites, None, torch.zeros(4, 1), torch.zeros(4, 1), "never", args)
+    transitions, u = mopo.model_step(Elites, RAW, torch.zeros(4, 1), torch.zeros(4, 1), "never", args)
     assert u.tolist() == pytest.approx([math.sqrt(8)] * 4)  # the means are (0, 0), (3, 3), (0, 0)
     reward = transitions.next_observations[:, 0]  # this model's outputs are all the same
     torch.testing.assert_close(transitions.rewards, reward - 2 * math.sqrt(8))
