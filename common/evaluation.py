@@ -160,6 +160,10 @@ class _Preference(nn.Module):
         return (q + self.bc_weight * log_beta).masked_fill(unlikely, -torch.inf)
 
 
+class NoEnvironment(BadInput):
+    """There is none to evaluate in."""
+
+
 def registered(env_id: str) -> EnvSpec | None:
     """What is installed under an id; never a "module:Name", which would be imported: that is code execution by data."""
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
@@ -174,45 +178,54 @@ def make_environment(
 ) -> gym.Env:
     """One copy of an installed environment; its episodes end after 1,000 steps if nothing else says when.
 
-    An `entry_point` is imported and run instead of what is installed. Raises BadInput where there is no such
+    An `entry_point` is imported and run instead of what is installed. Raises NoEnvironment where there is no such
     environment, or it cannot be made.
     """
     spec = registered(env_id)
-    check(spec is not None or entry_point is not None, f"environment {env_id!r} is not installed")
+    if spec is None and entry_point is None:
+        raise NoEnvironment(f"environment {env_id!r} is not installed")
     limit = max_episode_steps or (spec and spec.max_episode_steps) or 1000
     try:
         made = env_id if entry_point is None else EnvSpec(env_id, entry_point)
         return gym.make(made, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except Exception as error:  # a missing simulator raises whatever its binding raises
-        raise BadInput(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
+        raise NoEnvironment(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
 
 
 def make_environments(dataset: Dataset, num_episodes: int, trust: bool = False) -> list[gym.Env] | None:
     """`num_episodes` copies of the dataset's evaluation environment, or None with one warning where it cannot be made.
+    Raises BadInput as `find_environments` does.
+    """
+    try:
+        return find_environments(dataset, num_episodes, trust)
+    except NoEnvironment as reason:
+        _warn(f"{reason}: training goes on without evaluation")
+        return None
+
+
+def find_environments(dataset: Dataset, num_episodes: int, trust: bool = False, **more: Any) -> list[gym.Env]:
+    """`num_episodes` copies of the dataset's evaluation environment, with `more` arguments.
 
     What is installed under its id gets the dataset's arguments if the code behind it is what the dataset names, too.
-    Only with `trust` is other code that a dataset names imported and run. Raises BadInput if the environment's
-    observations or actions are not of the dataset's size.
+    Only with `trust` is other code that a dataset names imported and run. Raises NoEnvironment where it cannot be made,
+    and BadInput if its observations or actions are not of the dataset's size.
     """
     env_id, entry_point = dataset.env_id, dataset.env_entry_point
     if env_id is None:
-        return _skip(f"{dataset.dataset_id} names no environment (--env-id does)")
+        raise NoEnvironment(f"{dataset.dataset_id} names no environment (--env-id does)")
     kwargs = {key: value for key, value in dataset.env_kwargs.items() if key != "render_mode"}
     spec = registered(env_id)
     if entry_point is None or (spec is not None and spec.entry_point == entry_point):
         entry_point = None  # what is installed
     elif not trust:
         if spec is None:
-            return _skip(f"environment {env_id!r} is not installed (--trust-dataset-env runs {entry_point!r} for it)")
+            switch = f"--trust-dataset-env runs {entry_point!r} for it"
+            raise NoEnvironment(f"environment {env_id!r} is not installed ({switch})")
         if kwargs:
             _warn(f"environment {env_id!r} is made without {kwargs}: these are for {entry_point!r}, other code")
         entry_point, kwargs = None, {}
-    try:
-        environments = [
-            make_environment(env_id, dataset.max_episode_steps, entry_point, **kwargs) for _ in range(num_episodes)
-        ]
-    except BadInput as error:
-        return _skip(str(error))
+    kwargs, limit = kwargs | more, dataset.max_episode_steps
+    environments = [make_environment(env_id, limit, entry_point, **kwargs) for _ in range(num_episodes)]
     space = environments[0].action_space
     numbers = action_bounds(space, discrete=True) if isinstance(space, gym.spaces.Discrete) else None
     found = _sizes(flat_observation_dim(environments[0].observation_space), space.shape, numbers)
@@ -229,10 +242,6 @@ def _sizes(observation_dim: int, shape: Any, numbers: tuple[np.ndarray, np.ndarr
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _skip(reason: str) -> Any:
-    _warn(f"{reason}: training goes on without evaluation")
 
 
 def evaluate(policy: Policy, environments: list[gym.Env], gamma: float = 1.0) -> np.ndarray:

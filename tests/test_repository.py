@@ -122,7 +122,7 @@ def execute(words, monkeypatch):
         assert not stop.code
 
 
-BENCHMARKS = {  # in this order: report.py and shift_report.py read what run.py wrote
+BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
     "throughput.py": ["--algorithms", "iql", "mopo:dynamics", "--rounds", "1", "--seconds", "0.01", "--csv", "x.csv"],
@@ -134,6 +134,7 @@ BENCHMARKS = {  # in this order: report.py and shift_report.py read what run.py 
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
     "shift_report.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", *FEW_SHIFTED],
+    "watch.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", "--max-steps", "3"],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
     "soak.py": ["--num-updates", "300", "--max-growth", "1"],
 }

@@ -1,0 +1,191 @@
+"""A trained policy as a moving picture: an episode of it, alone or beside one of the data.
+
+The policy plays in the evaluation environment of the run's dataset. With --beside-data it starts where an episode of
+the data did, the one of median return, which is shown beside it: its recorded observations, put back into the
+environment as poses (Pendulum, CartPole, and MuJoCo's environments whose observations are positions and velocities).
+
+Pendulum and CartPole are drawn by pygame (`pip install -e '.[watch]'`); MuJoCo needs a GL backend, which the variable
+MUJOCO_GL names: without a screen egl, unless it says osmesa.
+
+Run: python -m benchmarks.watch runs/first --out policy.gif --beside-data
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.datasets import BadInput, Dataset, Episode, check, flatten_observations, load_dataset, one_line
+from common.evaluation import EVALUATION_SEED, Policy, find_environments, load_policy
+from common.experiment import launch
+
+FRAMES_PER_SECOND = 25
+
+
+@dataclass
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """folder of a run"""
+    out: Path = Path("policy.gif")
+    """the picture to write, .gif"""
+    beside_data: bool = False
+    """show an episode of the data, too, and let the policy start where it did"""
+    seed: int = 0
+    """of the first state, without --beside-data: evaluations have 0 to 9"""
+    max_steps: int = 300
+    """steps to show at most"""
+    height: int = 240
+    """of the picture, in pixels"""
+    trust_dataset_env: bool = False
+    """run the code that the dataset names as its environment, if that is other than what is installed under its id"""
+
+
+def main(args: Args) -> None:
+    for name in ("max_steps", "height"):
+        check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check(args.seed >= 0, f"--seed {args.seed}: must not be negative")
+    check(args.out.suffix.lower() == ".gif", f"--out {args.out}: must end with .gif")
+    check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
+    policy, dataset, name = read_run(args.run_dir)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    (environment,) = find_environments(dataset, 1, args.trust_dataset_env, render_mode="rgb_array")
+    with environment:
+        step_seconds = 1 / environment.metadata.get("render_fps", FRAMES_PER_SECOND)
+        every = max(1, round(1 / FRAMES_PER_SECOND / step_seconds))  # a picture needs no more frames than eyes see
+        follow(environment)
+        panels = []
+        observation = reset(environment, args.seed)
+        if args.beside_data:
+            episode = median_episode(dataset)
+            frames = list(replay(environment, episode, args.max_steps))
+            panels.append(captioned(frames[::every], f"data: {episode.rewards.sum():.0f}", args.height))
+            reset(environment, args.seed)
+            observation = episode.observations[0]
+            set_pose(environment)(observation)
+        frames, total, ended = play(environment, policy, observation, args.max_steps)
+        panels.append(captioned(frames[::every], f"{name}: {total:.0f}", args.height))
+    save(panels, args.out, round(1000 * every * step_seconds))
+    rest = "" if ended else f" in its first {args.max_steps} steps"
+    print(f"{name} on {dataset.dataset_id}: return {total:.1f}{rest}, {args.out}")
+
+
+def read_run(folder: Path) -> tuple[Policy, Dataset, str]:
+    """The policy, its dataset and the algorithm's name. Raises BadInput."""
+    policy = load_policy(folder)
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        dataset_id, env_id, name = args["dataset_id"], args.get("env_id"), args["algorithm"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"cannot read {folder / 'args.json'}: {one_line(error)}") from None
+    return policy, load_dataset(dataset_id, env_id, discrete=policy.discrete), str(name)
+
+
+def median_episode(dataset: Dataset) -> Episode:
+    """The episode whose return is the median of all."""
+    returns = [float(episode.rewards.sum()) for episode in dataset.read_episodes()]
+    middle = int(np.argsort(returns)[len(returns) // 2])
+    return next(episode for number, episode in enumerate(dataset.read_episodes()) if number == middle)
+
+
+def set_pose(environment: gym.Env) -> Callable[[np.ndarray], None]:
+    """A function that puts an observation back into the environment. Raises BadInput where that is not known."""
+    unwrapped: Any = environment.unwrapped
+
+    def pendulum(observation: np.ndarray) -> None:
+        cos, sin, speed = observation
+        unwrapped.state, unwrapped.last_u = np.array([np.arctan2(sin, cos), speed], np.float64), None
+
+    def cartpole(observation: np.ndarray) -> None:
+        unwrapped.state = np.array(observation, np.float64)
+
+    def mujoco(observation: np.ndarray) -> None:
+        """The positions that such observations leave out are those of the place in the plane: the camera follows."""
+        num_hidden = unwrapped.model.nq + unwrapped.model.nv - len(observation)
+        positions, speeds = np.split(np.concatenate([np.zeros(num_hidden), observation]), [unwrapped.model.nq])
+        unwrapped.set_state(positions, speeds)
+
+    known = {"Pendulum": pendulum, "CartPole": cartpole}
+    known |= dict.fromkeys(("Hopper", "HalfCheetah", "Walker2d", "Swimmer"), mujoco)
+    name = str(environment.spec and environment.spec.id).split("-")[0]
+    check(name in known, f"--beside-data: there is no way from an observation of {name} to its pose; leave it out")
+    return known[name]
+
+
+def follow(environment: gym.Env) -> None:
+    """MuJoCo's robots walk out of the picture, unless it is of the camera that their models call `track`."""
+    unwrapped: Any = environment.unwrapped
+    if hasattr(unwrapped, "mujoco_renderer"):
+        names = [unwrapped.model.camera(number).name for number in range(unwrapped.model.ncam)]
+        if "track" in names:
+            unwrapped.mujoco_renderer.camera_id = names.index("track")
+
+
+def reset(environment: gym.Env, seed: int) -> np.ndarray:
+    return flatten_observations(environment.reset(seed=EVALUATION_SEED + seed)[0], environment.observation_space)
+
+
+def replay(environment: gym.Env, episode: Episode, max_steps: int) -> Iterator[Image.Image]:
+    """Pictures of what the data observed, one a step."""
+    pose = set_pose(environment)
+    for observation in episode.observations[:max_steps]:
+        pose(observation)
+        yield picture(environment)
+
+
+def play(
+    environment: gym.Env, policy: Policy, observation: np.ndarray, max_steps: int
+) -> tuple[list[Image.Image], float, bool]:
+    """Pictures of the policy, one a step, the sum of its rewards, and whether the episode has ended."""
+    frames, total = [], 0.0
+    for _ in range(max_steps):
+        frames.append(picture(environment))
+        after, reward, terminated, truncated, _ = environment.step(policy(observation[None])[0])
+        observation, total = flatten_observations(after, environment.observation_space), total + float(reward)
+        if terminated or truncated:
+            return frames, total, True
+    return frames, total, False
+
+
+def picture(environment: gym.Env) -> Image.Image:
+    try:
+        return Image.fromarray(np.asarray(environment.render()))
+    except Exception as error:  # GL backends fail in ways of their own
+        name = environment.spec and environment.spec.id
+        todo = "pip install -e '.[watch]', or for MuJoCo set MUJOCO_GL to a backend that is installed: egl or osmesa"
+        raise BadInput(f"{name} cannot be drawn here ({one_line(error)}): {todo}") from None
+
+
+def captioned(frames: list[Image.Image], caption: str, height: int) -> list[Image.Image]:
+    """The frames at the given height, with a line of text at the top."""
+    small = [frame.resize((max(1, round(frame.width * height / frame.height)), height)) for frame in frames]
+    for frame in small:
+        ImageDraw.Draw(frame).text((6, 4), caption, fill="black", stroke_width=2, stroke_fill="white")
+    return small
+
+
+def save(panels: list[list[Image.Image]], path: Path, milliseconds: int) -> None:
+    """One moving picture of all panels side by side; the shorter ones end with a still."""
+    frames = []
+    for index in range(max(map(len, panels))):
+        row = [panel[min(index, len(panel) - 1)] for panel in panels]
+        frame = Image.new("RGB", (sum(part.width for part in row), row[0].height))
+        for position, part in enumerate(row):
+            frame.paste(part, (sum(before.width for before in row[:position]), 0))
+        frames.append(frame.quantize(64))
+    scratch = path.with_name(f".{path.name}")
+    frames[0].save(scratch, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    os.replace(scratch, path)
+
+
+if __name__ == "__main__":
+    launch(main, Args)
