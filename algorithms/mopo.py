@@ -356,8 +356,8 @@ def model_step(
     """One transition of the model from each state, its member drawn anew, with r~ as reward; and u(s, a)."""
     mean, std, logit = elites.predict(observations, actions)
     u = uncertainty(mean, std, args.penalty)
-    rows = torch.arange(len(u), device=u.device)
-    member = torch.randint(len(mean), (len(u),), device=u.device)
+    rows = torch.arange(len(observations), device=observations.device)
+    member = torch.randint(len(mean), (len(rows),), device=rows.device)
     z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
     next_observations = observations + z[:, :-1]
     rewards = z[:, -1] - args.penalty_coefficient * u  # r~ = r - penalty_coefficient u(s, a)

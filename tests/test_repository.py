@@ -107,6 +107,8 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         words = [*words[:split], "--seeds", "1", *words[split:], *FEW]
     elif words[1] == "benchmarks.shift_report":
         words += FEW_SHIFTED
+    elif words[1] == "benchmarks.watch":
+        words += ["--max-steps", "3"]
     execute(words, monkeypatch)
 
 
