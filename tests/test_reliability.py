@@ -40,9 +40,35 @@ every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 # --- Kills ---
 
 
+KILLED = "iql", "bcq", "mopo", "sac", "fqe"  # one of each kind of learner; the slow test below kills every script
+
+
 @every_script
+def test_a_run_that_crashed_resumes_to_the_same_bits(algorithm, tmp_path, monkeypatch):
+    """Somewhere after a checkpoint nothing more is saved; compare with the run that was never stopped."""
+    arguments = ["--num-updates", "80", "--checkpoint-every", "15", "--log-every", "7", "--eval-every", "40", *SHORT]
+    arguments += ["--batch-size", "32", *what_it_needs(algorithm, tmp_path)]
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
+
+    def is_due(run, step, every):
+        assert step < 50, "the crash"
+        return step % every == 0
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="the crash"):
+        patch.setattr(Run, "is_due", is_due)
+        run_script(algorithm, *arguments, "--run-dir", str(crashed))
+    assert checkpoint(crashed)["step"] == 45
+    with (crashed / "metrics.csv").open("a") as file:
+        file.write("77,0.1,half a ro")  # as a kill in the middle of a write leaves it
+    run = run_script(algorithm, "--resume", "--run-dir", str(crashed))  # every other argument comes from the run
+    assert run.returncode == 0, run.stderr
+    assert_same_runs(whole, crashed)
+
+
+@pytest.mark.parametrize("algorithm", KILLED)
 def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
-    """Kill -9 somewhere after a checkpoint, resume, and compare with the run that was never stopped."""
+    """Kill -9 somewhere after a checkpoint, in a process of its own."""
     arguments = ["--num-updates", "300", "--checkpoint-every", "30", "--log-every", "7", "--eval-every", "110", *SHORT]
     arguments += ["--batch-size", "32", *what_it_needs(algorithm, tmp_path)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
