@@ -58,6 +58,7 @@ def main(args: Args) -> None:
     policy, dataset, name = read_run(args.run_dir)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's: it draws without a screen, too
     (environment,) = find_environments(dataset, 1, args.trust_dataset_env, render_mode="rgb_array")
     with environment:
         step_seconds = 1 / environment.metadata.get("render_fps", FRAMES_PER_SECOND)
