@@ -275,6 +275,15 @@ def _run(algorithm: str, words: list[str], environment: dict[str, str], errors: 
     launch(module.main, module.Args)
 
 
+def assert_each_trains_its_own(losses: dict[str, torch.Tensor], networks: dict[str, list[torch.nn.Parameter]]) -> None:
+    """That the gradient of each loss reaches the parameters of its name, and no others."""
+    for name, loss in losses.items():
+        for other, parameters in networks.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+            assert touched == (name == other), f"{name} loss and {other}"
+
+
 def assert_one_line(run: Outcome, pattern: str) -> None:
     """That bad input ended the run with one line."""
     assert run.returncode == 2, run.stderr

@@ -6,7 +6,7 @@ import combo
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_twins, random_batch, run_script
+from conftest import assert_each_trains_its_own, numpy_twins, random_batch, run_script
 
 CPU = torch.device("cpu")
 
@@ -71,11 +71,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": combo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": combo.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    for name, loss in losses.items():
-        for other, parameters in networks.items():
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, networks)
 
 
 def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):

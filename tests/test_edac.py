@@ -7,7 +7,7 @@ import edac
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_sample, random_batch
+from conftest import assert_each_trains_its_own, numpy_sample, random_batch
 from torch import nn
 
 from common.compile import compiled
@@ -238,11 +238,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": edac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": edac.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    for name, loss in losses.items():
-        for other, parameters in networks.items():
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, networks)
     total, _ = edac.total_loss(learner, batch, noise, args)
     assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
