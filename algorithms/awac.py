@@ -56,9 +56,9 @@ class Args(ExperimentArgs):
     tau: float = 0.005
     """rate at which the target critic follows the critic (authors' code)"""
     actor_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     critic_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """hidden layers of every network (authors' code: of the critics)"""
     normalize_observations: bool = True

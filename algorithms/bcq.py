@@ -67,9 +67,9 @@ class Args(ExperimentArgs):
     actor_learning_rate: float = 1e-3
     """the perturbation network's (paper)"""
     critic_learning_rate: float = 1e-3
-    """paper"""
+    """of Adam (paper)"""
     vae_learning_rate: float = 1e-3
-    """paper"""
+    """of Adam (paper)"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """hidden layers of the critics and the perturbation network (paper: 400 300)"""
     vae_hidden_dims: tuple[int, ...] = (256, 256)

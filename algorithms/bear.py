@@ -81,9 +81,9 @@ class Args(ExperimentArgs):
     tau: float = 0.005
     """rate at which the target networks follow (authors' code)"""
     actor_learning_rate: float = 1e-3
-    """authors' code"""
+    """of Adam (authors' code)"""
     critic_learning_rate: float = 1e-3
-    """authors' code"""
+    """of Adam (authors' code)"""
     behaviour_learning_rate: float = 1e-3
     """of b (authors' code, of the VAE)"""
     alpha_learning_rate: float = 1e-3

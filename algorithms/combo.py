@@ -78,7 +78,7 @@ class Args(ExperimentArgs):
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
     """hidden layers of each member (paper)"""
     dynamics_learning_rate: float = 1e-3
-    """paper"""
+    """of Adam (paper)"""
     dynamics_batch_size: int = 256
     """transitions per member and step (MOPO's code)"""
     dynamics_patience: int = 5
@@ -94,7 +94,7 @@ class Args(ExperimentArgs):
     cosine_decay: bool = False
     """the actor's learning rate falls to 0 over the run, so that it ends with a policy that has settled"""
     critic_learning_rate: float = 3e-4
-    """paper"""
+    """of Adam (paper)"""
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     """hidden layers of actor and critics (paper)"""
     normalize_observations: bool = True

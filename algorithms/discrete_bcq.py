@@ -54,7 +54,7 @@ class Args(ExperimentArgs):
     tau: float = 0.005
     """rate at which the target network follows the critic (authors' code)"""
     critic_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     behaviour_learning_rate: float = 3e-4
     """beta's (authors' code)"""
     hidden_dims: tuple[int, ...] = (256, 256)

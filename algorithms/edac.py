@@ -63,7 +63,7 @@ class Args(ExperimentArgs):
     actor_learning_rate: float = 3e-4
     """also of the temperature (paper)"""
     critic_learning_rate: float = 3e-4
-    """paper"""
+    """of Adam (paper)"""
     hidden_dims: tuple[int, ...] = (256, 256, 256)
     """hidden layers of every network (paper)"""
     normalize_observations: bool = True

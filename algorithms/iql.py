@@ -53,13 +53,13 @@ class Args(ExperimentArgs):
     tau: float = 0.005
     """rate at which the target critic follows the critic (authors' code)"""
     actor_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     cosine_decay: bool = True
     """the actor's learning rate falls to 0 over the run (authors' code); off for what is the start of a longer run"""
     critic_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     value_learning_rate: float = 3e-4
-    """authors' code"""
+    """of Adam (authors' code)"""
     reward_scale: float | Literal["return-range"] = 1.0
     """multiplies rewards; return-range: 1000 / (best - worst episode return), as the authors do in locomotion tasks"""
     hidden_dims: tuple[int, ...] = (256, 256)

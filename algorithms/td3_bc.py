@@ -55,9 +55,9 @@ class Args(ExperimentArgs):
     tau: float = 0.005
     """rate at which the target networks follow (paper)"""
     actor_learning_rate: float = 3e-4
-    """paper"""
+    """of Adam (paper)"""
     critic_learning_rate: float = 3e-4
-    """paper"""
+    """of Adam (paper)"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """hidden layers of every network (paper)"""
     normalize_observations: bool = True

@@ -70,7 +70,7 @@ class Args:
     """of the agent and of the episodes"""
     run_dir: Path | None = None
     """the agent's run folder; default: runs/collect/<environment's name>-<seed>"""
-    agent: tyro.conf.Positional[tuple[str, ...]] = ()
+    script: tyro.conf.Positional[tuple[str, ...]] = ()
     """after `--`: arguments of sac.py, where the agent is new"""
 
     def validate(self) -> None:
@@ -179,7 +179,7 @@ def train(args: Args, run_dir: Path) -> None:
     if (run_dir / "checkpoint.pt").exists():
         command += ["--resume"]
     else:
-        command += ["--env-id", args.env_id, "--seed", str(args.seed), "--keep-actors", *args.agent]
+        command += ["--env-id", args.env_id, "--seed", str(args.seed), "--keep-actors", *args.script]
     code = subprocess.run(command).returncode
     if code:
         raise SystemExit(code)

@@ -275,7 +275,9 @@ class Reporter:
         self.done_before = sum(cell.updates_done() for cell in cells)
 
     def finished(self, cell: Cell, problem: str | None) -> None:
-        del self.left[cell]
+        planned = self.left.pop(cell)
+        if problem:  # what it lacks was not gained
+            self.planned -= planned - cell.updates_done()
         print(f"{cell.name}: {problem or 'done'}", flush=True)
 
     def tick(self) -> None:
@@ -290,7 +292,7 @@ class Reporter:
         remaining = sum(self.left.values()) - sum(done.values())
         gained = self.planned - remaining - self.done_before
         minutes = f", about {remaining / gained * (now - self.began) / 60:.0f} min left" if gained > 0 else ""
-        print(f"{self.num_cells - len(self.left)} of {self.num_cells} cells done{minutes}", flush=True)
+        print(f"{self.num_cells - len(self.left)} of {self.num_cells} cells ended{minutes}", flush=True)
 
 
 def main(args: Args) -> None:
@@ -300,9 +302,9 @@ def main(args: Args) -> None:
         Cell(algorithm, dataset_id, seed, out / as_name(algorithm) / as_name(dataset_id.strip("/")) / str(seed))
         for algorithm, dataset_id, seed in product(args.algorithms, args.datasets, range(args.seeds))
     ]
-    same_arguments(out, args.script)
     for dataset_id in args.datasets:
         load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
+    same_arguments(out, args.script)
     pending = [cell for cell in cells if not (cell.folder / "result.json").exists()]
     print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done; the first to run:", flush=True)
     if pending:

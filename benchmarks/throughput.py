@@ -25,14 +25,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 from common.compile import compiled
-from common.datasets import Dataset, Episode
-from common.experiment import set_up
+from common.datasets import Dataset, Episode, check
+from common.experiment import launch, set_up
 from common.replay_buffer import ReplayBuffer
 
 DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # as many actions as there are dimensions for the others
@@ -255,8 +254,9 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
     return rows
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
+    for algorithm in args.algorithms:
+        check(algorithm in Args.algorithms, f"--algorithms {algorithm}: there are {', '.join(Args.algorithms)}")
     torch.set_num_threads(args.threads)
     print(*(f"{name:>24}" if "second" in name else f"{name:>9}" for name in COLUMNS), sep=" ")
     table = []
@@ -274,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

@@ -213,18 +213,20 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
 
 
 def _parse(args_class: type[Any], command_line: list[str] | None = None, default: Any = None) -> Any:
-    description = sys.modules[args_class.__module__].__doc__
+    module = sys.modules[args_class.__module__]
+    program = f"python -m {module.__spec__.name}" if module.__spec__ and module.__name__ == "__main__" else None
     defaults = {} if default is None else {"default": default}  # tyro has a mark of its own for none
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(args_class, args=command_line, description=description, **defaults)
+            return tyro.cli(args_class, prog=program, args=command_line, description=module.__doc__, **defaults)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
         lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]  # tyro frames what it says
         end = next((index for index, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-        raise BadInput(" ".join(lines[:end]) + " (--help lists the arguments)") from None
+        hint = "; those of the scripts come after `--`" if "script" in args_class.__annotations__ else ""
+        raise BadInput(f"{' '.join(lines[:end])} (--help lists the arguments{hint})") from None
 
 
 def set_up(args: ExperimentArgs) -> torch.device:

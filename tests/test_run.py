@@ -61,7 +61,7 @@ def test_an_algorithm_may_have_arguments_of_its_own(tmp_path, pendulum):
 
 def test_progress_is_a_line_per_running_cell_and_the_time_that_is_left(tmp_path, capsys, monkeypatch):
     cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(3)]
-    times = iter([100.0, 160.0])
+    times = iter([100.0, 160.0, 700.0])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(times))
     reporter = run.Reporter(cells, ("--num-updates", "600"), every=30)
     reporter.finished(cells[0], None)
@@ -71,8 +71,11 @@ def test_progress_is_a_line_per_running_cell_and_the_time_that_is_left(tmp_path,
     assert capsys.readouterr().out.splitlines() == [
         "bc some/data-v0 0: done",
         "  bc some/data-v0 1: 300 of 600 updates",
-        "1 of 3 cells done, about 1 min left",
+        "1 of 3 cells ended, about 1 min left",
     ]
+    reporter.finished(cells[2], "exit code 1")  # its 600 updates are neither left nor gained
+    reporter.tick()  # 900 took ten minutes
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 3 cells ended, about 3 min left"
 
 
 def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pendulum):
