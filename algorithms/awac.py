@@ -13,10 +13,10 @@ baseline V. With Q' the target critic (a slow copy of Q) and actions drawn from 
 Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020,
 arXiv 2006.09359.
 Differences: as in the authors' code, weights are divided by their mean over the batch, where the paper has a factor
-1 / Z(s) and then leaves it out. The authors' actor has four hidden layers, a weight decay of 1e-4 and a standard
-deviation between exp(-6) and 1, and their batches 1024 rows; here the actor is iql.py's. One optimiser step trains both
-networks, each loss seeing the other as it was before; actions drawn from pi are clipped to the range that the
-environment knows; observations are normalised; nothing is learned online.
+1 / Z(s) and then leaves it out, and each loss sees the other network as it was before the step. The authors' actor has
+four hidden layers (MuJoCo), a weight decay of 1e-4, a standard deviation between exp(-6) and 1, their offline batches
+128 rows; here the actor is iql.py's. Actions drawn from pi are clipped to the range that the environment knows;
+observations are normalised; nothing is learned online.
 
 Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -50,7 +50,7 @@ class Args(ExperimentArgs):
     gamma: float = 0.99
     """discount (authors' code)"""
     beta: float = 2.0
-    """temperature of the policy's weights, in units of Q: the larger, the nearer to cloning (authors' code)"""
+    """temperature of the policy's weights, in units of Q: larger is nearer to cloning (authors' code: 2; hands 0.5)"""
     num_value_samples: int = 1
     """actions of pi over which V averages Q (authors' code)"""
     tau: float = 0.005
@@ -99,7 +99,7 @@ class Actor(nn.Module):
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """log pi(a | s), [batch]."""
-        log_std = self.log_std.clamp(-5, 2)
+        log_std = self.log_std.clamp(-5, 2)  # IQL's range
         z = (actions - self(observations)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
@@ -180,15 +180,16 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, gamma: float) -> 
         target = batch.rewards + gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
-    return loss, {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ -w log pi(a | s) ],  w = exp(u / beta) over the batch's mean of it,  u = A(s, a)"""
-    weight = len(u) * torch.softmax(u / beta, dim=0)  # [batch]: however large A is, they sum to the batch's size
+def actor_loss(actor: Actor, advantages: Tensor, batch: Batch, beta: float) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -w log pi(a | s) ],  w = exp(A / beta) over the batch's mean of it"""
+    weight = len(advantages) * torch.softmax(advantages / beta, dim=0)  # [batch]: however large A is, their mean is 1
     log_prob = actor.log_prob(batch.observations, batch.actions)
-    metrics = {"actor/advantage": u.mean(), "actor/weight": weight.max(), "actor/log_prob": log_prob.detach().mean()}
-    return -(weight * log_prob).mean(), metrics
+    loss = -(weight * log_prob).mean()
+    metrics = {"actor/weight": weight.max(), "actor/log_prob": log_prob.detach().mean()}
+    return loss, {"actor/loss": loss.detach(), "actor/advantage": advantages.mean()} | metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -196,11 +197,10 @@ def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float) -> tuple[Tens
 
 def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
     """L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
-    u = advantage(learner.actor, learner.critic, batch, noise[1:])
+    advantages = advantage(learner.actor, learner.critic, batch, noise[1:])
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args.gamma)
-    loss_pi, metrics_pi = actor_loss(learner.actor, u, batch, args.beta)
-    losses = {"critic/loss": loss_q.detach(), "actor/loss": loss_pi.detach()}
-    return loss_q + loss_pi, losses | metrics_q | metrics_pi
+    loss_pi, metrics_pi = actor_loss(learner.actor, advantages, batch, args.beta)
+    return loss_q + loss_pi, metrics_q | metrics_pi
 
 
 def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:

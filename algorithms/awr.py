@@ -104,7 +104,7 @@ class Actor(nn.Module):
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """log pi(a | s), [batch]."""
-        log_std = self.log_std.clamp(-5, 2)  # the authors' range
+        log_std = self.log_std.clamp(-5, 2)  # IQL's range
         z = (actions - self(observations)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
@@ -195,21 +195,24 @@ def advantage(value: Value, batch: Batch) -> Tensor:
     return returns - value(batch.observations)
 
 
-def value_loss(u: Tensor) -> tuple[Tensor, Metrics]:
-    """L_V = E[ u^2 ],  u = A(s, a)"""
-    return u.square().mean(), {"value/advantage": u.detach().mean()}
+def value_loss(advantages: Tensor) -> tuple[Tensor, Metrics]:
+    """L_V = E[ A^2 ]"""
+    loss = advantages.square().mean()
+    return loss, {"value/loss": loss.detach(), "value/advantage": advantages.detach().mean()}
 
 
 def actor_loss(
-    actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float, standardize: bool
+    actor: Actor, advantages: Tensor, batch: Batch, beta: float, weight_clip: float, standardize: bool
 ) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ -min(exp(u / beta), clip) log pi(a | s) ],  u = A(s, a), a constant here"""
-    u = u.detach()
+    """L_pi = E[ -min(exp(A / beta), clip) log pi(a | s) ],  A a constant here"""
+    advantages = advantages.detach()
     if standardize:
-        u = (u - u.mean()) / (u.std(correction=0) + 1e-6)
-    weight = torch.exp(u / beta).clamp(max=weight_clip)
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6)
+    weight = torch.exp(advantages / beta).clamp(max=weight_clip)
     log_prob = actor.log_prob(batch.observations, batch.actions)
-    return -(weight * log_prob).mean(), {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+    loss = -(weight * log_prob).mean()
+    metrics = {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+    return loss, {"actor/loss": loss.detach()} | metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -217,11 +220,11 @@ def actor_loss(
 
 def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
     """L_V + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
-    u = advantage(learner.value, batch)
-    loss_v, metrics_v = value_loss(u)
-    loss_pi, metrics_pi = actor_loss(learner.actor, u, batch, args.beta, args.weight_clip, args.standardize_advantage)
-    losses = {"value/loss": loss_v.detach(), "actor/loss": loss_pi.detach()}
-    return loss_v + loss_pi, losses | metrics_v | metrics_pi
+    advantages = advantage(learner.value, batch)
+    loss_v, metrics_v = value_loss(advantages)
+    standardize = args.standardize_advantage
+    loss_pi, metrics_pi = actor_loss(learner.actor, advantages, batch, args.beta, args.weight_clip, standardize)
+    return loss_v + loss_pi, metrics_v | metrics_pi
 
 
 def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:

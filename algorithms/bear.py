@@ -16,18 +16,18 @@ With Q' and pi' the target networks, samples u before tanh and u_b those of b:
 absolute differences (laplacian) or squared ones (gaussian):
 
     mmd  MMD(s)^2 = mean_ij k(u_i, u_j) - 2 mean_ij k(u_i, u_bj) + mean_ij k(u_bi, u_bj)
-    kl   KL(pi(.|s) || b(.|s)), the choice of BRAC: two normal distributions have it in closed form, and tanh keeps it
+    kl   KL(pi(.|s) || b(.|s)), BRAC's default: two normal distributions have it in closed form, and tanh keeps it
 
 Paper: Kumar, Fu, Tucker, Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction", 2019,
 arXiv 1906.00949; BRAC is Wu, Tucker, Nachum, "Behavior Regularized Offline Reinforcement Learning", 2019,
 arXiv 1911.11361.
-Differences: b is a squashed Gaussian like the actor, as in BRAC, where the authors' is a VAE; it learns beside the
-others from the start, and the actor maximises Q from the start, too. Samples that the MMD compares are not clipped, as
-the authors' are to half a standard deviation: those of equal policies differ by about 0.1, and the threshold has to lie
-above. Acting takes tanh of the mean, where the authors take the best of 10 samples by Q_1. One optimiser step trains
-everything, each loss seeing the others as they were before it. Of BRAC this is the actor's penalty with an adaptive
-weight; its authors also subtract alpha D in the target, and prefer a fixed alpha. Networks are smaller, the batch is
-larger, and observations are normalised.
+Differences from the authors' code (BEAR, not the later one in d4rl_evaluations): b is a squashed Gaussian like the
+actor, as in BRAC, where theirs is a VAE; the actor maximises Q from the start. Samples that the MMD compares are not
+clipped, as theirs are to half a standard deviation: those of equal policies differ by 0.04 to 0.3, the more the wider
+they are and the more dimensions actions have, and the threshold has to lie above. Acting takes tanh of the mean, where
+theirs takes the best of 10 samples by Q_1. One optimiser step trains everything, each loss seeing the others as they
+were before it. Of BRAC this is the actor's penalty with an adaptive weight; its authors also subtract alpha D in the
+target (BRAC-v), and keep alpha fixed by default. Networks are smaller, the batch larger, observations normalised.
 
 Run: python algorithms/bear.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -63,7 +63,7 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "bear"
 
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (authors' code)"""
     divergence: Literal["mmd", "kl"] = "mmd"
     """D, what holds the policy to the data's: BEAR's or BRAC's"""
     kernel: Literal["laplacian", "gaussian"] = "laplacian"
@@ -71,9 +71,9 @@ class Args(ExperimentArgs):
     bandwidth: float = 20.0
     """sigma of the kernel (authors' code: 10 or 20)"""
     num_samples: int = 10
-    """n, actions drawn per state of each policy: few of them compare supports, many densities (authors' code)"""
+    """n, actions drawn per state of each policy: few compare supports, many densities (authors' code; its readme: 5)"""
     threshold: float | None = None
-    """largest mean of D; default: 0.2 for mmd (authors' code: 0.05, of samples they clip), 2 for kl (tried here)"""
+    """largest mean of D; default: 0.2 for mmd (authors: 0.05, of samples they clip), 2 for kl (both tried here)"""
     num_target_actions: int = 10
     """actions sampled at s' for the target (authors' code)"""
     q_mix: float = 0.75
@@ -89,7 +89,7 @@ class Args(ExperimentArgs):
     alpha_learning_rate: float = 1e-3
     """of the logarithm of alpha (authors' code)"""
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (paper: 400 300)"""
+    """hidden layers of every network (authors' code: 400 300)"""
     normalize_observations: bool = True
     """by the mean and standard deviation of the data"""
 
@@ -114,11 +114,6 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
-def join(observations: Tensor, x: Tensor) -> Tensor:
-    """Every x [..., batch, x_dim] beside its observation [batch, observation_dim], of which many x may share one."""
-    return torch.cat([observations.expand(*x.shape[:-1], -1), x], dim=-1)
-
-
 class Actor(nn.Module):
     """pi(a | s), or b(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
@@ -134,16 +129,15 @@ class Actor(nn.Module):
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
         hidden = self.net[:-2](observations)
-        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # the authors' range
+        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range
 
 
-def squashed_log_prob(mean: Tensor, std: Tensor, actions: Tensor) -> Tensor:
-    """log pi(a | s), [batch], of actions a = tanh(u) [batch, action_dim], of which those at the bounds count as near.
+def squashed_log_prob(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """log pi(a | s) of a = tanh(u), [batch], for u [batch, action_dim].
 
     log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) where
     the left side would be log 0.
     """
-    u = torch.atanh(actions.clamp(-1 + 1e-3, 1 - 1e-3))  # BRAC's bounds: no density is finite at the action's own
     log_normal = -(0.5 * ((u - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi))
     return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
 
@@ -171,7 +165,8 @@ class Critic(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
-        x = join(observations, actions).flatten(0, -2).expand(2, -1, -1)
+        observations = observations.expand(*actions.shape[:-1], -1)
+        x = torch.cat([observations, actions], dim=-1).flatten(0, -2).expand(2, -1, -1)
         for layer in self.layers[:-1]:
             x = torch.relu_(layer(x))
         return self.layers[-1](x).view(2, *actions.shape[:-1])
@@ -243,7 +238,8 @@ def kl(policy: tuple[Tensor, Tensor], behaviour: tuple[Tensor, Tensor]) -> Tenso
 
 def behaviour_loss(learner: Learner, batch: Batch) -> tuple[Tensor, Metrics]:
     """L_b = E[ -log b(a | s) ]"""
-    loss = -squashed_log_prob(*learner.behaviour.distribution(batch.observations), batch.actions).mean()
+    u = batch.actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # BRAC's bounds: tanh reaches no other
+    loss = -squashed_log_prob(*learner.behaviour.distribution(batch.observations), u).mean()
     return loss, {"behaviour/loss": loss.detach()}
 
 

@@ -16,9 +16,10 @@ In the mix, the share f (--real-ratio) is data and the rest are rollouts.
 
 Paper: Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn, "COMBO: Conservative Offline Model-Based Policy Optimization",
 2021, arXiv 2102.08363; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: the squared error has no factor 1/2; rho are the actions that the rollouts took, under the policies of
-their time; z is normalised, too; batches of each member are drawn with replacement, where the authors shuffle; one step
-trains actor, critic and temperature, each loss seeing the others as they were before it.
+Differences: rho are the actions that the rollouts took, under the policies of their time, as in the paper's equation;
+later implementations, such as OfflineRL-Kit, take the log-sum-exp of Q over sampled actions, as CQL does. The squared
+error has no factor 1/2; observations and z are normalised; each member draws every batch anew (MBPO: one bootstrap
+each) and stops on its own; one step trains actor, critic and temperature, each loss seeing the others as they were.
 
 Run: python algorithms/combo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -52,11 +53,11 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "combo"
 
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (MOPO's code)"""
     beta: float = 1.0
-    """weight of the regulariser in L_Q (paper: 0.5 to 5)"""
+    """weight of the regulariser in L_Q (paper: 0.5 to 5, for its own form of it)"""
     rollout_policy: Literal["policy", "uniform"] = "policy"
-    """whose actions the rollouts take (paper: the policy's, or uniform ones)"""
+    """whose actions the rollouts take, and so rho's (paper: the policy's, or uniform ones)"""
     rollout_length: int = 5
     """steps of a rollout, h (paper: 1 or 5)"""
     rollout_batch_size: int = 50_000
@@ -64,7 +65,7 @@ class Args(ExperimentArgs):
     rollout_every: int = 1_000
     """updates between rollouts with the newest policy (MOPO's code)"""
     rollouts_kept: int = 5
-    """how many times of rollouts the model's buffer holds, the newest (MOPO's code)"""
+    """calls of the rollouts that the model's buffer holds, the newest (MOPO's code)"""
     real_ratio: float = 0.5
     """f, the share of a batch that is data (paper)"""
     termination: Literal["auto", "rule", "learned", "never"] = "auto"
@@ -78,19 +79,19 @@ class Args(ExperimentArgs):
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
     """hidden layers of each member (paper)"""
     dynamics_learning_rate: float = 1e-3
-    """of Adam (paper)"""
+    """of Adam (MOPO's code)"""
     dynamics_batch_size: int = 256
     """transitions per member and step (MOPO's code)"""
     dynamics_patience: int = 5
-    """epochs without being better by 1% on held-out data after which a member is done (MBPO)"""
+    """epochs without being better by 1% on held-out data after which a member is done (MBPO: all members at once)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
     target_entropy: float | None = None
     """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
-    """rate at which the target critic follows the critic (paper)"""
+    """rate at which the target critic follows the critic (MOPO's code)"""
     actor_learning_rate: float = 1e-4
-    """also of the temperature (paper)"""
+    """paper; here also of the temperature"""
     cosine_decay: bool = False
     """the actor's learning rate falls to 0 over the run, so that it ends with a policy that has settled"""
     critic_learning_rate: float = 3e-4
@@ -202,7 +203,7 @@ class Actor(nn.Module):
         where the left side would be log 0.
         """
         hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
         u = self.net[-2](hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
         return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
@@ -246,8 +247,8 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     ]
     dynamics = Dynamics(observation_dim, action_dim, args).to(device)
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
-    decays = [*[2.5e-5, 5e-5, 7.5e-5][: len(layers) - 1], *[7.5e-5] * (len(layers) - 4), 1e-4]  # first to last layer
-    groups_d = [{"params": [x.weight], "weight_decay": y} for x, y in zip(layers, decays, strict=True)]
+    decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
+    groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
     capacity = args.rollout_batch_size * args.rollout_length * args.rollouts_kept
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
@@ -389,7 +390,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
     loss = (bellman_error + args.beta * (q_model - q_data)).sum()  # Q goes down where the model is, and up at the data
     return loss, {
         "critic/loss": loss.detach(),
-        "critic/bellman_error": bellman_error.detach().mean(),
+        "critic/bellman_error": bellman_error.detach().sum(),
         "critic/q_data": q_data.detach().mean(),
         "critic/q_model": q_model.detach().mean(),
     }

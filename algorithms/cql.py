@@ -109,6 +109,7 @@ class Actor(nn.Module):
         super().__init__()
         self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
         self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
     def forward(self, observations: Tensor) -> Tensor:
         """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
@@ -178,7 +179,6 @@ class Learner(NamedTuple):
     actor: Actor
     critic: Critic
     target_critic: Critic
-    temperature: Coefficient
     multiplier: Coefficient  # of cql_alpha: 1 unless --lagrange trains it
     optimizer: Adam
 
@@ -187,13 +187,13 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
     actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
     critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
-    temperature, multiplier = Coefficient().to(device), Coefficient().to(device)
+    multiplier = Coefficient().to(device)
     groups = [
-        {"params": [*actor.parameters(), *temperature.parameters()], "lr": args.actor_learning_rate},
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": [*critic.parameters(), *multiplier.parameters()], "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, temperature, multiplier, Adam(groups))
+    return Learner(actor, critic, target_critic, multiplier, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -293,11 +293,11 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 
 def total_loss(learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
     """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
-    actor, critic, temperature = learner.actor, learner.critic, learner.temperature()
-    mean, std = actor.distribution(batch.observations)  # once, for its own loss and as the critic's adversary
+    temperature = learner.actor.log_temperature.exp()
+    mean, std = learner.actor.distribution(batch.observations)  # once, for its own loss and as the critic's adversary
     loss_q, metrics_q = critic_loss(learner, (mean.detach(), std.detach()), batch, uniform, noise, args)
     actions, log_prob = squashed_sample(mean, std, noise[0, 0])
-    loss_pi, metrics_pi = actor_loss(critic, temperature, batch.observations, actions, log_prob)
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
     target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
     loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t

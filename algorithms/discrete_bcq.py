@@ -13,7 +13,7 @@ A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
 Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
 arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
 Differences: the squared error, where the authors' code has Huber's: rare ends of episodes, of which Q is far off at
-first, then count with all of that, and Q stays bounded on data where it ran away with Huber's. Observations are
+first, then count with all of that. Observations are
 normalised. The penalty on logits is the authors' code's; the target network follows slowly, as there in all but Atari.
 
 Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
@@ -141,8 +141,8 @@ def build(observation_dim: int, num_actions: int, args: Args, device: torch.devi
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def of(actions: Tensor, q: Tensor) -> Tensor:
-    """Of q [batch, num_actions] the values of `actions` [batch]: [batch]."""
+def q_of(actions: Tensor, q: Tensor) -> Tensor:
+    """The entries of q [batch, num_actions] for `actions` [batch]: [batch]."""
     return q.gather(1, actions.unsqueeze(1)).squeeze(1)
 
 
@@ -150,9 +150,9 @@ def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Met
     """L_Q = E[ (y - Q(s, a))^2 ],  y = r + gamma (1 - termination) Q'(s', pi(s'))"""
     with torch.no_grad():
         next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q and beta ...
-        next_q = of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
+        next_q = q_of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
-    q = of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
+    q = q_of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
     loss = F.mse_loss(q, target)
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
@@ -172,14 +172,15 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     """One gradient step of critic and beta, then the target network follows the critic. `step` counts from 1."""
     loss, metrics = critic_loss(learner, batch, args)
     loss_beta, metrics_beta = behaviour_loss(learner.actor.behaviour, batch, args.logit_penalty)
-    (loss + loss_beta).backward()  # each reaches the weights of one network only
+    loss, metrics = loss + loss_beta, metrics | metrics_beta  # of other weights: one backward pass serves both
+    loss.backward()
     learner.optimizer.step()
     learner.optimizer.zero_grad()
 
     with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
         target, critic = learner.target_critic.parameters(), learner.actor.critic.parameters()
         torch._foreach_lerp_(list(target), list(critic), args.tau)
-    return metrics | metrics_beta
+    return metrics
 
 
 # --- Main -----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ sampled: the logarithm of the sum over them is exact. With Q' the target network
     L_Q = E[ (y - Q(s, a))^2 + cql_alpha gap(s, a) ],  gap = log sum_a' exp Q(s, a') - Q(s, a)        (eq. 4)
     pi  = argmax_a Q(s, a) + bc_weight log beta(a | s)
 
-The gap is also the cross-entropy of softmax(Q) on the data's actions: discrete CQL is Double DQN with a term of
-behaviour cloning on Q itself. --bc-weight holds the policy instead ("DDQN+BC" with --cql-alpha 0): beta is a model of
+The gap is also the cross-entropy of softmax(Q) on the data's actions: discrete CQL is Q-learning with a term of
+behaviour cloning on Q itself. --bc-weight holds the policy instead (DDQN+BC with --cql-alpha 0): beta is a model of
 the data's actions, and an action must be worth more the more rarely the data take it:
 
     L_beta = E[ -log beta(a | s) ]
@@ -16,10 +16,11 @@ the data's actions, and an action must be worth more the more rarely the data ta
 At weight 0 there is no beta; a large one is behaviour cloning. --cql-alpha 0 alone is Double DQN.
 
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
-arXiv 2006.04779; Double DQN is arXiv 1509.06461; the form of --bc-weight is that of Wu, Tucker, Nachum, "Behavior
-Regularized Offline Reinforcement Learning", 2019, arXiv 1911.11361, with a greedy policy.
-Differences: a plain Q, where the authors' code for Atari has quantiles; the squared error has no factor 1/2; the target
-network follows slowly, where theirs is copied every so many updates.
+arXiv 2006.04779; Double DQN is arXiv 1509.06461; --bc-weight has the form of the regularised policy of Wu, Tucker,
+Nachum, "Behavior Regularized Offline Reinforcement Learning", 2019, arXiv 1911.11361, made greedy.
+Differences: a plain Q and its squared error, with no factor 1/2, where the authors' code for Atari has quantiles;
+Double DQN and a slow target network, where theirs takes the maximum of a target network that is copied now and then;
+observations are normalised.
 
 Run: python algorithms/discrete_cql.py --dataset-id anchorl/cartpole/mixed-v0
 """
@@ -51,9 +52,9 @@ class Args(ExperimentArgs):
     dataset_id: str = BUILT_IN_DISCRETE_ID
     """built-in id or Minari id (local first, else downloaded), with discrete actions"""
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (authors' code)"""
     cql_alpha: float = 1.0
-    """weight of the gap in L_Q (authors' code for Atari: 1)"""
+    """weight of the gap in L_Q (authors' code for Atari: 1; 4 on 1% of the data)"""
     bc_weight: float = 0.0
     """weight of log beta in the policy, in units of the return"""
     tau: float = 0.005
@@ -144,8 +145,8 @@ def build(observation_dim: int, num_actions: int, args: Args, device: torch.devi
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def of(actions: Tensor, q: Tensor) -> Tensor:
-    """Of q [batch, num_actions] the values of `actions` [batch]: [batch]."""
+def q_of(actions: Tensor, q: Tensor) -> Tensor:
+    """The entries of q [batch, num_actions] for `actions` [batch]: [batch]."""
     return q.gather(1, actions.unsqueeze(1)).squeeze(1)
 
 
@@ -153,10 +154,10 @@ def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Met
     """L_Q = E[ (y - Q(s, a))^2 + cql_alpha gap ],  y = r + gamma (1 - termination) Q'(s', pi(s'))        (eq. 4)"""
     with torch.no_grad():
         next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q ...
-        next_q = of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
+        next_q = q_of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     all_q = learner.actor.critic(batch.observations)  # [batch, num_actions]
-    q = of(batch.actions, all_q)  # [batch]
+    q = q_of(batch.actions, all_q)  # [batch]
     gap = (all_q.logsumexp(dim=1) - q).mean()  # over the actions of one state
     loss = F.mse_loss(q, target) + args.cql_alpha * gap
     metrics = {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}

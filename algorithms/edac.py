@@ -1,4 +1,4 @@
-"""Ensemble-diversified actor-critic (EDAC): many critics, of which the least sure one is believed.
+"""Ensemble-diversified actor-critic (EDAC): many critics, of which the lowest is believed.
 
 The agent is SAC, but with N critics instead of two. They agree at the data's actions, which all of them were trained
 on, and differ elsewhere, the more the further: the lowest of them doubts what is not in the data. Critics whose slopes
@@ -6,7 +6,7 @@ point the same way at the data agree beyond it, too, so a second term of their l
 target critics and g_i = dQ_i(s, a)/da / |dQ_i(s, a)/da| at the data's action:
 
     y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
-    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ] + eta E[ sum_{i != j} g_i . g_j ] / (N - 1)
+    L_Q  = E[ sum_i (y - Q_i(s, a))^2 ] + eta E[ sum_{i != j} g_i . g_j ] / (N - 1)
     L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
@@ -15,9 +15,8 @@ along an action of one dimension, such as the built-in data's, have no angle tha
 
 Paper: An, Moon, Kim, Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", 2021,
 arXiv 2110.01548; SAC is arXiv 1812.05905.
-Differences: the diversity is taken over all N critics, as in the paper; the authors' code draws as many of them as the
-action has dimensions, where it has fewer than N. One optimiser step trains everything, each loss seeing the others as
-they were before it; weights begin as PyTorch's layers do; observations are normalised.
+Differences: the temperature's loss is SAC's (the authors': of its logarithm); weights begin as PyTorch's layers do;
+observations are normalised. As in the authors' code each loss sees the others as they were before the step.
 
 Run: python algorithms/edac.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -51,21 +50,21 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "edac"
 
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (authors' code)"""
     num_critics: int = 10
     """N (authors' code: 10; paper: 50 for Hopper, and SAC-N takes up to 500)"""
     eta: float = 1.0
-    """weight of the diversity; 0 is SAC-N (paper: mostly 1)"""
+    """weight of the diversity; 0 is SAC-N (paper: mostly 1 in locomotion, 10 to 1000 in Adroit)"""
     target_entropy: float | None = None
     """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
-    """rate at which the target critics follow the critics (paper)"""
+    """rate at which the target critics follow the critics (authors' code)"""
     actor_learning_rate: float = 3e-4
-    """also of the temperature (paper)"""
+    """also of the temperature (authors' code)"""
     critic_learning_rate: float = 3e-4
-    """of Adam (paper)"""
+    """of Adam (authors' code)"""
     hidden_dims: tuple[int, ...] = (256, 256, 256)
-    """hidden layers of every network (paper)"""
+    """hidden layers of every network (authors' code)"""
     normalize_observations: bool = True
     """by the mean and standard deviation of the data"""
 
@@ -107,7 +106,7 @@ class Actor(nn.Module):
         where the left side would be log 0.
         """
         hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
         u = self.net[-2](hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
         return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
@@ -184,7 +183,7 @@ def diversity(critic: Critic, observations: Tensor, actions: Tensor) -> Tensor:
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ] + eta diversity,
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ] + eta diversity,
     y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s'))
 
     `noise` [batch, action_dim] is standard normal.

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.compile import compiled
-from common.datasets import BadInput, Dataset, check, load_dataset
+from common.datasets import BadInput, Dataset, check, load_dataset, warn
 from common.evaluation import Policy, evaluate, load_policy, make_environments
 from common.experiment import ExperimentArgs, Run, Summary, check_argument, launch, set_up
 from common.optim import Adam
@@ -304,7 +304,7 @@ def warn_of_too_few_updates(args: Args) -> None:
     needed = math.ceil(3 / (args.tau * (1 - args.gamma)))
     if args.num_updates < needed:
         what = f"--num-updates {args.num_updates}: the estimate will know the near future alone"
-        print(f"warning: {what}; this tau and gamma ask for {needed:,} or more", file=sys.stderr, flush=True)
+        warn(f"{what}; this tau and gamma ask for {needed:,} or more")
 
 
 def main(args: Args) -> None:

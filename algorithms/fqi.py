@@ -15,8 +15,8 @@ which Q knows nothing of).
 Paper: Ernst, Geurts, Wehenkel, "Tree-Based Batch Mode Reinforcement Learning", 2005, JMLR 6; with networks: Riedmiller,
 "Neural Fitted Q Iteration", 2005; --double: van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double
 Q-learning", 2015, arXiv 1509.06461.
-Differences: steps of Adam towards a slow target network, where the papers solve a regression to the end for each of
-their iterations.
+Differences: steps of Adam on batches towards a slow target network, where the first two papers fit one regression after
+the other to all data; observations are normalised.
 
 Run: python algorithms/fqi.py --dataset-id anchorl/cartpole/mixed-v0
 """
@@ -116,8 +116,8 @@ def build(observation_dim: int, num_actions: int, args: Args, device: torch.devi
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def of(actions: Tensor, q: Tensor) -> Tensor:
-    """Of q [batch, num_actions] the values of `actions` [batch]: [batch]."""
+def q_of(actions: Tensor, q: Tensor) -> Tensor:
+    """The entries of q [batch, num_actions] for `actions` [batch]: [batch]."""
     return q.gather(1, actions.unsqueeze(1)).squeeze(1)
 
 
@@ -126,9 +126,9 @@ def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Met
     with torch.no_grad():
         next_q = learner.target_critic(batch.next_observations)  # [batch, num_actions]
         next_actions = (learner.actor(batch.next_observations) if args.double else next_q).argmax(dim=1)  # a'
-        next_value = of(next_actions, next_q)  # [batch]
+        next_value = q_of(next_actions, next_q)  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
-    q = of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
+    q = q_of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
     loss = F.mse_loss(q, target)
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 

@@ -55,7 +55,7 @@ class Args(ExperimentArgs):
     actor_learning_rate: float = 3e-4
     """of Adam (authors' code)"""
     cosine_decay: bool = True
-    """the actor's learning rate falls to 0 over the run (authors' code); off for what is the start of a longer run"""
+    """the actor's learning rate falls to 0 over the run (authors' code); turn it off if more updates will follow"""
     critic_learning_rate: float = 3e-4
     """of Adam (authors' code)"""
     value_learning_rate: float = 3e-4
@@ -180,10 +180,11 @@ def advantage(value: Value, target_critic: Critic, batch: Batch) -> Tensor:
     return q - value(batch.observations)
 
 
-def value_loss(u: Tensor, expectile: float) -> tuple[Tensor, Metrics]:
-    """L_V = E[ |expectile - 1(u < 0)| u^2 ],  u = A(s, a)        (eq. 5)"""
-    weight = torch.where(u > 0, expectile, 1 - expectile)  # V too low costs more: V rises above the mean
-    return (weight * u.square()).mean(), {"value/advantage": u.detach().mean()}
+def value_loss(advantages: Tensor, expectile: float) -> tuple[Tensor, Metrics]:
+    """L_V = E[ |expectile - 1(A < 0)| A^2 ]        (eq. 5)"""
+    weight = torch.where(advantages > 0, expectile, 1 - expectile)  # V too low costs more: V rises above the mean
+    loss = (weight * advantages.square()).mean()
+    return loss, {"value/loss": loss.detach(), "value/advantage": advantages.detach().mean()}
 
 
 def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tuple[Tensor, Metrics]:
@@ -193,14 +194,18 @@ def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tup
         target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = critic(batch.observations, batch.actions)  # [2, batch]
     loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
-    return loss, {"critic/q": q.detach().mean(), "critic/target": target.mean()}
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: float) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ -min(exp(beta u), clip) log pi(a | s) ],  u = A(s, a), a constant here        (eq. 7)"""
-    weight = torch.exp(beta * u.detach()).clamp(max=weight_clip)
+def actor_loss(
+    actor: Actor, advantages: Tensor, batch: Batch, beta: float, weight_clip: float
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ -min(exp(beta A), clip) log pi(a | s) ],  A a constant here        (eq. 7)"""
+    weight = torch.exp(beta * advantages.detach()).clamp(max=weight_clip)
     log_prob = actor.log_prob(batch.observations, batch.actions)
-    return -(weight * log_prob).mean(), {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+    loss = -(weight * log_prob).mean()
+    metrics = {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
+    return loss, {"actor/loss": loss.detach()} | metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -208,13 +213,11 @@ def actor_loss(actor: Actor, u: Tensor, batch: Batch, beta: float, weight_clip: 
 
 def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
     """L_V + L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves all three."""
-    actor, critic, target_critic, value, _ = learner
-    u = advantage(value, target_critic, batch)
-    loss_v, metrics_v = value_loss(u, args.expectile)
-    loss_q, metrics_q = critic_loss(critic, value, batch, args.gamma)
-    loss_pi, metrics_pi = actor_loss(actor, u, batch, args.beta, args.weight_clip)
-    losses = {"value/loss": loss_v.detach(), "critic/loss": loss_q.detach(), "actor/loss": loss_pi.detach()}
-    return loss_v + loss_q + loss_pi, losses | metrics_v | metrics_q | metrics_pi
+    advantages = advantage(learner.value, learner.target_critic, batch)
+    loss_v, metrics_v = value_loss(advantages, args.expectile)
+    loss_q, metrics_q = critic_loss(learner.critic, learner.value, batch, args.gamma)
+    loss_pi, metrics_pi = actor_loss(learner.actor, advantages, batch, args.beta, args.weight_clip)
+    return loss_v + loss_q + loss_pi, metrics_v | metrics_q | metrics_pi
 
 
 def decay_learning_rate(learner: Learner, step: int, args: Args) -> None:

@@ -8,7 +8,7 @@ return there is to be a lower bound of the true one. With x = (s, a), z = (s' - 
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
     r~      = r - penalty_coefficient u(s, a),  (s', r) drawn from one of the elites           (section 4.2)
     y       = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
-    L_Q     = sum_i E[ (Q_i(s, a) - y)^2 ]
+    L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
@@ -22,8 +22,8 @@ uncertainty u is the --penalty, in the units of (s' - s, r) as the policy sees t
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: observations, and so u, are in standard deviations of the data, where the authors' u is in units of the
-environment, and over all members; z is normalised; each member draws its batches with replacement and has bounds of
-its variance for itself; one step trains actor, critic and temperature.
+environment, and over all members; z is normalised; each member draws every batch anew (theirs keep one bootstrap each),
+stops on its own and has its own bounds of variance; log std of pi >= -5 (-20); no factor 1/2; one step trains pi and Q.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -58,9 +58,9 @@ class Args(ExperimentArgs):
     algorithm: ClassVar[str] = "mopo"
 
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (authors' code)"""
     penalty: Literal["max_std", "ensemble_std", "disagreement"] = "max_std"
-    """u(s, a) (paper: max_std, which ends at the learned bound of the variance; ensemble_std grows beyond the data)"""
+    """u(s, a) (authors: max_std, which ends at the learned bound of variance; ensemble_std grows beyond the data)"""
     penalty_coefficient: float = 1.0
     """lambda, the weight of u in the reward; 0 trusts the model (paper: 0.5 to 5, in other units of u)"""
     rollout_length: int = 5
@@ -70,7 +70,7 @@ class Args(ExperimentArgs):
     rollout_every: int = 1_000
     """updates between rollouts with the newest policy (authors' code)"""
     rollouts_kept: int = 5
-    """how many times of rollouts the model's buffer holds, the newest (authors' code)"""
+    """calls of the rollouts that the model's buffer holds, the newest (authors' code)"""
     real_ratio: float = 0.05
     """share of a batch that is data (paper)"""
     termination: Literal["auto", "rule", "learned", "never"] = "auto"
@@ -84,25 +84,25 @@ class Args(ExperimentArgs):
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
     """hidden layers of each member (paper)"""
     dynamics_learning_rate: float = 1e-3
-    """of Adam (paper)"""
+    """of Adam (authors' code)"""
     dynamics_batch_size: int = 256
     """transitions per member and step (authors' code)"""
     dynamics_patience: int = 5
-    """epochs without being better by 1% on held-out data after which a member is done (MBPO)"""
+    """epochs without being better by 1% on held-out data after which a member is done (MBPO: all members at once)"""
     max_dynamics_epochs: int = 200
     """epochs at most"""
     target_entropy: float | None = None
     """entropy that the temperature holds the policy to; default: -action_dim (SAC; authors: -3)"""
     tau: float = 0.005
-    """rate at which the target critic follows the critic (paper)"""
+    """rate at which the target critic follows the critic (authors' code)"""
     actor_learning_rate: float = 3e-4
-    """also of the temperature (paper)"""
+    """also of the temperature (authors' code)"""
     cosine_decay: bool = False
     """the actor's learning rate falls to 0 over the run, so that it ends with a policy that has settled"""
     critic_learning_rate: float = 3e-4
-    """of Adam (paper)"""
+    """of Adam (authors' code)"""
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of actor and critics (paper)"""
+    """hidden layers of actor and critics (authors' code)"""
     normalize_observations: bool = True
     """by the mean and standard deviation of the data"""
 
@@ -207,7 +207,7 @@ class Actor(nn.Module):
         where the left side would be log 0.
         """
         hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
         u = self.net[-2](hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
         return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
@@ -251,8 +251,8 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     ]
     dynamics = Dynamics(observation_dim, action_dim, args).to(device)
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
-    decays = [*[2.5e-5, 5e-5, 7.5e-5][: len(layers) - 1], *[7.5e-5] * (len(layers) - 4), 1e-4]  # first to last layer
-    groups_d = [{"params": [x.weight], "weight_decay": y} for x, y in zip(layers, decays, strict=True)]
+    decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
+    groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
     capacity = args.rollout_batch_size * args.rollout_length * args.rollouts_kept
     model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
@@ -395,7 +395,7 @@ def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: st
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ],  y = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
 
     `noise` [batch, action_dim] is standard normal.
     """

@@ -14,7 +14,8 @@ Paper: Tarasov, Kurenkov, Nikulin, Kolesnikov, "Revisiting the Minimalist Approa
 2023, arXiv 2305.09836, where the two prices are beta_1 and beta_2; TD3 is arXiv 1802.09477.
 Differences: |.|^2 is a sum over the action's dimensions, as in the authors' code. At the last step of an episode that a
 time limit cut, the data hold no action at s': the step stays in the data, its target without a price (the authors drop
-it). Layers begin as PyTorch's do (the authors': biases of 0.1, last layers near 0), and observations are normalised.
+it; so does the reader of D4RL's files that lack next observations, and the step before goes unpriced). Layers begin as
+PyTorch's do (the authors': biases of 0.1, last layers near 0), and observations are normalised.
 
 Run: python algorithms/rebrac.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -48,9 +49,9 @@ class Args(ExperimentArgs):
     batch_size: int = 1024
     """transitions per update (paper: 1024 locomotion, 256 the rest)"""
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (paper; 0.999 antmaze)"""
     actor_beta: float = 0.01
-    """weight of imitation against Q in L_pi (paper: 0.001 to 0.1, chosen for each dataset)"""
+    """weight of imitation against Q in L_pi (paper, D4RL: 0.001 to 0.1, chosen for each dataset)"""
     critic_beta: float = 0.01
     """price in y of leaving the data's action, in units of reward (paper: 0 to 0.5, chosen for each dataset)"""
     policy_noise: float = 0.2
@@ -180,7 +181,7 @@ def following_actions(buffer: ReplayBuffer) -> Tensor:
 
 
 def critic_loss(
-    learner: Learner, batch: Batch, data_actions: Tensor | None, noise: Tensor, args: Args
+    learner: Learner, batch: Batch, data_actions: Tensor, noise: Tensor, args: Args
 ) -> tuple[Tensor, Metrics]:
     """L_Q = E[ sum_i (y - Q_i(s, a))^2 ]
     y = r + gamma (1 - termination) (min_i Q'_i(s', a') - critic_beta |a' - a'_data|^2)
@@ -191,10 +192,8 @@ def critic_loss(
         clipped_noise = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
         next_actions = (learner.target_actor(batch.next_observations) + clipped_noise).clamp(-1, 1)  # a', smoothed
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
-        penalty = torch.zeros_like(next_q)
-        if data_actions is not None:  # where there is none, a' itself stands for it: nothing to pay
-            known = torch.where(data_actions.isnan(), next_actions, data_actions)
-            penalty = (next_actions - known).square().sum(dim=-1)  # [batch]
+        known = torch.where(data_actions.isnan(), next_actions, data_actions)  # where there is none, nothing to pay
+        penalty = (next_actions - known).square().sum(dim=-1)  # [batch]
         next_value = next_q - args.critic_beta * penalty
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
@@ -219,9 +218,11 @@ def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
 def update(learner: Learner, batch: Batch, step: int, args: Args, data_actions: Tensor | None = None) -> Metrics:
     """One gradient step of the critic; every `policy_every`-th, also of actor and targets. `step` counts from 1.
 
-    `data_actions` [batch, action_dim]: what the data did at s'; None, of transitions in no order, leaves out its price.
+    `data_actions` [batch, action_dim]: what the data did at s'; None where nobody knows.
     """
     actor, critic, target_actor, target_critic, optimizer = learner
+    if data_actions is None:
+        data_actions = torch.full_like(batch.actions, math.nan)
     loss, metrics = critic_loss(learner, batch, data_actions, torch.randn_like(batch.actions), args)
     loss.backward()
     optimizer.step()  # the actor has no gradient, so Adam passes it over

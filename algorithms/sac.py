@@ -1,11 +1,11 @@
 """Soft actor-critic (SAC): the online agent beneath the offline ones, and the one that makes their data.
 
-It plays in the environment and learns from its own episodes: an action that its critic believes too good of is tried,
-and the belief corrected. Offline nothing corrects it, which is what every other file here is about. The policy earns
+It plays in the environment and learns from its own episodes: an action that its critic overestimates gets tried, and
+the estimate is corrected. Offline nothing corrects it, which is what every other file here is about. The policy earns
 its entropy, too, at a price `temperature` that is tuned to keep it near a target. With Q' the target critic:
 
     y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')      (eq. 5, 6)
-    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ]
+    L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable           (eq. 9)
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]                                    (eq. 18)
 
@@ -111,7 +111,7 @@ class Actor(nn.Module):
         where the left side would be log 0.
         """
         hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
         u = self.net[-2](hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
         return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
@@ -260,7 +260,7 @@ class Player:
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
 
     `noise` [batch, action_dim] is standard normal.
     """

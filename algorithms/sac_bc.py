@@ -7,18 +7,18 @@ the mean magnitude of Q, so that one alpha fits every scale of rewards. With Q' 
 SAC's entropy coefficient:
 
     y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
-    L_Q  = sum_i E[ (Q_i(s, a) - y)^2 ]
+    L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi = E[ lambda (temperature log pi(a_pi | s) - min_i Q_i(s, a_pi)) - alpha log pi(a | s) ],
            lambda = 1 / E|min_i Q_i(s, a_pi)|,  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-alpha weighs imitation: 0 is SAC on fixed data; TD3+BC's, which weighs Q, is the other way round.
+alpha weighs imitation: 0 is SAC on fixed data, but for lambda; TD3+BC's, which weighs Q, is the other way round.
 
 Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
 Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
 Differences from SAC are those of sac.py: no factor 1/2, one optimiser step that trains everything, each loss seeing the
-others as they were before it. A tanh policy's density is not finite at the bounds of the actions: actions of the data
-there are taken 1e-3 inside them.
+others as they were before it. Observations are normalised, as in TD3+BC. The log density of a tanh policy is not finite
+at the bounds of the actions: actions of the data there are taken 1e-3 inside them.
 
 Run: python algorithms/sac_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -54,7 +54,7 @@ class Args(ExperimentArgs):
     gamma: float = 0.99
     """discount (SAC)"""
     alpha: float = 0.1
-    """weight of imitation against Q in L_pi: 0 is SAC on fixed data (our trials)"""
+    """weight of imitation against Q in L_pi: 0 is SAC on fixed data (tried here)"""
     target_entropy: float | None = None
     """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
     tau: float = 0.005
@@ -92,6 +92,7 @@ class Actor(nn.Module):
         super().__init__()
         self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
         self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
     def forward(self, observations: Tensor) -> Tensor:
         """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
@@ -100,7 +101,7 @@ class Actor(nn.Module):
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
         hidden = self.net[:-2](observations)
-        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # the authors' range
+        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
 
 
 def squashed_log_prob(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
@@ -147,24 +148,12 @@ class Critic(nn.Module):
         return self.layers[-1](x).squeeze(-1)  # [2, batch]
 
 
-class Coefficient(nn.Module):
-    """A positive number that is learned through its logarithm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = nn.Parameter(torch.zeros(()))
-
-    def forward(self) -> Tensor:
-        return self.log.exp()
-
-
 class Learner(NamedTuple):
     """Everything that training changes; a checkpoint holds the state_dict of each."""
 
     actor: Actor
     critic: Critic
     target_critic: Critic
-    temperature: Coefficient
     optimizer: Adam
 
 
@@ -172,20 +161,19 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
     actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
     critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
-    temperature = Coefficient().to(device)
     groups = [
-        {"params": [*actor.parameters(), *temperature.parameters()], "lr": args.actor_learning_rate},
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, temperature, Adam(groups))
+    return Learner(actor, critic, target_critic, Adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i E[ (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
 
     `noise` [batch, action_dim] is standard normal.
     """
@@ -193,7 +181,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_policy = learner.actor.distribution(batch.next_observations)
         next_actions, next_log_prob = squashed_sample(*next_policy, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
-        next_value = next_q - learner.temperature() * next_log_prob
+        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
@@ -233,11 +221,11 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 
 def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
     """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
-    actor, critic, temperature = learner.actor, learner.critic, learner.temperature()
+    temperature = learner.actor.log_temperature.exp()
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
-    mean, std = actor.distribution(batch.observations)  # once, for Q and for imitation
+    mean, std = learner.actor.distribution(batch.observations)  # once, for Q and for imitation
     actions, log_prob = squashed_sample(mean, std, noise[1])
-    loss_ac, metrics_ac = actor_loss(critic, temperature, batch.observations, actions, log_prob)
+    loss_ac, metrics_ac = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
     loss_bc, metrics_bc = imitation_loss(mean, std, batch.actions)
     loss_pi = loss_ac + args.alpha * loss_bc  # AC+BC
     target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.datasets import warn
 from common.experiment import ExperimentArgs
 from common.optim import Adam
 
@@ -33,7 +34,7 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
         return call
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        print(f"warning: --compile: there is no C++ compiler {compiler!r}; training goes on without", file=sys.stderr)
+        warn(f"--compile: there is no C++ compiler {compiler!r}; training goes on without")
         return call
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     torch.compiler.config.dynamic_sources = "L['step']"  # one graph for all of its values, where they decide nothing

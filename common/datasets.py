@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
 
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
@@ -43,6 +45,11 @@ def check(condition: bool, message: str) -> None:
 def one_line(error: Exception) -> str:
     """The message of somebody else's exception, fit for the one line of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """One line on stderr, above a progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -169,14 +176,14 @@ def action_bounds(space: gym.Space, discrete: bool = False) -> tuple[np.ndarray,
     """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent or, with
     `discrete`, a Discrete one, whose first and last number are given as [1] each.
     """
-    other = "README.md says which scripts are for these"
     if discrete:
         if not isinstance(space, gym.spaces.Discrete):
-            raise BadInput(f"actions must be numbered (a Discrete), not {space}: {other}")
+            raise BadInput(f"actions must be numbered (a Discrete), not {space}: the other scripts take these")
         check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
         return np.array([space.start]), np.array([space.start + space.n - 1])
     if isinstance(space, gym.spaces.Discrete):
-        raise BadInput(f"actions must be vectors of real numbers (a Box), not {space}: {other}")
+        discrete_scripts = "fqi, discrete_cql and discrete_bcq take these"
+        raise BadInput(f"actions must be vectors of real numbers (a Box), not {space}: {discrete_scripts}")
     box = _vector_box(space, "actions")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(box.high - box.low).all() and (box.low < box.high).all())
@@ -367,23 +374,19 @@ def _make_cartpole() -> None:
     what = "20 good, 60 weak, 60 short-sighted and 60 random episodes"
     task = "Balance a pole on a cart; scores: random pushes 0, the longest episode, of 500 steps, 100"
     controllers = [good] * 20 + [weak] * 60 + [short_sighted] * 60 + [random] * 60
-    _make(BUILT_IN_DISCRETE_ID, "CartPole-v1", controllers, what, task, 500.0)
+    _make(BUILT_IN_DISCRETE_ID, "CartPole-v1", controllers, what, task, _cartpole_controller(1.0))
 
 
-def _make(
-    dataset_id: str, env_id: str, controllers: list[Controller], what: str, task: str, best: Controller | float
-) -> None:
+def _make(dataset_id: str, env_id: str, controllers: list[Controller], what: str, task: str, best: Controller) -> None:
     """Writes a built-in dataset, the same bits each time: an episode of each of the controllers, of which the last is
-    random, which is score 0. Score 100 is the return of `best`.
+    random, which is score 0. Score 100 is the mean return of `best`.
     """
     print(f"making {dataset_id} (once, a few seconds)", flush=True)
     with gym.make(env_id) as env:
         episodes = [_roll_out(env, seed, act) for seed, act in enumerate(controllers)]
         low, high = (
-            end
-            if isinstance(end, float)
-            else float(np.mean([sum(_roll_out(env, seed, end).rewards) for seed in range(10_000, 10_050)]))
-            for end in (controllers[-1], best)
+            float(np.mean([sum(_roll_out(env, seed, act).rewards) for seed in range(10_000, 10_050)]))
+            for act in (controllers[-1], best)
         )
     minari.create_dataset_from_buffers(
         dataset_id,

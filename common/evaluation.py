@@ -1,7 +1,6 @@
 """Acting: a policy as a function of NumPy arrays, its evaluation in environments, and loading it from a run folder."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from common.datasets import (
     flat_observation_dim,
     flatten_observations,
     one_line,
+    warn,
 )
 from common.files import load, save
 
@@ -199,7 +199,7 @@ def make_environments(dataset: Dataset, num_episodes: int, trust: bool = False) 
     try:
         return find_environments(dataset, num_episodes, trust)
     except NoEnvironment as reason:
-        _warn(f"{reason}: training goes on without evaluation")
+        warn(f"{reason}: training goes on without evaluation")
         return None
 
 
@@ -222,7 +222,7 @@ def find_environments(dataset: Dataset, num_episodes: int, trust: bool = False, 
             switch = f"--trust-dataset-env runs {entry_point!r} for it"
             raise NoEnvironment(f"environment {env_id!r} is not installed ({switch})")
         if kwargs:
-            _warn(f"environment {env_id!r} is made without {kwargs}: these are for {entry_point!r}, other code")
+            warn(f"environment {env_id!r} is made without {kwargs}: these are for {entry_point!r}, other code")
         entry_point, kwargs = None, {}
     kwargs, limit = kwargs | more, dataset.max_episode_steps
     environments = [make_environment(env_id, limit, entry_point, **kwargs) for _ in range(num_episodes)]
@@ -238,10 +238,6 @@ def find_environments(dataset: Dataset, num_episodes: int, trust: bool = False, 
 def _sizes(observation_dim: int, shape: Any, numbers: tuple[np.ndarray, np.ndarray] | None) -> str:
     actions = f"of shape {shape}" if numbers is None else f"numbered {numbers[0][0]} to {numbers[1][0]}"
     return f"observations of size {observation_dim} and actions {actions}"
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def evaluate(policy: Policy, environments: list[gym.Env], gamma: float = 1.0) -> np.ndarray:

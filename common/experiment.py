@@ -28,12 +28,12 @@ from tqdm import tqdm
 from typeguard import TypeCheckError, check_type
 
 from common import files
-from common.datasets import BUILT_IN_ID, BadInput, check, one_line
+from common.datasets import BUILT_IN_ID, BadInput, check, one_line, warn
 from common.evaluation import Policy, evaluate, make_environments, normalized_score, save_policy
 from common.replay_buffer import ReplayBuffer
 from common.tracking import Tracker
 
-Args = TypeVar("Args", bound="ExperimentArgs")
+ArgsT = TypeVar("ArgsT", bound="ExperimentArgs")
 
 
 @dataclass
@@ -82,11 +82,14 @@ class ExperimentArgs:
     """W&B user or team"""
 
     def validate(self) -> None:
-        """Raises BadInput for values that make no sense, of all arguments that mean the same in every script."""
+        """Raises BadInput. For every argument, by its type and name: whole numbers at least 1 (but the seed), others
+        finite (but a clip, where inf is none), gamma in [0, 1], tau in (0, 1], a learning_rate positive,
+        hidden_dims not empty. A script's own `validate` checks the rest.
+        """
         check_argument(self, "seed", 0 <= self.seed < 2**63, "must not be negative")
         for name in (field.name for field in dataclasses.fields(self) if field.name != "seed"):
             value = getattr(self, name)
-            if isinstance(value, float):  # no clip at all is a sensible one
+            if isinstance(value, float):
                 check_argument(self, name, math.isfinite(value) or name.endswith("clip"), "must be a finite number")
             if type(value) is int:
                 check_argument(self, name, value >= 1, "must be at least 1")
@@ -175,7 +178,7 @@ def _on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
                 signal.signal(number, before)
 
 
-def parse_args(args_class: type[Args], command_line: list[str] | None = None) -> Args:
+def parse_args(args_class: type[ArgsT], command_line: list[str] | None = None) -> ArgsT:
     """The command line as `args_class`; with --resume, what it leaves open is as in the run of --run-dir.
 
     Raises BadInput for a command line that cannot be read, and for a --resume that would change what is learned.
@@ -199,12 +202,8 @@ def parse_args(args_class: type[Args], command_line: list[str] | None = None) ->
         except TypeCheckError as error:
             raise BadInput(f"--resume: {path} is damaged: {name}: {error}") from None
     args = _parse(args_class, command_line, default=before)
-    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - {
-        "dataset_id",
-        "seed",
-        "batch_size",
-        "precision",
-    }
+    learning = {"dataset_id", "seed", "batch_size", "precision"}  # the shared arguments that decide what is learned
+    plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)} - learning
     for name in sorted(names - plumbing):
         value = getattr(before, name)
         rule = f"the run in {args.run_dir} has {value}; start a new run to change it"
@@ -234,8 +233,9 @@ def set_up(args: ExperimentArgs) -> torch.device:
     args.validate()
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once, so that glibc keeps later blocks of this size: their
-    # pages, handed to the system and back at every update, cost BCQ and CQL up to a tenth of their speed
+    # Freed at once, so that glibc keeps later blocks of this size: their pages, handed to the system and back at every
+    # update, cost BCQ and CQL up to a tenth of their speed.
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -267,19 +267,21 @@ class Run:
         actions = self.dataset.action_low, self.dataset.action_high, self.dataset.discrete
         self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *actions)
         self.step, self.stopped_by, self.suspected = 0, 0, False
-        self.before: dict[str, Any] = {}  # the checkpoint of before an update that is evaluated
+        # the checkpoint from before an update with an evaluation: a signal in the evaluation goes back to it
+        self.before: dict[str, Any] = {}
         self.evaluations: list[dict[str, float]] = []
         self.columns: list[str] = []  # of metrics.csv
         self.num_rows = 0
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
-        environment = self.dataset, args.eval_episodes, args.trust_dataset_env
-        self.environments = None if policy else make_environments(*environment)
+        self.environments = None
+        if policy is None:
+            self.environments = make_environments(self.dataset, args.eval_episodes, args.trust_dataset_env)
         self._take_dir()
         wandb_id = self._restore() if args.resume else None
-        names = {"project": args.wandb_project, "group": args.wandb_group, "entity": args.wandb_entity}
-        facts = {"name": self.dir.name, "dir": self.dir, "config": _plain(args)}
-        self.tracker = Tracker(names | facts if args.track else None, wandb_id)
+        wandb_run = {name: getattr(args, f"wandb_{name}") for name in ("project", "group", "entity")}
+        wandb_run |= {"name": self.dir.name, "dir": self.dir, "config": _plain(args)}
+        self.tracker = Tracker(wandb_run if args.track else None, wandb_id)
         facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
         self._write_json("args.json", _plain(args) | facts)
         if not args.resume:
@@ -298,7 +300,7 @@ class Run:
     def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
         """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own.
 
-        The script saves a checkpoint after each. A signal ends them; of the last one, nothing may remain.
+        The script saves a checkpoint after each. A signal ends them; an epoch cut short is done again.
         """
         yield from self._interruptible(f"{name} epoch", done, total)
 
@@ -394,9 +396,8 @@ class Run:
         }
 
     def _write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._replace(
-            "policy.pt", lambda path: save_policy(path, self.policy)
-        )  # first: the checkpoint ends what is due
+        # policy.pt first: a kill in between leaves the older checkpoint, which leads to this policy again
+        self._replace("policy.pt", lambda path: save_policy(path, self.policy))
         if self.num_rows:
             with files.writing(self.dir / "metrics.csv"):
                 files.sync(self.dir / "metrics.csv")  # the checkpoint says how many rows it has
@@ -482,7 +483,7 @@ class Run:
                 self.suspected = True
                 what = f"{name} is {value:.3g} at update {row['step']}, but no return exceeds {bound:.3g}"
                 advice = "the critic may be exploding: try a smaller learning rate or a stronger anchor"
-                return _warn(f"{what}: {advice}")
+                return warn(f"{what}: {advice}")
 
     def _take_dir(self) -> None:
         """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
@@ -515,7 +516,7 @@ class Run:
             reason = f"cannot read {path}: {one_line(error)}"
         try:
             checkpoint = files.load(previous, self.device)
-            _warn(f"--resume: {reason}: going on from the checkpoint before it, of update {checkpoint['step']}")
+            warn(f"--resume: {reason}: going on from the checkpoint before it, of update {checkpoint['step']}")
             return previous, checkpoint
         except Exception:
             raise BadInput(f"--resume: {reason}") from None
@@ -599,10 +600,6 @@ def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
         getattr(learner, name).load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
-
-
-def _warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar
 
 
 def _set_alarm(seconds: float, handler: Callable[[int, Any], None] | None = None) -> None:

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
-def _split(rows: Tensor, observation_dim: int, action_dim: int) -> Batch:
+def _columns(rows: Tensor, observation_dim: int, action_dim: int) -> Batch:
     observations, actions, rewards, next_observations, terminations = rows.split(
         [observation_dim, action_dim, 1, observation_dim, 1], dim=1
     )
@@ -46,7 +46,7 @@ class ReplayBuffer:
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         # a row is observation | action | reward | next observation | termination
         storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
-        lengths, returns = self._fill(storage, dataset)
+        lengths, returns = self._fill(storage)
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
@@ -78,14 +78,15 @@ class ReplayBuffer:
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
 
     def _split(self, rows: Tensor) -> Batch:
-        batch = _split(rows, self.observation_dim, self.action_dim)
+        batch = _columns(rows, self.observation_dim, self.action_dim)
         return batch._replace(actions=batch.actions.squeeze(1).long()) if self.num_actions else batch
 
-    def _fill(self, storage: Tensor, dataset: Dataset) -> tuple[list[int], list[float]]:
+    def _fill(self, storage: Tensor) -> tuple[list[int], list[float]]:
         """Copies the episodes, actions mapped from the environment's range to [-1, 1], discrete ones counted from 0.
         Gives lengths and returns.
         """
-        columns = _split(storage, self.observation_dim, self.action_dim)._asdict()
+        dataset = self.dataset
+        columns = _columns(storage, self.observation_dim, self.action_dim)._asdict()
         if dataset.discrete:
             columns["actions"] = columns["actions"].squeeze(1)
         center = (dataset.action_high + dataset.action_low) / 2
@@ -152,12 +153,12 @@ class RingBuffer:
     def sample(self, batch_size: int) -> Batch:
         """A batch of the transitions held, drawn uniformly with replacement."""
         index = torch.randint(len(self), (batch_size,), device=self.storage.device)
-        return _split(self.storage.index_select(0, index), self.observation_dim, self.action_dim)
+        return _columns(self.storage.index_select(0, index), self.observation_dim, self.action_dim)
 
     def newest(self, count: int) -> Batch:
         """The `count` transitions added last, in the order in which they were; `capacity` at most."""
         index = torch.arange(self.num_added - count, self.num_added, device=self.storage.device) % len(self.storage)
-        return _split(self.storage[index], self.observation_dim, self.action_dim)
+        return _columns(self.storage[index], self.observation_dim, self.action_dim)
 
     def state_dict(self) -> dict[str, Any]:
         full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied

@@ -1,13 +1,10 @@
 """Weights & Biases, if --track asks for it."""
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
-from common.datasets import one_line
+from common.datasets import one_line, warn
 
 PATIENCE_SECONDS = 100  # with one call; W&B itself gives up its start after 90
 
@@ -60,5 +57,4 @@ class Tracker:
             failures.append(f"no answer in {PATIENCE_SECONDS} s")
         if failures:
             self.failed = True
-            message = f"warning: W&B failed ({failures[0]}): training goes on without it"
-            tqdm.write(message, file=sys.stderr)
+            warn(f"W&B failed ({failures[0]}): training goes on without it")

@@ -275,6 +275,15 @@ def _run(algorithm: str, words: list[str], environment: dict[str, str], errors: 
     launch(module.main, module.Args)
 
 
+def sac_networks(learner: Any) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters of a critic, and of an actor that holds SAC's temperature beside its own."""
+    return {
+        "critic": list(learner.critic.parameters()),
+        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
+        "temperature": [learner.actor.log_temperature],
+    }
+
+
 def assert_each_trains_its_own(losses: dict[str, torch.Tensor], networks: dict[str, list[torch.nn.Parameter]]) -> None:
     """That the gradient of each loss reaches the parameters of its name, and no others."""
     for name, loss in losses.items():

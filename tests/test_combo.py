@@ -6,7 +6,7 @@ import combo
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_twins, random_batch, run_script
+from conftest import assert_each_trains_its_own, numpy_twins, random_batch, run_script, sac_networks
 
 CPU = torch.device("cpu")
 
@@ -61,17 +61,12 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     batch = random_batch()
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, NOISE[1])
-    networks = {
-        "critic": list(learner.critic.parameters()),
-        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
-        "temperature": [learner.actor.log_temperature],
-    }
     losses = {
         "critic": combo.critic_loss(learner, batch, NOISE[0], args)[0],
         "actor": combo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": combo.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    assert_each_trains_its_own(losses, networks)
+    assert_each_trains_its_own(losses, sac_networks(learner))
 
 
 def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):

@@ -7,7 +7,7 @@ import edac
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_sample, random_batch
+from conftest import assert_each_trains_its_own, numpy_sample, random_batch, sac_networks
 from torch import nn
 
 from common.compile import compiled
@@ -228,17 +228,12 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     batch, noise = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    networks = {
-        "critic": list(learner.critic.parameters()),
-        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
-        "temperature": [learner.actor.log_temperature],
-    }
     losses = {
         "critic": edac.critic_loss(learner, batch, noise[0], args)[0],
         "actor": edac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": edac.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    assert_each_trains_its_own(losses, networks)
+    assert_each_trains_its_own(losses, sac_networks(learner))
     total, _ = edac.total_loss(learner, batch, noise, args)
     assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 

@@ -7,7 +7,7 @@ import mopo
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_sample, numpy_twins, random_batch, run_script
+from conftest import assert_each_trains_its_own, numpy_sample, numpy_twins, random_batch, run_script, sac_networks
 
 CPU = torch.device("cpu")
 
@@ -104,17 +104,12 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     batch, noise = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    networks = {
-        "critic": list(learner.critic.parameters()),
-        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
-        "temperature": [learner.actor.log_temperature],
-    }
     losses = {
         "critic": mopo.critic_loss(learner, batch, noise[0], args)[0],
         "actor": mopo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": mopo.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    assert_each_trains_its_own(losses, networks)
+    assert_each_trains_its_own(losses, sac_networks(learner))
 
 
 def test_update_leaves_the_dynamics_alone_and_the_target_follows(learner, args):

@@ -56,7 +56,7 @@ def next_actions_of_the_data():
 @pytest.mark.parametrize("known", [True, False])
 def test_critic_loss(learner, args, known):
     batch, noise = random_batch(), torch.linspace(-2, 2, 16).reshape(8, 2)
-    data_actions = next_actions_of_the_data() if known else None
+    data_actions = next_actions_of_the_data() if known else torch.full((8, 2), math.nan)
     loss, metrics = rebrac.critic_loss(learner, batch, data_actions, noise, args)
     next_observations, smoothing = batch.next_observations.numpy(), np.clip(0.4 * noise.numpy(), -0.3, 0.3)
     next_actions = np.clip(np.tanh(numpy_mlp(learner.target_actor.net, next_observations)) + smoothing, -1, 1)

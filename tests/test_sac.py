@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import assert_each_trains_its_own, assert_one_line, numpy_sample, numpy_twins, random_batch, run_script
+from conftest import (
+    assert_each_trains_its_own,
+    assert_one_line,
+    numpy_sample,
+    numpy_twins,
+    random_batch,
+    run_script,
+    sac_networks,
+)
 
 from common.evaluation import load_policy, make_environment
 from common.replay_buffer import ReplayBuffer
@@ -66,17 +74,12 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     batch, noise = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    networks = {
-        "critic": list(learner.critic.parameters()),
-        "actor": [parameter for name, parameter in learner.actor.named_parameters() if name != "log_temperature"],
-        "temperature": [learner.actor.log_temperature],
-    }
     losses = {
         "critic": sac.critic_loss(learner, batch, noise[0], args)[0],
         "actor": sac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": sac.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    assert_each_trains_its_own(losses, networks)
+    assert_each_trains_its_own(losses, sac_networks(learner))
 
 
 def test_the_target_follows(learner, args):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import sac_bc
 import torch
-from conftest import assert_one_line, numpy_mlp, numpy_sample, numpy_twins, random_batch, run_script
+from conftest import (
+    assert_each_trains_its_own,
+    assert_one_line,
+    numpy_mlp,
+    numpy_sample,
+    numpy_twins,
+    random_batch,
+    run_script,
+    sac_networks,
+)
 
 CPU = torch.device("cpu")
 
@@ -23,7 +32,7 @@ def learner(args):
     with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
         for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
             parameter.add_(0.5 * torch.randn_like(parameter))
-        learner.temperature.log.fill_(math.log(0.3))
+        learner.actor.log_temperature.fill_(math.log(0.3))
     return learner
 
 
@@ -87,7 +96,7 @@ def test_actor_and_temperature_losses(learner):
 
 
 def test_actor_gradient_treats_lambda_as_a_constant(learner):
-    batch, parameters = random_batch(), list(learner.actor.parameters())
+    batch, parameters = random_batch(), sac_networks(learner)["actor"]
     actions, log_prob = sac_bc.squashed_sample(*learner.actor.distribution(batch.observations), draws()[0])
     loss, _ = sac_bc.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, actions, log_prob)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -99,8 +108,7 @@ def test_actor_gradient_treats_lambda_as_a_constant(learner):
 def test_alpha_weighs_imitation_and_nothing_else(learner, args):
     """The gradient of the whole, less that without imitation, is alpha times imitation's."""
     batch, noise, everything = random_batch(), draws(), []
-    networks = (learner.actor, learner.critic, learner.temperature)
-    parameters = [parameter for network in networks for parameter in network.parameters()]
+    parameters = [*learner.actor.parameters(), *learner.critic.parameters()]
     for args.alpha in (0.0, 0.4):
         loss, _ = sac_bc.total_loss(learner, batch, noise, args)
         everything.append(torch.autograd.grad(loss, parameters))
@@ -112,24 +120,16 @@ def test_alpha_weighs_imitation_and_nothing_else(learner, args):
 
 def test_each_loss_trains_its_own_network_only(learner, args):
     batch, noise = random_batch(), draws()
-    policy, temperature = learner.actor.distribution(batch.observations), learner.temperature()
+    policy, temperature = learner.actor.distribution(batch.observations), learner.actor.log_temperature.exp()
     actions, log_prob = sac_bc.squashed_sample(*policy, noise[1])
     losses = {
-        "critic": [sac_bc.critic_loss(learner, batch, noise[0], args)],
-        "actor": [
-            sac_bc.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob),
-            sac_bc.imitation_loss(*policy, batch.actions),
-        ],
-        "temperature": [sac_bc.temperature_loss(temperature, log_prob, -2.0)],
+        "critic": sac_bc.critic_loss(learner, batch, noise[0], args)[0],
+        "actor": sac_bc.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        "temperature": sac_bc.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    for name, parts in losses.items():
-        for loss, _ in parts:
-            for other in losses:
-                gradients = torch.autograd.grad(
-                    loss, list(getattr(learner, other).parameters()), retain_graph=True, allow_unused=True
-                )
-                touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-                assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, sac_networks(learner))
+    imitation, _ = sac_bc.imitation_loss(*policy, batch.actions)
+    assert_each_trains_its_own({"actor": imitation}, sac_networks(learner))
 
 
 def test_the_target_follows(learner, args):
