@@ -4,7 +4,15 @@ import awac
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, numpy_mlp, numpy_twins, random_batch, run_script
+from conftest import (
+    assert_each_trains_its_own,
+    assert_one_line,
+    networks_of,
+    numpy_mlp,
+    numpy_twins,
+    random_batch,
+    run_script,
+)
 
 CPU = torch.device("cpu")
 STD = np.exp([-0.2, -1.0])  # of the fixture's actor
@@ -104,13 +112,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "critic": awac.critic_loss(learner, batch, noise[0], args.gamma)[0],
         "actor": awac.actor_loss(learner.actor, u, batch, args.beta)[0],
     }
-    for name, loss in losses.items():
-        for other in losses:
-            gradients = torch.autograd.grad(
-                loss, list(getattr(learner, other).parameters()), retain_graph=True, allow_unused=True
-            )
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic"))
 
 
 def test_update_moves_the_target_by_tau(learner, args):

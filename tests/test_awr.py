@@ -6,7 +6,7 @@ import awr
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, random_batch, run_script
+from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, random_batch, run_script
 
 from common.datasets import BadInput
 
@@ -177,13 +177,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "value": awr.value_loss(u)[0],
         "actor": awr.actor_loss(learner.actor, u, batch, args.beta, args.weight_clip, True)[0],
     }
-    for name, loss in losses.items():
-        for other in ("actor", "value"):
-            gradients = torch.autograd.grad(
-                loss, list(getattr(learner, other).parameters()), retain_graph=True, allow_unused=True
-            )
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, networks_of(learner, "actor", "value"))
 
 
 @pytest.mark.parametrize("standardize", [False, True])

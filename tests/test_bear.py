@@ -7,7 +7,7 @@ import bear
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, numpy_twins, random_batch
+from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch
 
 CPU = torch.device("cpu")
 
@@ -180,12 +180,7 @@ def test_each_loss_trains_its_own_network_only(learner, args, divergence):
         "critic": bear.critic_loss(learner, batch, noise[:4], args)[0],
         "actor alpha": bear.actor_loss(learner, batch, noise[4:].unflatten(0, (2, 3)), args)[0],
     }
-    for names, loss in losses.items():
-        for other in ("actor", "behaviour", "critic", "alpha"):
-            parameters = list(getattr(learner, other).parameters())
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (other in names.split()), f"{names} loss and {other}"
+    assert_each_trains_its_own(losses, networks_of(learner, "actor", "behaviour", "critic", "alpha"))
     total, _ = bear.total_loss(learner, batch, noise, args)
     assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 

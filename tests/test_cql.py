@@ -6,7 +6,7 @@ import cql
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_mlp, numpy_twins, random_batch, sac_networks
+from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch, sac_networks
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 3
@@ -205,13 +205,11 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = cql.squashed_sample(*learner.actor.distribution(batch.observations), noise[0, 0])
     losses = {
-        "critic": critic_loss(learner, batch, args)[0],
+        "critic multiplier": critic_loss(learner, batch, args)[0],
         "actor": cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": cql.temperature_loss(temperature, log_prob, -2.0)[0],
     }
-    assert_each_trains_its_own(losses, sac_networks(learner))
-    losses["multiplier"] = losses.pop("critic")  # with --lagrange it trains both
-    assert_each_trains_its_own(losses, {"multiplier": list(learner.multiplier.parameters())})
+    assert_each_trains_its_own(losses, sac_networks(learner) | networks_of(learner, "multiplier"))
 
 
 def test_update_adds_the_three_losses(learner, args):

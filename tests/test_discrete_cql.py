@@ -4,7 +4,7 @@ import discrete_cql
 import numpy as np
 import pytest
 import torch
-from conftest import discrete_batch, numpy_mlp
+from conftest import assert_each_trains_its_own, discrete_batch, networks_of, numpy_mlp
 
 CPU = torch.device("cpu")
 
@@ -93,11 +93,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "critic": discrete_cql.critic_loss(learner, batch, args)[0],
         "behaviour": discrete_cql.behaviour_loss(learner.actor.behaviour, batch)[0],
     }
-    for name, loss in losses.items():
-        for other in losses:
-            weights = list(getattr(learner.actor, other).parameters())
-            gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            assert any(gradient is not None for gradient in gradients) == (name == other)
+    assert_each_trains_its_own(losses, networks_of(learner.actor, "critic", "behaviour"))
 
 
 def test_update_trains_both_and_moves_the_target_by_tau(learner, args):

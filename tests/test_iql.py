@@ -6,7 +6,7 @@ import iql
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_mlp, numpy_twins, random_batch
+from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch
 
 CPU = torch.device("cpu")
 
@@ -101,13 +101,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "critic": iql.critic_loss(learner.critic, learner.value, batch, args.gamma)[0],
         "actor": iql.actor_loss(learner.actor, u, batch, args.beta, args.weight_clip)[0],
     }
-    for name, loss in losses.items():
-        for other in ("actor", "critic", "value"):
-            gradients = torch.autograd.grad(
-                loss, list(getattr(learner, other).parameters()), retain_graph=True, allow_unused=True
-            )
-            touched = any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-            assert touched == (name == other), f"{name} loss and {other}"
+    assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic", "value"))
 
 
 def test_update_moves_the_target_by_tau(learner, args):
