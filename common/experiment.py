@@ -266,7 +266,7 @@ class Run:
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         actions = self.dataset.action_low, self.dataset.action_high, self.dataset.discrete
         self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *actions)
-        self.step, self.stopped_by, self.suspected = 0, 0, False
+        self.step, self.stopped_by, self.suspected, self.at = 0, 0, False, "update 0"
         # the checkpoint from before an update with an evaluation: a signal in the evaluation goes back to it
         self.before: dict[str, Any] = {}
         self.evaluations: list[dict[str, float]] = []
@@ -342,7 +342,7 @@ class Run:
         """
         if self.environments is None:
             return {}
-        self._check_weights(step)  # simulators fail in ways of their own on actions that are not numbers
+        self._check_weights()  # simulators fail in ways of their own on actions that are not numbers
         began = time.perf_counter()
         try:
             returns = evaluate(self.policy, self.environments)
@@ -368,8 +368,8 @@ class Run:
         row |= {name: float(value) for name, value in metrics.items()}
         bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            raise self._diverged(min(bad, key=lambda reason: "loss" not in reason), step)  # a loss before the others
-        self._check_weights(step)
+            raise self._diverged(min(bad, key=lambda reason: "loss" not in reason))  # a loss before the others
+        self._check_weights()
         self._suspect(row)
         self._append(row)
         self.tracker.log(row)
@@ -377,7 +377,7 @@ class Run:
     def save_checkpoint(self, step: int) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
         checkpoint = self._checkpoint(step)
-        self._check_finite(checkpoint["learner"], step)
+        self._check_finite(checkpoint["learner"])
         self._write_checkpoint(checkpoint)
 
     def _checkpoint(self, step: int) -> dict[str, Any]:
@@ -457,18 +457,18 @@ class Run:
         plot = (lambda path: _plot(path, self.args, self.evaluations, average)) if final else None
         return Summary(result, outcome, plot)
 
-    def _check_weights(self, step: int) -> None:
+    def _check_weights(self) -> None:
         parts = self.learner._asdict().items()
-        self._check_finite({name: part.state_dict() for name, part in parts if isinstance(part, torch.nn.Module)}, step)
+        self._check_finite({name: part.state_dict() for name, part in parts if isinstance(part, torch.nn.Module)})
 
-    def _check_finite(self, state: dict[str, Any], step: int) -> None:
+    def _check_finite(self, state: dict[str, Any]) -> None:
         for name, part in state.items():
             pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
             if not all(bool(piece.isfinite().all()) for piece in pieces):
-                raise self._diverged(f"{name} is not finite", step)
+                raise self._diverged(f"{name} is not finite")
 
-    def _diverged(self, reason: str, step: int) -> Diverged:
-        return Diverged(f"{reason} at update {step}; the last checkpoint in {self.dir} is kept")
+    def _diverged(self, reason: str) -> Diverged:
+        return Diverged(f"{reason} at {self.at}; the last checkpoint in {self.dir} is kept")
 
     def _suspect(self, row: dict[str, float]) -> None:
         """Warns once of a critic that says more than the rewards allow."""

@@ -400,6 +400,18 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     assert run.returncode == 0 and not seen, run.stderr
 
 
+def test_a_model_that_diverges_is_named_with_its_epoch(script, algorithm, monkeypatch, tmp_path, pendulum):
+    update = script.dynamics_update
+
+    def broken(*arguments):
+        return {name: value * torch.nan for name, value in update(*arguments).items()}
+
+    monkeypatch.setattr(script, "dynamics_update", broken)
+    run = run_script(algorithm, *SMALL, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 3
+    assert "dynamics/nll is nan at dynamics epoch 1; the last checkpoint" in run.stderr.splitlines()[-1]
+
+
 def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
     arguments = [*SMALL, "--dynamics-patience", "1000", "--num-updates", "3", "--run-dir", str(tmp_path / "run")]
     process = Started(algorithm, *arguments)

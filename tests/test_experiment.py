@@ -266,9 +266,11 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path, pendulum
     args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9)
     learner = iql.build(3, 1, args, torch.device("cpu"))
     run = Run(args, pendulum, learner)
-    run.save_checkpoint(1)
+    steps = run.steps()
+    run.save_checkpoint(next(steps))
     with torch.no_grad():
         learner.critic.layers[0].weight[0, 0] = torch.nan
+    next(steps)
     for attempt in (run.save_checkpoint, run.evaluate, lambda step: run.log(step, {"critic/loss": 1.0})):
         with pytest.raises(Diverged, match=r"critic is not finite at update 2; the last checkpoint in .*run is kept"):
             attempt(2)
