@@ -117,10 +117,13 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
         (["--datasets", "nosuch"], "no dataset 'nosuch'"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--gpus", "1.5"], "--gpus 1.5"),
+        (["--num-updates", "3"], r"--num-updates, 3 \(--help .*those of the scripts come after `--`"),
+        (["--datasets", "anchorl/unknown-v0"], "unknown built-in dataset"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert_one_line(run_script("run", *arguments, "--out", str(tmp_path / "grid")), message)
+    assert not (tmp_path / "grid").exists()
 
 
 @pytest.mark.slow
