@@ -222,10 +222,15 @@ def _parse(args_class: type[Any], command_line: list[str] | None = None, default
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]  # tyro frames what it says
-        end = next((index for index, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        _, *lines = (line.strip("│ ") for line in errors.getvalue().splitlines())  # a title, and what tyro says ...
+        rules = [
+            *(set(line) <= set("─╰╯-") for line in lines),
+            True,
+        ]  # ... between rules or in a frame
+        begin = rules.index(False)
+        end = rules.index(True, begin)
         hint = "; those of the scripts come after `--`" if "script" in args_class.__annotations__ else ""
-        raise BadInput(f"{' '.join(lines[:end])} (--help lists the arguments{hint})") from None
+        raise BadInput(f"{' '.join(lines[begin:end])} (--help lists the arguments{hint})") from None
 
 
 def set_up(args: ExperimentArgs) -> torch.device:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import re
 import struct
@@ -57,6 +58,19 @@ def test_underscores_and_switches_are_read_as_sweeps_write_them(algorithm):
     args_class = importlib.import_module(algorithm).Args
     args = parse_args(args_class, ["--batch_size=64", "--hidden_dims", "8", "8", "--compile", "--no-track"])
     assert (args.batch_size, args.hidden_dims, args.compile, args.track) == (64, (8, 8), True, False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_command_line_that_cannot_be_read_says_so_without_its_frame(encoding, monkeypatch):
+    """tyro draws frames around its errors, other ones where the terminal is not one of Unicode."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    for arguments, expected in (
+        (["--lr", "3"], "Unrecognized options: --lr, 3 (--help lists the arguments)"),
+        (["--device", "tpu"], "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
+    ):
+        with pytest.raises(BadInput) as error:
+            parse_args(importlib.import_module("iql").Args, arguments)
+        assert str(error.value).startswith(expected)
 
 
 # --- The run folder ---
