@@ -222,11 +222,9 @@ def _parse(args_class: type[Any], command_line: list[str] | None = None, default
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-        _, *lines = (line.strip("│ ") for line in errors.getvalue().splitlines())  # a title, and what tyro says ...
-        rules = [
-            *(set(line) <= set("─╰╯-") for line in lines),
-            True,
-        ]  # ... between rules or in a frame
+        # tyro puts what it says under a title and into a frame or, where the terminal has no Unicode, between rules
+        _, *lines = (line.strip("│ ") for line in errors.getvalue().splitlines())
+        rules = [set(line) <= set("─╰╯-") for line in lines] + [True]
         begin = rules.index(False)
         end = rules.index(True, begin)
         hint = "; those of the scripts come after `--`" if "script" in args_class.__annotations__ else ""
