@@ -39,6 +39,8 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     torch.compiler.config.dynamic_sources = "L['step']"  # one graph for all of its values, where they decide nothing
     torch.compiler.reset()  # a graph of another run in this process would fit, as far as the guards below can tell
+    if none := getattr(torch._dynamo.variables.constant, "CONSTANT_VARIABLE_NONE", None):
+        none.source = None  # PyTorch 2.13 looks for None where the last graph had one: a gradient that may not be here
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as without --compile
         "triton.cudagraphs": device.type == "cuda",

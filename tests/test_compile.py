@@ -62,6 +62,18 @@ def test_compiled_updates_equal_eager_ones(algorithm, arguments, data, double_pr
 
 
 @pytest.mark.slow
+def test_a_graph_looks_for_nothing_where_the_graph_before_it_did(pendulum):
+    """ReBRAC's actor has no gradient at its first update, and more weights here than BC's."""
+    for algorithm, hidden_dims in (("rebrac", (8, 8, 8)), ("bc", (8,))):
+        module = importlib.import_module(algorithm)
+        args = module.Args(hidden_dims=hidden_dims, compile=True, batch_size=64)
+        learner = module.build(pendulum.observation_dim, pendulum.action_dim, args, torch.device("cpu"))
+        train = compiled(module.update, args, torch.device("cpu"))
+        metrics = [train(learner, pendulum.sample(64), step, args) for step in (1, 2)]
+        assert metrics[-1]["actor/loss"].isfinite()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo"])
 def test_a_compiled_run_resumes_to_the_same_bits(algorithm, tmp_path, pendulum):
     arguments = ["--compile", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
