@@ -238,7 +238,7 @@ def kl(policy: tuple[Tensor, Tensor], behaviour: tuple[Tensor, Tensor]) -> Tenso
 
 def behaviour_loss(learner: Learner, batch: Batch) -> tuple[Tensor, Metrics]:
     """L_b = E[ -log b(a | s) ]"""
-    u = batch.actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # BRAC's bounds: tanh reaches no other
+    u = batch.actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # BRAC's bounds: tanh reaches none of its own
     loss = -squashed_log_prob(*learner.behaviour.distribution(batch.observations), u).mean()
     return loss, {"behaviour/loss": loss.detach()}
 
