@@ -13,8 +13,8 @@ A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
 Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
 arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
 Differences: the squared error, where the authors' code has Huber's: rare ends of episodes, of which Q is far off at
-first, then count with all of that. Observations are
-normalised. The penalty on logits is the authors' code's; the target network follows slowly, as there in all but Atari.
+first, then count with all of that. Observations are normalised. The penalty on logits is the authors' code's; the
+target network follows slowly, as there in all but Atari.
 
 Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
 """
