@@ -36,9 +36,10 @@ from torch.func import functional_call
 from torch.nn.functional import softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
 from common.compile import compiled
 from common.datasets import load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, launch, set_up
+from common.experiment import Run, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 

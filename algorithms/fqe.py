@@ -43,10 +43,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
 from common.compile import compiled
 from common.datasets import BadInput, Dataset, check, load_dataset, warn
 from common.evaluation import Policy, evaluate, load_policy, make_environments
-from common.experiment import ExperimentArgs, Run, Summary, check_argument, launch, set_up
+from common.experiment import Run, Summary, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer
 

@@ -37,15 +37,15 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, silu, softplus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
 from common.compile import compiled
 from common.datasets import check, load_dataset
-from common.experiment import ExperimentArgs, Run, check_argument, launch, load_part, set_up
+from common.experiment import Run, load_part, set_up
 from common.optim import Adam
 from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
 from common.terminations import TERMINATION_RULES, termination_rule
@@ -405,7 +405,7 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = 2 * mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 

@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 import sac
 
+from common.command_line import check_argument, launch
 from common.datasets import BadInput, action_bounds, check, flat_observation_dim, flatten_observations, scratch_root
 from common.evaluation import Policy, evaluate, make_environment, save_policy
-from common.experiment import check_argument, launch
 from common.replay_buffer import RingBuffer
 
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import run
 
-from common.experiment import launch
+from common.command_line import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 

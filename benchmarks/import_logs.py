@@ -36,8 +36,8 @@ from minari.namespace import validate_namespace
 from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import launch
 from common.datasets import BadInput, check, one_line, scratch_root
-from common.experiment import launch
 
 
 @dataclass

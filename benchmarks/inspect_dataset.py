@@ -22,10 +22,10 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import launch
 from common.datasets import BadInput, Dataset, Episode, check, load_dataset, one_line
 from common.datasets import flat_observation_dim as flat_dim
 from common.datasets import flatten_observations as flatten
-from common.experiment import launch
 
 PICTURED_STATES = 5_000
 AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it

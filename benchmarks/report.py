@@ -38,8 +38,8 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import launch
 from common.datasets import BadInput, check, one_line
-from common.experiment import launch
 
 MEASURES = ("last", "last five", "best")
 NEEDED = ["algorithm", "dataset_id", "seed", "num_updates", "score", "return_mean"]

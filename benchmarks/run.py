@@ -33,8 +33,8 @@ from typing import IO, Any, Literal, NamedTuple
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import ExperimentArgs, check_argument, launch
 from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset
-from common.experiment import ExperimentArgs, check_argument, launch
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent dies

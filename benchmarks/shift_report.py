@@ -58,8 +58,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import shift_measures as measures
 from trained_run import Trained, Visits, load_run, visit
 
+from common.command_line import launch
 from common.datasets import check
-from common.experiment import launch
 
 NUM_REFERENCES = 50_000  # transitions among which neighbours are looked for
 NUM_NEIGHBOURS = 10

@@ -29,9 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+from common.command_line import launch
 from common.compile import compiled
 from common.datasets import Dataset, Episode, check
-from common.experiment import launch, set_up
+from common.experiment import set_up
 from common.replay_buffer import ReplayBuffer
 
 DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # as many actions as there are dimensions for the others

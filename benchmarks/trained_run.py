@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 from shift_measures import discounted_returns
 
+from common.command_line import parse_args
 from common.datasets import BadInput, check, flatten_observations, load_dataset, one_line
 from common.evaluation import Policy, evaluate, make_environments
-from common.experiment import parse_args
 from common.replay_buffer import ReplayBuffer
 
 SCRIPTS = {path.stem for path in (Path(__file__).resolve().parents[1] / "algorithms").glob("*.py")}

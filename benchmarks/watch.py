@@ -24,9 +24,9 @@ import tyro
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import launch
 from common.datasets import BadInput, Dataset, Episode, check, flatten_observations, load_dataset, one_line
 from common.evaluation import EVALUATION_SEED, Policy, find_environments, load_policy
-from common.experiment import launch
 
 FRAMES_PER_SECOND = 25
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.command_line import ExperimentArgs
 from common.datasets import warn
-from common.experiment import ExperimentArgs
 from common.optim import Adam
 
 

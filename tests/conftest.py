@@ -24,10 +24,10 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
+from common.command_line import launch
 from common.datasets import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, Episode, load_dataset
 from common.datasets import _read_minari as read_minari
 from common.evaluation import Policy, save_policy
-from common.experiment import launch
 from common.replay_buffer import Batch, ReplayBuffer
 
 ROOT = Path(__file__).resolve().parents[1]

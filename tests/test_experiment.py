@@ -31,9 +31,10 @@ from conftest import (
 )
 from wandb.proto import wandb_internal_pb2
 
+from common.command_line import Diverged, parse_args
 from common.datasets import BUILT_IN_ID, BadInput
 from common.evaluation import evaluate, load_policy, make_environments
-from common.experiment import Diverged, Run, parse_args
+from common.experiment import Run
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 every_script = pytest.mark.parametrize("algorithm", SCRIPTS)

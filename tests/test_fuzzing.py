@@ -18,7 +18,7 @@ from conftest import ALGORITHMS, random_episode
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from common.experiment import ExperimentArgs, launch
+from common.command_line import ExperimentArgs, launch
 
 FEW = ["--num-updates", "2", "--eval-episodes", "1", "--hidden-dims", "4"]
 NUMBERS = [np.nan, np.inf, -np.inf, 1e30, 1e300, 0, -1, 2**31, -(2**63)]

@@ -31,9 +31,10 @@ from conftest import (
     what_it_needs,
 )
 
+from common.command_line import parse_args
 from common.datasets import BadInput
 from common.evaluation import load_policy
-from common.experiment import Run, parse_args
+from common.experiment import Run
 
 every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 
