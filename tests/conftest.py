@@ -5,6 +5,7 @@ import csv
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -278,6 +279,22 @@ def _run(algorithm: str, words: list[str], environment: dict[str, str], errors: 
 def networks_of(holder: Any, *names: str) -> dict[str, list[torch.nn.Parameter]]:
     """The parameters of these networks, by name."""
     return {name: list(getattr(holder, name).parameters()) for name in names}
+
+
+def sac_learner(script: Any, args: Any) -> Any:
+    """For observations of 3 and actions of 2 numbers; the target differs from what it follows; temperature 0.3."""
+    torch.manual_seed(0)
+    learner = script.build(3, 2, args, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        learner.actor.log_temperature.fill_(math.log(0.3))
+    return learner
+
+
+def draws() -> torch.Tensor:
+    """Noise for two samples of the actions of `random_batch`."""
+    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
 
 
 def sac_networks(learner: Any) -> dict[str, list[torch.nn.Parameter]]:

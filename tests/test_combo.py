@@ -6,7 +6,7 @@ import combo
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_twins, random_batch, run_script, sac_networks
+from conftest import draws, numpy_twins, random_batch, run_script, sac_learner
 
 CPU = torch.device("cpu")
 
@@ -19,26 +19,18 @@ def args():
 
 @pytest.fixture
 def learner(args):
-    torch.manual_seed(0)
-    learner = combo.build(3, 2, args, CPU)
-    with torch.no_grad():  # so that the target differs from what it follows
-        for parameter in learner.target_critic.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    return learner
-
-
-NOISE = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+    return sac_learner(combo, args)
 
 
 def test_critic_loss(learner, args):
     batch = random_batch()
-    next_actions, _ = learner.actor.sample(batch.next_observations, NOISE[0])
+    next_actions, _ = learner.actor.sample(batch.next_observations, draws()[0])
     next_q = numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions.detach().numpy()).min(0)
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     regulariser = q[:, 3:].mean(axis=1) - q[:, :3].mean(axis=1)
     expected = (((q - target) ** 2).mean(axis=1) + 2.0 * regulariser).sum()
-    loss, metrics = combo.critic_loss(learner, batch, NOISE[0], args)
+    loss, metrics = combo.critic_loss(learner, batch, draws()[0], args)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert metrics["critic/q_data"].item() == pytest.approx(q[:, :3].mean(), rel=1e-4)
     assert metrics["critic/q_model"].item() == pytest.approx(q[:, 3:].mean(), rel=1e-4)
@@ -49,24 +41,12 @@ def test_q_is_pushed_down_at_rollouts_and_up_at_data(learner, args):
     q, gradients = torch.randn(2, 8, requires_grad=True), []
     for args.beta in (0.0, 2.0):
         loss, _ = combo.critic_loss(
-            learner._replace(critic=lambda observations, actions: q), random_batch(), NOISE[0], args
+            learner._replace(critic=lambda observations, actions: q), random_batch(), draws()[0], args
         )
         gradients += torch.autograd.grad(loss, q)
     conservative = gradients[1] - gradients[0]
     torch.testing.assert_close(conservative[:, :3], torch.full((2, 3), -2 / 3))
     torch.testing.assert_close(conservative[:, 3:], torch.full((2, 5), 2 / 5))
-
-
-def test_each_loss_trains_its_own_network_only(learner, args):
-    batch = random_batch()
-    temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = learner.actor.sample(batch.observations, NOISE[1])
-    losses = {
-        "critic": combo.critic_loss(learner, batch, NOISE[0], args)[0],
-        "actor": combo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
-        "temperature": combo.temperature_loss(temperature, log_prob, -2.0)[0],
-    }
-    assert_each_trains_its_own(losses, sac_networks(learner))
 
 
 def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):

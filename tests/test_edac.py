@@ -7,7 +7,7 @@ import edac
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_sample, random_batch, sac_networks
+from conftest import assert_each_trains_its_own, draws, numpy_sample, random_batch, sac_learner, sac_networks
 from torch import nn
 
 from common.compile import compiled
@@ -23,17 +23,7 @@ def args():
 
 @pytest.fixture
 def learner(args):
-    torch.manual_seed(0)
-    learner = edac.build(3, 2, args, CPU)
-    with torch.no_grad():  # so that the targets differ from what they follow, and the temperature from 1
-        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
-            parameter.add_(0.5 * torch.randn_like(parameter))
-        learner.actor.log_temperature.fill_(math.log(0.3))
-    return learner
-
-
-def draws():
-    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+    return sac_learner(edac, args)
 
 
 def numpy_members(critic, observations, actions):

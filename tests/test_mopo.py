@@ -4,10 +4,9 @@ import math
 from types import SimpleNamespace
 
 import mopo
-import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_sample, numpy_twins, random_batch, run_script, sac_networks
+from conftest import random_batch, run_script, sac_learner
 
 CPU = torch.device("cpu")
 
@@ -19,17 +18,7 @@ def args():
 
 @pytest.fixture
 def learner(args):
-    torch.manual_seed(0)
-    learner = mopo.build(3, 2, args, CPU)
-    with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
-        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
-            parameter.add_(0.5 * torch.randn_like(parameter))
-        learner.actor.log_temperature.fill_(math.log(0.3))
-    return learner
-
-
-def draws():
-    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+    return sac_learner(mopo, args)
 
 
 # --- Uncertainty ---
@@ -70,46 +59,11 @@ def test_rewards_of_the_model_are_penalised(args):
 # --- Losses ---
 
 
-def test_critic_loss(learner, args):
-    batch, noise = random_batch(), draws()[0]
-    next_observations = batch.next_observations.numpy()
-    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
-    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
-    loss, metrics = mopo.critic_loss(learner, batch, noise, args)
-    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
-    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
-
-
-def test_actor_and_temperature_losses(learner):
-    batch, noise = random_batch(), draws()[0]
-    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
-    ours = learner.actor.sample(batch.observations, noise)
-    loss, _ = mopo.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
-    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
-    loss, _ = mopo.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
-    assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
-
-
 def test_log_probability_is_finite_where_tanh_is_flat(learner):
     with torch.no_grad():
         learner.actor.net[-2].bias.fill_(50.0)
     actions, log_prob = learner.actor.sample(torch.zeros(1, 3), torch.zeros(1, 2))
     assert (actions == 1).all() and log_prob.isfinite().all()
-
-
-def test_each_loss_trains_its_own_network_only(learner, args):
-    batch, noise = random_batch(), draws()
-    temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    losses = {
-        "critic": mopo.critic_loss(learner, batch, noise[0], args)[0],
-        "actor": mopo.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
-        "temperature": mopo.temperature_loss(temperature, log_prob, -2.0)[0],
-    }
-    assert_each_trains_its_own(losses, sac_networks(learner))
 
 
 def test_update_leaves_the_dynamics_alone_and_the_target_follows(learner, args):

@@ -1,22 +1,13 @@
 """SAC's losses against NumPy on small numbers, its way through the environment, and that it learns."""
 
 import json
-import math
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import sac
 import torch
-from conftest import (
-    assert_each_trains_its_own,
-    assert_one_line,
-    numpy_sample,
-    numpy_twins,
-    random_batch,
-    run_script,
-    sac_networks,
-)
+from conftest import assert_one_line, random_batch, run_script, sac_learner
 
 from common.evaluation import load_policy, make_environment
 from common.replay_buffer import ReplayBuffer
@@ -31,63 +22,10 @@ def args():
 
 @pytest.fixture
 def learner(args):
-    torch.manual_seed(0)
-    learner = sac.build(3, 2, args, CPU)
-    with torch.no_grad():  # so that the target differs from what it follows, and the temperature from 1
-        for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
-            parameter.add_(0.5 * torch.randn_like(parameter))
-        learner.actor.log_temperature.fill_(math.log(0.3))
-    return learner
-
-
-def draws():
-    return torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(1))
+    return sac_learner(sac, args)
 
 
 # --- Losses ---
-
-
-def test_critic_loss(learner, args):
-    batch, noise = random_batch(), draws()[0]
-    next_observations = batch.next_observations.numpy()
-    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
-    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
-    loss, metrics = sac.critic_loss(learner, batch, noise, args)
-    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
-    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
-
-
-def test_actor_and_temperature_losses(learner):
-    batch, noise = random_batch(), draws()[0]
-    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
-    ours = learner.actor.sample(batch.observations, noise)
-    loss, _ = sac.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
-    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
-    loss, _ = sac.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
-    assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
-
-
-def test_each_loss_trains_its_own_network_only(learner, args):
-    batch, noise = random_batch(), draws()
-    temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    losses = {
-        "critic": sac.critic_loss(learner, batch, noise[0], args)[0],
-        "actor": sac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
-        "temperature": sac.temperature_loss(temperature, log_prob, -2.0)[0],
-    }
-    assert_each_trains_its_own(losses, sac_networks(learner))
-
-
-def test_the_target_follows(learner, args):
-    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
-    sac.update(learner, random_batch(), 1, args)
-    followed = learner.critic.parameters()
-    for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
-        torch.testing.assert_close(new, old + args.tau * (target - old))
 
 
 # --- Environment ---

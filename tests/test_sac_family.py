@@ -1,0 +1,82 @@
+"""What SAC and the scripts built on it share, each in its own words: the losses against NumPy on small numbers."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    assert_each_trains_its_own,
+    draws,
+    numpy_sample,
+    numpy_twins,
+    random_batch,
+    sac_learner,
+    sac_networks,
+)
+
+SMALL_MODEL = {"dynamics_hidden_dims": (5,), "num_models": 5, "rollout_batch_size": 10}
+ARGS = {
+    "sac": {"replay_size": 1000},
+    "sac_bc": {"alpha": 0.4},
+    "mopo": SMALL_MODEL,
+    "combo": {"batch_size": 8, **SMALL_MODEL},
+    "edac": {"num_critics": 4},
+}
+
+
+def script_and_learner(name):
+    script = importlib.import_module(name)
+    args = script.Args(hidden_dims=(5, 4), gamma=0.9, **ARGS[name])
+    return script, args, sac_learner(script, args)
+
+
+@pytest.mark.parametrize("name", ["sac", "sac_bc", "mopo"])
+def test_critic_loss(name):
+    script, args, learner = script_and_learner(name)
+    batch, noise = random_batch(), draws()[0]
+    next_observations = batch.next_observations.numpy()
+    next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    loss, metrics = script.critic_loss(learner, batch, noise, args)
+    assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
+    assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo"])
+def test_actor_and_temperature_losses(name):
+    script, _, learner = script_and_learner(name)
+    batch, noise = random_batch(), draws()[0]
+    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
+    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    ours = learner.actor.sample(batch.observations, noise)
+    loss, _ = script.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
+    loss, _ = script.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
+    assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo"])
+def test_each_loss_trains_its_own_network_only(name):
+    script, args, learner = script_and_learner(name)
+    batch, noise = random_batch(), draws()
+    temperature = learner.actor.log_temperature.exp()
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    losses = {
+        "critic": script.critic_loss(learner, batch, noise[0], args)[0],
+        "actor": script.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        "temperature": script.temperature_loss(temperature, log_prob, -2.0)[0],
+    }
+    assert_each_trains_its_own(losses, sac_networks(learner))
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_the_target_follows(name):
+    script, args, learner = script_and_learner(name)
+    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
+    script.update(learner, random_batch(), 1, args)
+    followed = learner.critic.parameters()
+    for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
+        torch.testing.assert_close(new, old + args.tau * (target - old))
