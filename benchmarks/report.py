@@ -7,8 +7,9 @@ Scores are normalised; where a dataset has no reference scores, returns stand fo
     best        the highest evaluation of each seed: what one who may choose by the simulator would get, and a fair
                 estimate of nothing else
 
-Over datasets, by the last five of every run (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", 2021,
-arXiv 2108.13264), if each algorithm was run on each dataset:
+Of several datasets the first table shows the last five side by side. Over datasets, by the last five of every run
+(Agarwal et al., "Deep RL at the Edge of the Statistical Precipice", 2021, arXiv 2108.13264), if each algorithm was run
+on each dataset:
 
     IQM         the interquartile mean: of all runs on all datasets, the middle half's
     P(X > Y)    the probability that a run of X beats one of Y on the same dataset, averaged over datasets
@@ -168,7 +169,15 @@ def words(interval: Interval, unit: float = 1.0) -> str:
     return f"{estimate:.1f}" if np.isnan(low) else f"{estimate:.1f} ({low:.1f} to {high:.1f})"
 
 
+def overview(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per algorithm, a column per dataset: the last five; empty where an algorithm was not run."""
+    cells = runs.groupby(["algorithm", "dataset_id"], sort=False)["last five"]
+    table = cells.apply(lambda own: words(bootstrap([own.to_numpy()], np.mean))).unstack(fill_value="")
+    return table.reset_index().rename_axis(columns=None)
+
+
 def per_dataset(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """A row per dataset and algorithm: all MEASURES, and the time."""
     table = []
     for (dataset_id, algorithm), own in runs.groupby(["dataset_id", "algorithm"]):
         of_runs = rows[(rows["dataset_id"] == dataset_id) & (rows["algorithm"] == algorithm)]
@@ -289,7 +298,8 @@ def main(args: Args) -> None:
     if not args.unequal:
         check_equal(rows)
     runs = measures(rows)
-    tables = [per_dataset(rows, runs)] + ([over_datasets(runs)] if is_complete(runs) else [])
+    tables = [overview(runs)] if runs["dataset_id"].nunique() > 1 else []
+    tables += [per_dataset(rows, runs)] + ([over_datasets(runs)] if is_complete(runs) else [])
     text = "\n\n".join(map(markdown, tables)) + "\n"
     print(text, end="")
     if args.out is None:
