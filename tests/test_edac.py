@@ -7,7 +7,7 @@ import edac
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, draws, numpy_sample, random_batch, sac_learner, sac_networks
+from conftest import draws, numpy_sample, random_batch, sac_learner
 from torch import nn
 
 from common.compile import compiled
@@ -212,20 +212,6 @@ def test_the_gradient_through_a_gradient_is_compiled_too(args):
         torch.set_default_dtype(torch.float32)
     for eager, graph in zip(*finals, strict=True):
         torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
-
-
-def test_each_loss_trains_its_own_network_only(learner, args):
-    batch, noise = random_batch(), draws()
-    temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    losses = {
-        "critic": edac.critic_loss(learner, batch, noise[0], args)[0],
-        "actor": edac.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
-        "temperature": edac.temperature_loss(temperature, log_prob, -2.0)[0],
-    }
-    assert_each_trains_its_own(losses, sac_networks(learner))
-    total, _ = edac.total_loss(learner, batch, noise, args)
-    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 def test_target_entropy(learner, args):

@@ -58,7 +58,7 @@ def test_actor_and_temperature_losses(name):
     assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sac", "mopo", "combo"])
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "edac"])
 def test_each_loss_trains_its_own_network_only(name):
     script, args, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()
@@ -70,6 +70,8 @@ def test_each_loss_trains_its_own_network_only(name):
         "temperature": script.temperature_loss(temperature, log_prob, -2.0)[0],
     }
     assert_each_trains_its_own(losses, sac_networks(learner))
+    total, _ = script.total_loss(learner, batch, noise, args)
+    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ARGS)
