@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import draws, numpy_twins, random_batch, run_script, sac_learner
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def args():

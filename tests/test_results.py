@@ -34,7 +34,7 @@ def measured():
                     score = int(row["num_updates"]), float(row["score"])
                     runs[row["dataset_id"], row["algorithm"]][row["seed"]].append(score)
         for (dataset_id, algorithm), seeds in runs.items():
-            updates = max(max(seeds["0"]))
+            updates, _ = max(seeds["0"])
             scores = [[score for _, score in sorted(evaluations)] for evaluations in seeds.values()]
             last, last_five = [run[-1] for run in scores], [np.mean(run[-5:]) for run in scores]
             yield (dataset_id, algorithm.split()[0], f"{updates:,}"), mean_and_range(last), mean_and_range(last_five)

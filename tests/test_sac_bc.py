@@ -17,8 +17,6 @@ from conftest import (
     sac_networks,
 )
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def args():
