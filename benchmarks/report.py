@@ -31,12 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
+
+try:
+    import pandas as pd
+    from scipy import stats
+except ImportError:
+    print("error: a report needs pandas and SciPy: pip install -e '.[report]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import launch

@@ -1,14 +1,16 @@
 """The report's statistics against hand calculations, its refusals, and its page in a browser."""
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import report
-from conftest import assert_one_line, run_script
+from conftest import ROOT, assert_one_line, run_script
 from matplotlib.image import imread
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -163,3 +165,11 @@ def test_the_page_opens_in_a_browser(out, tmp_path):
     assert lines[:1200].max() > 0.5 and (lines > 0).mean() > 0.4
     colours = {tuple(colour) for colour in (pixels[::2, ::2].reshape(-1, 3) * 255).astype(int)}
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours  # the curves' blue, orange and green
+
+
+def test_without_pandas_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "pandas.py").write_text("raise ImportError")
+    command = [sys.executable, "-m", "benchmarks.report", "runs/first"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert_one_line(run, r"pip install -e '\.\[report\]'")
