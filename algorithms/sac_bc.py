@@ -2,11 +2,11 @@
 
 TD3+BC is one member of a family, AC+BC: take any actor-critic, leave its critic as it is, and add imitation to its
 actor's loss. Imitation is -log pi(a | s), the forward KL from the data to pi; where pi is a normal distribution of
-fixed width, that is TD3+BC's squared error. Here the actor-critic is SAC. As in TD3+BC its actor's loss is divided by
-the mean magnitude of Q, so that one alpha fits every scale of rewards. With Q' the target critic and `temperature`
-SAC's entropy coefficient:
+fixed width, that is TD3+BC's squared error. Here the actor-critic is SAC, without entropy in the target. As in TD3+BC
+its actor's loss is divided by the mean magnitude of Q, so that one alpha fits every scale of rewards. With Q' the
+target critic and `temperature` SAC's entropy coefficient:
 
-    y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
+    y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi = E[ lambda (temperature log pi(a_pi | s) - min_i Q_i(s, a_pi)) - alpha log pi(a | s) ],
            lambda = 1 / E|min_i Q_i(s, a_pi)|,  a_pi ~ pi(.|s), differentiable
@@ -19,8 +19,11 @@ of it learns faster and ends lower: on the built-in data 0.01, 0.1, 1 and 10 sco
 Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
 Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
 Differences from SAC are those of sac.py: no factor 1/2, one optimiser step that trains everything, each loss seeing the
-others as they were before it. Observations are normalised, as in TD3+BC. The log density of a tanh policy is not finite
-at the bounds of the actions: actions of the data there are taken 1e-3 inside them.
+others as they were before it. SAC's -temperature log pi(a'|s') is not in the target, as in CQL's code: where imitation
+keeps the entropy below its target the temperature rises, Q would rise with it, and lambda would take back what the
+actor pays, without end (on halfcheetah the temperature came to 186,000). Observations are normalised, as in TD3+BC. The
+log density of a tanh policy is not finite at the bounds of the actions: actions of the data there are taken 1e-3 inside
+them.
 
 Run: python algorithms/sac_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -176,16 +179,15 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) min_i Q'_i(s', a')
 
     `noise` [batch, action_dim] is standard normal.
     """
     with torch.no_grad():
-        next_policy = learner.actor.distribution(batch.next_observations)
-        next_actions, next_log_prob = squashed_sample(*next_policy, noise)
+        mean, std = learner.actor.distribution(batch.next_observations)
+        next_actions = (mean + std * noise).tanh()
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
-        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}

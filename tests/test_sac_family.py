@@ -31,13 +31,14 @@ def script_and_learner(name):
     return script, args, sac_learner(script, args)
 
 
-@pytest.mark.parametrize("name", ["sac", "sac_bc", "mopo"])
-def test_critic_loss(name):
+@pytest.mark.parametrize(("name", "temperature"), [("sac", 0.3), ("mopo", 0.3), ("sac_bc", 0.0)])
+def test_critic_loss(name, temperature):
+    """`temperature` weighs the entropy of the target: SAC+BC's target has none."""
     script, args, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()[0]
     next_observations = batch.next_observations.numpy()
     next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.3 * log_prob
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - temperature * log_prob
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     loss, metrics = script.critic_loss(learner, batch, noise, args)
