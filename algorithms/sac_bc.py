@@ -21,7 +21,7 @@ Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
 Differences from SAC are those of sac.py: no factor 1/2, one optimiser step that trains everything, each loss seeing the
 others as they were before it. SAC's -temperature log pi(a'|s') is not in the target, as in CQL's code: where imitation
 keeps the entropy below its target the temperature rises, Q would rise with it, and lambda would take back what the
-actor pays, without end (on halfcheetah the temperature came to 186,000). Observations are normalised, as in TD3+BC. The
+actor pays, without end (in a run on halfcheetah it came to 186,000). Observations are normalised, as in TD3+BC. The
 log density of a tanh policy is not finite at the bounds of the actions: actions of the data there are taken 1e-3 inside
 them.
 
