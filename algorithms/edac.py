@@ -169,18 +169,17 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def diversity(critic: Critic, observations: Tensor, actions: Tensor) -> Tensor:
+def diversity(q: Tensor, actions: Tensor) -> Tensor:
     """E[ sum_{i != j} g_i . g_j ] / (N - 1),  g_i = dQ_i(s, a)/da / |dQ_i(s, a)/da|
 
-    N where all slopes point the same way, -N / (N - 1) at its least: the cosines of all pairs, on average, times N.
+    `q` [members, batch] is of `actions` [members, batch, action_dim], which need a gradient. N where all slopes point
+    the same way, -N / (N - 1) at its least: the cosines of all pairs, on average, times N.
     """
-    actions = actions.expand(critic.members, -1, -1).detach().requires_grad_()  # one of its own for each member
-    q = critic(observations, actions)
-    (slopes,) = torch.autograd.grad(q.sum(), actions, create_graph=True)  # [members, batch, action_dim], of weights
-    g = F.normalize(slopes, dim=-1)
+    (slopes,) = torch.autograd.grad(q.sum(), actions, create_graph=True)  # differentiable in the weights
+    g = F.normalize(slopes, dim=-1)  # [members, batch, action_dim]
     # |sum_i g_i|^2 has every pair twice and every g_i with itself: N rows instead of N^2 products
     pairs = g.sum(dim=0).square().sum(dim=-1) - g.square().sum(dim=(0, -1))  # [batch]
-    return pairs.mean() / (critic.members - 1)
+    return pairs.mean() / (len(q) - 1)
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
@@ -194,15 +193,17 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch], of all N
         next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
-    q = learner.critic(batch.observations, batch.actions)  # [members, batch]
+    diverse = args.eta > 0 and batch.actions.shape[-1] > 1  # of one dimension, g_i is 1 or -1 and has no gradient
+    actions = batch.actions.expand(args.num_critics, -1, -1).clone().requires_grad_(diverse)  # one of each member's own
+    q = learner.critic(batch.observations, actions)  # [members, batch]
     loss = args.num_critics * F.mse_loss(q, target.expand_as(q))  # the mean over the members, too, times N: their sum
     metrics = {
         "critic/q": q.detach().mean(),
         "critic/disagreement": q.detach().std(dim=0).mean(),
         "critic/target": target.mean(),
     }
-    if args.eta > 0 and batch.actions.shape[-1] > 1:  # of one dimension, g_i is 1 or -1 and has no gradient
-        similarity = diversity(learner.critic, batch.observations, batch.actions)
+    if diverse:
+        similarity = diversity(q, actions)
         loss = loss + args.eta * similarity
         metrics["critic/diversity"] = similarity.detach()
     return loss, metrics | {"critic/loss": loss.detach()}

@@ -104,6 +104,11 @@ def test_termination_ends_the_target_and_truncation_does_not(learner, args):
 # --- Diversity ---
 
 
+def diversity_of(critic, observations, actions):
+    actions = actions.expand(critic.members, -1, -1).clone().requires_grad_()
+    return edac.diversity(critic(observations, actions), actions)
+
+
 class Planes(nn.Module):
     """Q_i(s, a) = slope_i . a + s: every slope is known, and trained."""
 
@@ -128,14 +133,14 @@ class Planes(nn.Module):
 )
 def test_diversity_of_known_slopes(slopes, expected):
     batch = random_batch()
-    value = edac.diversity(Planes(slopes), batch.observations, batch.actions)
+    value = diversity_of(Planes(slopes), batch.observations, batch.actions)
     assert value.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_diversity_turns_slopes_away_from_each_other():
     """The gradient of cos of the angle between (1, 0) and (1, 1): at right angles to each, and they part."""
     planes, batch = Planes([[1.0, 0.0], [1.0, 1.0]]), random_batch()
-    edac.diversity(planes, batch.observations, batch.actions).backward()
+    diversity_of(planes, batch.observations, batch.actions).backward()
     first, second = planes.slopes.grad
     # d cos / d slope_1 = (g_2 - cos g_1) / |slope_1|, twice
     root = math.sqrt(0.5)
@@ -148,7 +153,7 @@ def test_gradient_of_the_diversity_against_difference_quotients():
     critic = edac.Critic(3, 3, 2, (5, 4)).double()
     batch = random_batch()
     inputs = batch.observations.double(), batch.actions.double()
-    value = edac.diversity(critic, *inputs)
+    value = diversity_of(critic, *inputs)
     weight, step = critic.layers[1].weight, 1e-6
     (gradient,) = torch.autograd.grad(value, weight)
     assert gradient.abs().max() > 1e-3
@@ -157,7 +162,7 @@ def test_gradient_of_the_diversity_against_difference_quotients():
         for sign in (1, -1):
             with torch.no_grad():
                 weight[place] += sign * step
-            ends.append(edac.diversity(critic, *inputs).item())
+            ends.append(diversity_of(critic, *inputs).item())
             with torch.no_grad():
                 weight[place] -= sign * step
         assert gradient[place].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-5)
@@ -174,7 +179,7 @@ def test_an_action_of_one_dimension_has_no_diversity_to_gain(args):
         finals.append([*learner.critic.parameters(), *learner.actor.parameters()])
     assert all(map(torch.equal, *finals))
     batch = random_batch(action_dim=1)  # what is left out is N or less, and moves nothing but by rounding
-    value = edac.diversity(learner.critic, batch.observations, batch.actions)
+    value = diversity_of(learner.critic, batch.observations, batch.actions)
     assert all(gradient.abs().max() < 1e-4 for gradient in torch.autograd.grad(value, learner.critic.layers[0].weight))
 
 
@@ -188,7 +193,7 @@ def test_training_makes_the_slopes_diverse(args):
         batch = random_batch(64)._replace(rewards=random_batch(64).actions.sum(dim=-1))
         for step in range(1, 101):
             edac.update(learner, batch, step, args)
-        found.append(edac.diversity(learner.critic, batch.observations, batch.actions).item())
+        found.append(diversity_of(learner.critic, batch.observations, batch.actions).item())
     assert found[1] < 0 < 1 < found[0], found
 
 
