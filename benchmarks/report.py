@@ -238,6 +238,7 @@ def curves(rows: pd.DataFrame) -> Figure:
             axes.plot(table.index, intervals[:, 0], marker=".", color=colour[algorithm])
             axes.fill_between(table.index, intervals[:, 1], intervals[:, 2], color=colour[algorithm], alpha=0.15)
         axes.set(xlabel="updates", ylabel="score: mean of seeds, 95 % interval", title=dataset_id)
+        axes.locator_params(axis="x", nbins=5)  # more would touch each other
         axes.grid(alpha=0.3)
     for axes in panels[len(datasets) :]:
         axes.remove()
@@ -252,17 +253,17 @@ def summary(runs: pd.DataFrame) -> Figure:
     names = list(colour)
     figure = Figure(figsize=(16, 1.6 + 0.45 * max(5, len(names))), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    left.use_sticky_edges = False  # a margin where the lowest bar begins, too
     for row, name in enumerate(names):
         estimate, low, high = bootstrap(samples(runs, name), iqm)
         left.barh(row, high - low if high > low else 0, left=low, height=0.6, color=colour[name], alpha=0.4)
         left.plot([estimate, estimate], [row - 0.3, row + 0.3], color=colour[name])
         values = np.sort(np.concatenate(samples(runs, name)))
         middle.step([runs["last five"].min() - 5, *values], [1, *(1 - np.arange(1, len(values) + 1) / len(values))],
-                    where="post", label=name, color=colour[name])  # fmt: skip
+                    where="post", color=colour[name])  # fmt: skip
     left.set(yticks=range(len(names)), yticklabels=names, xlabel="IQM of scores, 95 % interval", title="All datasets")
     left.invert_yaxis()
-    middle.set(xlabel="score x", ylabel="share of runs above x", title="Performance profiles")
-    middle.legend()
+    middle.set(xlabel="score x", ylabel="share of runs above x", title="Performance profiles, colours as on the left")
     pairs = list(itertools.permutations(range(len(names)), 2))
     chances = np.full((len(names), len(names)), np.nan)
     for row, column in pairs:
@@ -271,9 +272,8 @@ def summary(runs: pd.DataFrame) -> Figure:
     for row, column in pairs:
         ink = "white" if abs(chances[row, column] - 0.5) > 0.35 else "black"
         right.text(column, row, f"{100 * chances[row, column]:.0f}", ha="center", va="center", color=ink)
-    ticks = {"xticks": range(len(names)), "yticks": range(len(names)), "xticklabels": names, "yticklabels": names}
-    right.set(title="% of pairs in which the row beats the column", **ticks)
-    right.tick_params(axis="x", rotation=60)
+    right.set(title="% of pairs in which the row beats the column", yticks=range(len(names)), yticklabels=names)
+    right.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
     for axes in (left, middle):
         axes.grid(alpha=0.3)
     return figure
