@@ -70,6 +70,14 @@ def test_the_interval_is_the_percentile_bootstrap_of_the_mean():
     assert np.isnan(report.bootstrap([values[:1]], np.mean)[1:]).all()  # one seed has none
 
 
+def test_every_interval_lies_inside_the_picture(tmp_path):
+    write(tmp_path / "e.csv", noisy("x", 30) | noisy("y", 90))
+    bars = report.summary(report.measures(report.read((tmp_path / "e.csv",)))).axes[0]
+    low, high = bars.get_xlim()
+    assert len(bars.patches) == 2
+    assert all(low < bar.get_x() and bar.get_x() + bar.get_width() < high for bar in bars.patches)
+
+
 def test_datasets_are_drawn_each_by_itself():
     """Two datasets far from each other: drawn together, the mean of the two would swing by tens."""
     tasks = [np.array([0.0, 1.0, 2.0]), np.array([100.0, 101.0, 102.0])]
