@@ -63,6 +63,8 @@ class Args:
     """scripts in algorithms/, without .py, or a part of one"""
     compile: bool = False
     """measure --compile too, after checking that it trains to eager's weights"""
+    bf16: bool = False
+    """measure --precision bf16 too, with --compile if that is measured; its ratio is to the bound in float32"""
     csv: Path | None = None
     """write the table here"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -118,11 +120,13 @@ def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes
     return ReplayBuffer(dataset, device)
 
 
-def make_trainer(args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool) -> tuple[Callable[[], None], Any]:
+def make_trainer(
+    args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool, precision: str = "float32"
+) -> tuple[Callable[[], None], Any]:
     """A function that does the next update, and the learner that it trains."""
     name, _, part = algorithm.partition(":")
     module = importlib.import_module(name)
-    script_args = module.Args(compile=compile, device=args.device)
+    script_args = module.Args(compile=compile, precision=precision, device=args.device)
     device = set_up(script_args)
     learner = module.build(args.observation_dim, args.action_dim, script_args, device)
     if part == "rollout":
@@ -229,10 +233,14 @@ def check_equal(args: Args, algorithm: str, num_updates: int = 30) -> None:
 def measure(args: Args, algorithm: str) -> list[list[Any]]:
     """A row for each mode."""
     buffer = random_buffer(args, algorithm, torch.device(args.device))
-    modes = ["eager", "compile"] if args.compile and not algorithm.endswith(":rollout") else ["eager"]
-    if "compile" in modes:
+    compile = args.compile and not algorithm.endswith(":rollout")  # which is no update
+    if compile:
         check_equal(args, algorithm)
+    modes = ["eager"] + ["compile"] * compile
     steps = {mode: make_trainer(args, algorithm, buffer, mode == "compile")[0] for mode in modes}
+    if args.bf16 and not algorithm.endswith(":rollout"):
+        modes.append("compile bf16" if compile else "bf16")
+        steps[modes[-1]] = make_trainer(args, algorithm, buffer, compile, "bf16")[0]
     steps["bound"] = make_bound(args, algorithm)
     clocks: dict[str, Callable[[], float]] = {
         name: partial(rate, step, args.seconds, args.device) for name, step in steps.items()
