@@ -36,7 +36,7 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    copies = [gym.make(args.env_id) for _ in range(args.num_episodes)]
+    copies = [gym.make(args.env_id, disable_env_checker=True) for _ in range(args.num_episodes)]
     observation_space, action_space = copies[0].observation_space, copies[0].action_space
     assert isinstance(observation_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)
     (observation_dim,), (action_dim,) = observation_space.shape, action_space.shape
@@ -62,9 +62,10 @@ def main() -> None:
         for index, copy in enumerate(copies):
             copy.reset(seed=EVALUATION_SEED + index)
         began = time.perf_counter()
+        running = copies
         for step in actions:
-            for copy, action in zip(copies, step, strict=True):
-                copy.step(action)
+            outcomes = [copy.step(action) for copy, action in zip(running, step, strict=True)]
+            running = [copy for copy, (_, _, *ends, _) in zip(running, outcomes, strict=True) if not any(ends)]
         rows.append((evaluated, time.perf_counter() - began))
     ratio = statistics.median(evaluated / alone for evaluated, alone in rows)
     evaluated, alone = (statistics.median(column) for column in zip(*rows, strict=True))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,8 @@ def make_trainer(
 
 def make_bound(args: Args, algorithm: str, num_updates: int = 4) -> Callable[[], None]:
     """A function that does the matrix products of one update, taking turns between `num_updates` recorded ones."""
-    train, _ = make_trainer(args, algorithm, random_buffer(args, algorithm, torch.device("cpu"), 1), compile=False)
+    buffer = random_buffer(args, algorithm, torch.device("cpu"), 1)
+    train, _ = make_trainer(replace(args, device="cpu"), algorithm, buffer, compile=False)
     prepare = prepare_product
     if algorithm.endswith(":rollout"):  # products of equal shape share their memory, which would be gigabytes
         prepare, num_updates = cache(prepare_product), 1
@@ -190,6 +191,8 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
         calls += 1
         if device == "cuda" and calls % 10 == 0:
             torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return calls / (time.perf_counter() - began)
 
 

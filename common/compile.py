@@ -32,9 +32,9 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
         call = rounding(update)
     if not args.compile:
         return call
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        warn(f"--compile: there is no C++ compiler {compiler!r}; training goes on without")
+    compilers = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, compilers)):
+        warn(f"--compile: there is no C++ compiler {compilers[0]!r}; training goes on without")
         return call
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     torch.compiler.config.dynamic_sources = "L['step']"  # one graph for all of its values, where they decide nothing
@@ -58,6 +58,7 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
                 return graph(learner, *arguments)
             if not seconds:
                 seconds.append(_eager_seconds(update, learner, arguments, device))
+                _promise_to_stay(learner)
             began = time.perf_counter()
             result = graph(learner, *arguments)
             _wait(device)
@@ -67,6 +68,15 @@ def compiled(update: Callable, args: ExperimentArgs, device: torch.device) -> Ca
         return result
 
     return compiled_update
+
+
+def _promise_to_stay(learner: Any) -> None:
+    """CUDA graphs are not made of an update that changes tensors which could be elsewhere the next time. Parameters are
+    known to stay; Adam's state does, too, as it only ever changes in place.
+    """
+    for group in (group for part in learner if isinstance(part, Adam) for group in part.param_groups):
+        for tensor in (group["lr"], group["step"], *group["means"], *group["squares"]):
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def _guard_arguments(guards: Sequence[Any]) -> list[bool]:

@@ -168,6 +168,26 @@ def train_on_cuda(algorithm: str, compile: bool, num_updates: int, sync_debug_mo
     return [weight.detach().clone() for network in networks for weight in network.parameters()]
 
 
+@pytest.mark.parametrize("algorithm", ["td3_bc", "cql", "mopo"])
+def test_what_an_update_changes_is_known_to_stay_where_it_is(algorithm, data, monkeypatch):
+    """PyTorch makes no CUDA graph of an update that changes any other input, and says so in its log alone."""
+    inputs = []
+
+    def remember(graph, tensors):
+        inputs.extend(tensors)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda update, **_: compile(update, fullgraph=True, backend=remember))
+    module = importlib.import_module(algorithm)
+    args = module.Args(hidden_dims=(8,), batch_size=4, compile=True)
+    learner = module.build(data.observation_dim, data.action_dim, args, torch.device("cpu"))
+    compiled(module.update, args, torch.device("cpu"))(learner, data.sample(4), 1, args)
+    changed = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor._version > 0]
+    assert len(changed) > 10
+    assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in changed)
+
+
 @needs_cuda
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_update_never_waits_for_the_device(algorithm):
@@ -181,7 +201,9 @@ def test_an_update_never_waits_for_the_device(algorithm):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_cuda_graphs_train_to_eagers_weights(algorithm, double_precision):
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     eager, graph = (train_on_cuda(algorithm, compile, 35) for compile in (False, True))
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
     for expected, found in zip(eager, graph, strict=True):
         torch.testing.assert_close(expected, found, atol=1e-9, rtol=1e-7)
 

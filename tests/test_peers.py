@@ -1,7 +1,6 @@
 """What the peers' script reads and how it evaluates, without d3rlpy, which is not among the test's packages."""
 
 import ast
-import csv
 import importlib.util
 import re
 import sys
@@ -13,7 +12,7 @@ import pytest
 from conftest import ROOT, random_episode
 
 from common.datasets import BUILT_IN_ID, load_dataset
-from common.evaluation import evaluate, make_environments
+from common.evaluation import evaluate, make_environments, normalized_score
 
 PATH = ROOT / "benchmarks" / "peers" / "d3rlpy_scores.py"
 
@@ -21,7 +20,7 @@ PATH = ROOT / "benchmarks" / "peers" / "d3rlpy_scores.py"
 @pytest.fixture(scope="module")
 def peer():
     """The module with something in d3rlpy's place that takes every call."""
-    fake = mock.MagicMock()
+    fake = mock.MagicMock(__version__="0")
     names = ["d3rlpy", "d3rlpy.preprocessing", "structlog"]
     with mock.patch.dict(sys.modules, dict.fromkeys(names, fake)):
         spec = importlib.util.spec_from_file_location("d3rlpy_scores", PATH)
@@ -74,19 +73,48 @@ def test_its_evaluation_is_ours(peer, pendulum):
     np.testing.assert_allclose(theirs, evaluate(policy, environments))
 
 
-def test_done_cells_are_skipped(peer, tmp_path, monkeypatch):
+def test_a_cell_is_trained_and_evaluated_as_asked(peer, pendulum, monkeypatch):
+    learner = mock.MagicMock()
+    learner.predict = lambda observations: np.zeros((len(observations), 1), np.float32)
+    config = mock.MagicMock(return_value=mock.Mock(create=mock.Mock(return_value=learner)))
+    monkeypatch.setitem(peer.CONFIGS, "iql", config)
+    result, rows = peer.train("iql", BUILT_IN_ID, 0, peer.Args(num_updates=5, eval_every=2, eval_episodes=2))
+    assert learner.update.call_count == 5 and [row["num_updates"] for row in rows] == [2, 4, 5]
+    at_rest = evaluate(lambda x: np.zeros((len(x), 1), np.float32), make_environments(pendulum.dataset, 2)).mean()
+    np.testing.assert_allclose([row["return_mean"] for row in rows], at_rest)
+    np.testing.assert_allclose(result["final_score"], normalized_score(at_rest, pendulum.dataset))
+
+
+def main(peer, monkeypatch, out, *words):
+    """What was trained: a fake of `train` takes note."""
     seen = []
 
     def train(algorithm, dataset_id, seed, args):
         seen.append((algorithm, seed))
         cell = {"algorithm": f"d3rlpy {algorithm}", "dataset_id": dataset_id, "seed": seed}
-        return cell | {"final_score": 1}, [cell | {"score": 1}, cell | {"score": 2}]
+        protocol = {name: getattr(args, name) for name in ("num_updates", "eval_every", "eval_episodes")}
+        return cell | {"final_score": 1} | protocol, [cell | {"score": 1}, cell | {"score": 2}]
 
     monkeypatch.setattr(peer, "train", train)
-    for seeds in ("1", "2"):
-        words = ["x", "--algorithms", "iql", "bcq", "--seeds", seeds, "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", words)
-        peer.main()
-    assert seen == [("iql", 0), ("bcq", 0), ("iql", 1), ("bcq", 1)]
-    with (tmp_path / "evaluations.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 8
+    monkeypatch.setattr(sys, "argv", ["x", "--algorithms", "iql", "bcq", "--out", str(out), *words])
+    peer.main()
+    return seen
+
+
+def test_done_cells_are_skipped(peer, tmp_path, monkeypatch):
+    assert main(peer, monkeypatch, tmp_path, "--seeds", "1") == [("iql", 0), ("bcq", 0)]
+    assert main(peer, monkeypatch, tmp_path, "--seeds", "2") == [("iql", 1), ("bcq", 1)]
+    assert len(peer.read_rows(tmp_path / "evaluations.csv")) == 8
+
+
+def test_a_cell_that_was_cut_off_between_its_two_files_is_there_once(peer, tmp_path, monkeypatch):
+    main(peer, monkeypatch, tmp_path, "--seeds", "1")
+    peer.write_rows(tmp_path / "results.csv", peer.read_rows(tmp_path / "results.csv")[:1])
+    assert main(peer, monkeypatch, tmp_path, "--seeds", "1") == [("bcq", 0)]
+    assert len(peer.read_rows(tmp_path / "evaluations.csv")) == 4
+
+
+def test_cells_of_other_arguments_do_not_count_as_done(peer, tmp_path, monkeypatch):
+    main(peer, monkeypatch, tmp_path, "--seeds", "1")
+    with pytest.raises(SystemExit, match="d3rlpy iql anchorl/pendulum/mixed-v0 0 with num_updates 10000"):
+        main(peer, monkeypatch, tmp_path, "--seeds", "1", "--num-updates", "20000")

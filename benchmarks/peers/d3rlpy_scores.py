@@ -19,6 +19,7 @@ import csv
 import json
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -138,6 +139,8 @@ def train(algorithm: str, dataset_id: str, seed: int, args: Args) -> tuple[dict[
         if not scaler.built:
             scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
     learner.build_with_dataset(dataset)
+    if "ref_min_score" not in metadata:
+        sys.exit(f"{dataset_id} has no reference scores, in which results are given")
     low, high = metadata["ref_min_score"], metadata["ref_max_score"]
     cell = {"algorithm": f"d3rlpy {algorithm}", "dataset_id": dataset_id, "seed": seed}
     rows: list[dict[str, Any]] = []
@@ -166,12 +169,33 @@ def train(algorithm: str, dataset_id: str, seed: int, args: Args) -> tuple[dict[
     }, rows
 
 
-def add(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("a", newline="") as file:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All of them, in place of what was there: a file is the old one or the new one, never half of one."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
+
+
+def cell_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["algorithm"], row["dataset_id"], int(row["seed"])
+
+
+def check_arguments(path: Path, rows: list[dict[str, Any]], args: Args) -> None:
+    """Exits where finished cells had other updates or evaluations: they would stand in for what is asked for."""
+    for row in rows:
+        for name in ("num_updates", "eval_every", "eval_episodes"):
+            if int(row[name]) != getattr(args, name):
+                sys.exit(f"{path} has {' '.join(map(str, cell_of(row)))} with {name} {row[name]}: give another --out")
 
 
 def main() -> None:
@@ -180,16 +204,16 @@ def main() -> None:
     torch.set_flush_denormal(True)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.csv"
-    done = set()
-    if results.exists():
-        with results.open(newline="") as file:
-            done = {(row["algorithm"], row["dataset_id"], int(row["seed"])) for row in csv.DictReader(file)}
+    results, evaluations = read_rows(args.out / "results.csv"), read_rows(args.out / "evaluations.csv")
+    check_arguments(args.out / "results.csv", results, args)
+    done = set(map(cell_of, results))
+    evaluations = [row for row in evaluations if cell_of(row) in done]  # not of a cell that was cut off between the two
     for algorithm, dataset_id, seed in product(args.algorithms, args.datasets, range(args.seeds)):
         if (f"d3rlpy {algorithm}", dataset_id, seed) not in done:
             result, rows = train(algorithm, dataset_id, seed, args)
-            add(args.out / "evaluations.csv", rows)
-            add(results, [result])
+            results, evaluations = [*results, result], [*evaluations, *rows]
+            write_rows(args.out / "evaluations.csv", evaluations)
+            write_rows(args.out / "results.csv", results)
 
 
 if __name__ == "__main__":
