@@ -1,4 +1,4 @@
-"""README.md's table of scores says what benchmarks/results/ holds, row by row."""
+"""README.md's tables of scores and of speed say what benchmarks/results/ holds, row by row."""
 
 import csv
 import re
@@ -50,3 +50,30 @@ def test_the_readme_says_what_was_measured(row):
 
 def test_the_table_was_found():
     assert len(ROWS) > 20
+
+
+SPEEDS = {  # the files behind README.md's tables of speed, in their order, and the modes of a table's columns
+    "throughput.csv": ("eager", "compile", "d3rlpy"),
+    "throughput-avx2.csv": ("eager", "compile"),
+    "throughput-amx.csv": ("eager", "compile", "compile bf16"),
+}
+PARTS = {"MOPO, its model": "mopo:dynamics", "MOPO, 50,000 rollouts of 5 steps": "mopo:rollout"}
+
+
+@pytest.mark.parametrize("name", SPEEDS)
+def test_the_tables_of_speed_say_what_was_measured(name):
+    """Updates per second of each mode, the bound, and each mode's ratio to it."""
+    measured = defaultdict(dict)
+    with (ROOT / "benchmarks" / "results" / name).open() as file:
+        for row in csv.DictReader(file):
+            measured[row["algorithm"]][row["mode"]] = row
+    tables = re.findall(
+        r"\| algorithm \| updates per second.*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "README.md").read_text()
+    )
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in tables[list(SPEEDS).index(name)].splitlines()]
+    for label, *cells in rows:
+        modes = measured[PARTS.get(label) or script_of(label)]
+        speeds = [modes[mode]["updates_per_second"] if mode in modes else "" for mode in SPEEDS[name]]
+        ratios = [f"{float(modes[mode]['ratio']):.2f}" if mode in modes else "" for mode in SPEEDS[name]]
+        assert cells == [*speeds, modes["eager"]["bound_updates_per_second"], *ratios], label
+    assert len(rows) == len(measured)
