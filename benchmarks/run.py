@@ -1,22 +1,27 @@
 """Runs algorithms x datasets x seeds, each cell the ordinary script in a process and a run folder of its own.
 
 Stop the command and give it again: finished cells are skipped, others go on from their checkpoints. A cell that fails
-is tried once more, then reported with its log; it never stops the others. At the end, and after each cell, there are
+is tried once more, unless it diverged, then reported with its log; it never stops the others. After each cell there are
 
     OUT/results.csv       a row per cell: what its result.json holds, and its run folder
     OUT/evaluations.csv   a row per evaluation: the learning curves
 
+of all cells in OUT that ended well, earlier commands' too. Failed ones have no row: the last lines name them, and the
+exit code is 1. What follows `--` goes to every script.
+
 --engine ray spreads the cells over a cluster (extra `cluster`): a cell whose machine dies starts again on another one,
-from its checkpoint where OUT is a folder that all of them share. What follows `--` goes to every script.
+from its checkpoint where OUT is a folder that all of them share. Where it is not, the rows come to this machine's OUT,
+but logs and policies stay where the cells ran.
 
 Run: python -m benchmarks.run --algorithms bc iql --seeds 3 --out runs/first -- --num-updates 3000
 """
 
 import csv
 import ctypes
+import io
 import json
 import os
-import queue
+import platform
 import re
 import shlex
 import signal
@@ -30,13 +35,17 @@ from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset
+from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset, one_line
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
+SET_BY_GRID = {"--seed", "--dataset-id", "--run-dir", "--resume"}  # of the scripts' arguments
+NEEDED = ("args.json", "metrics.csv", "result.json")  # what rows are made of; the last one says that the cell is done
+FINAL = (2, 3, 130, 143, -signal.SIGINT, -signal.SIGTERM)  # bad input, diverged, stopped: so would be the next try
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal when the parent dies
 
 
@@ -59,7 +68,7 @@ class Args:
     threads: int = 1
     """processors, and PyTorch's threads, of a cell"""
     gpus: float = 0.0
-    """share of a GPU of a cell, such as 0.25"""
+    """share of a GPU of a cell, such as 0.25 for four on each; 0: on processors, even where there are GPUs"""
     tries: int = 2
     """how often a cell may be started before it counts as failed"""
     script: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -69,10 +78,23 @@ class Args:
         for name in ("seeds", "threads", "tries"):
             check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
         check_argument(self, "workers", self.workers >= 0, "must not be negative")
-        check_argument(self, "gpus", 0 <= self.gpus <= 1 or self.gpus == int(self.gpus), "must be in [0, 1], or whole")
+        check_argument(self, "gpus", self.gpus == 0 or 0.01 <= self.gpus <= 1, "must be 0, or a share in [0.01, 1]")
+        known = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+        words = list(self.script)
         for algorithm in self.algorithms:
-            known = sorted(path.stem for path in SCRIPTS.glob("*.py"))
-            check(algorithm.split()[:1] in [[name] for name in known], f"--algorithms {algorithm}: there are {known}")
+            try:
+                script, *own = shlex.split(algorithm) or [""]
+            except ValueError as error:  # a quotation without end
+                raise BadInput(f"--algorithms {algorithm}: {error}") from None
+            check(script in known, f"--algorithms {algorithm}: there are {known}")
+            words += own
+        ours = sorted(SET_BY_GRID & {word.split("=")[0].replace("_", "-") for word in words})
+        check(not ours, f"{' '.join(ours)}: set by the grid for each script: give --seeds, --datasets and --out")
+        on_gpu = re.search(r"--device[ =](cuda|auto)", " ".join(words))
+        check(self.gpus > 0 or not on_gpu, "--device: cells get GPUs by --gpus, such as --gpus 0.25 for four on each")
+        for name in ("algorithms", "datasets"):
+            folders = [as_name(text) for text in getattr(self, name)]
+            check(len({*folders}) == len(folders), f"--{name}: two would share a folder: {' '.join(sorted(folders))}")
 
 
 class Cell(NamedTuple):
@@ -89,14 +111,23 @@ class Cell(NamedTuple):
     def log(self) -> Path:
         return self.folder.with_suffix(".log")
 
-    def command(self, script_arguments: tuple[str, ...]) -> list[str]:
-        """What runs the cell anew, as a user would type it."""
+    @property
+    def done(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def command(self, args: Args) -> list[str]:
+        """What runs the cell, or goes on with it, as a user would type it."""
         script, *own = shlex.split(self.algorithm)
         command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--run-dir", str(self.folder)]
-        return [*command, "--dataset-id", self.dataset_id, "--seed", str(self.seed), *script_arguments, *own]
+        if not args.gpus:
+            command += ["--device", "cpu"]  # else each would take the first GPU there is
+        if (self.folder / "checkpoint.pt").exists():
+            return [*command, "--resume"]
+        return [*command, "--dataset-id", self.dataset_id, "--seed", str(self.seed), *args.script, *own]
 
     def num_updates(self, script_arguments: tuple[str, ...]) -> int:
-        found = re.findall(r"--num[-_]updates[ =](\d+)", " ".join(self.command(script_arguments)))
+        words = " ".join([*script_arguments, self.algorithm])
+        found = re.findall(r"--num[-_]updates[ =]\+?(\d+(?:_\d+)*)", words)  # 5_000 is a number
         return int(found[-1]) if found else ExperimentArgs.num_updates
 
     def updates_done(self) -> int:
@@ -113,25 +144,26 @@ class Cell(NamedTuple):
 
 def run_cell(cell: Cell, args: Args, environment: dict[str, str]) -> str | None:
     """Runs or resumes the cell's script until it ends well; returns what went wrong, or None. Runs on any machine."""
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(args.tries):
-        if (cell.folder / "result.json").exists():
+    code = None
+    try:
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(args.tries):
+            if cell.done or STOPPING or code in FINAL:
+                break
+            command = cell.command(args)
+            with cell.log.open("a") as log:
+                print("$", shlex.join(command), file=log, flush=True)
+                code = _run_script(command, log, os.environ | {"OMP_NUM_THREADS": str(args.threads)} | environment)
+        if cell.done:
             return None
-        command = cell.command(args.script)
-        if (cell.folder / "checkpoint.pt").exists():
-            command = [*command[:4], "--resume"]
-        with cell.log.open("a") as log:
-            print("$", shlex.join(command), file=log, flush=True)
-            code = _run_script(command, log, os.environ | {"OMP_NUM_THREADS": str(args.threads)} | environment)
-        if code == 0:
-            return None
-        if code in (2, 130, 143):  # bad input will be bad the next time; stopped is stopped
-            break
-    last = (cell.log.read_text().strip().splitlines() or [""])[-1]
-    return f"exit code {code}: {last} (see {cell.log})"
+        last = (cell.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+        return f"exit code {code}: {last} (see {cell.log})"
+    except OSError as error:  # a full disk, a folder that is not ours
+        return one_line(error)
 
 
-RUNNING: set[subprocess.Popen] = set()  # scripts, so that stopping this command can stop them
+STARTED: list[subprocess.Popen] = []  # scripts, so that stopping this command can stop them
+STOPPING = False  # then no script is started any more
 
 
 def _run_script(command: list[str], log: IO[str], environment: dict[str, str]) -> int:
@@ -147,17 +179,18 @@ def _run_script(command: list[str], log: IO[str], environment: dict[str, str]) -
     process = subprocess.Popen(
         command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent
     )
-    RUNNING.add(process)
-    try:
-        return process.wait()
-    finally:
-        RUNNING.discard(process)
+    STARTED.append(process)
+    if STOPPING:  # since `run_cell` looked
+        process.terminate()
+    return process.wait()
 
 
 def stop_scripts() -> None:
-    """Each saves a checkpoint and ends."""
-    for process in list(RUNNING):
-        process.send_signal(signal.SIGTERM)
+    """Each saves a checkpoint and ends, or just ends, where it is not yet at work."""
+    global STOPPING
+    STOPPING = True
+    for process in STARTED:
+        process.terminate()  # nothing, if it has ended
 
 
 # --- Engines --------------------------------------------------------------------------------------------------------
@@ -167,26 +200,26 @@ Outcomes = Iterator[tuple[Cell, str | None] | None]  # each cell and what went w
 
 def run_locally(cells: list[Cell], args: Args) -> Outcomes:
     """Cells on this machine, in threads that wait for processes. GPUs are handed out by shares."""
-    import torch
-
-    count = torch.cuda.device_count() if args.gpus else 0
-    check(bool(count) or not args.gpus, f"--gpus {args.gpus}: PyTorch finds no GPU on this machine")
-    per_gpu = int(1 / args.gpus) if args.gpus else 0
-    workers = args.workers or (count * per_gpu if args.gpus else max(1, len(os.sched_getaffinity(0)) // args.threads))
-    shares: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for index in range(count * per_gpu):
-        shares.put(str(index % count))
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
+    check(count > 0 or not args.gpus, f"--gpus {args.gpus}: PyTorch finds no GPU on this machine")
+    if args.gpus:  # places are environments of cells that run side by side
+        places = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(int(1 / args.gpus)) for gpu in gpus]
+        places = places[: args.workers or None]
+    else:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        places = [{}] * (args.workers or max(1, usable // args.threads))
+        if count:
+            print(f"cells run on processors, not on the GPUs ({count}): --gpus 0.25 puts four on each", flush=True)
 
     def run(cell: Cell) -> str | None:
-        if not args.gpus:
-            return run_cell(cell, args, {})
-        gpu = shares.get()
+        place = places.pop(0)  # there is one: as many as threads
         try:
-            return run_cell(cell, args, {"CUDA_VISIBLE_DEVICES": gpu})
+            return run_cell(cell, args, place)
         finally:
-            shares.put(gpu)
+            places.append(place)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(len(places)) as pool:
         jobs = {pool.submit(run, cell): cell for cell in cells}
         try:
             while jobs:
@@ -214,17 +247,27 @@ def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
             ray.init(where, log_to_driver=False, runtime_env={"env_vars": environment})
         except ConnectionError:
             raise BadInput(f"--address {args.address}: no Ray cluster answers; start one with `ray start`") from None
-    task = ray.remote(num_cpus=args.threads, num_gpus=args.gpus, max_retries=-1)(run_cell)
+
+    def run(cell: Cell, args: Args, environment: dict[str, str]) -> tuple[str | None, dict[str, bytes]]:
+        if problem := run_cell(cell, args, environment):
+            return f"{problem} on {platform.node()}", {}
+        return None, {name: (cell.folder / name).read_bytes() for name in NEEDED}  # this disk may not be the driver's
+
+    # a cell may lose its machine three times: one that takes its worker down with it would go on for ever
+    task = ray.remote(num_cpus=args.threads, num_gpus=args.gpus, max_retries=3)(run)
     passed_on = {name: os.environ[name] for name in ("MINARI_DATASETS_PATH", "WANDB_MODE") if name in os.environ}
     jobs = {task.remote(cell, args, passed_on): cell for cell in cells}
     while jobs:
         done, _ = ray.wait(list(jobs), timeout=2)
         for job in done:
+            cell = jobs.pop(job)
             try:
-                outcome = ray.get(job)
-            except ray.exceptions.RayError as error:
-                outcome = f"Ray: {' '.join(str(error).split())[:200]}"
-            yield jobs.pop(job), outcome
+                problem, files = ray.get(job)
+                for name, content in files.items() if not cell.done else ():
+                    _write(cell.folder / name, content)
+            except (ray.exceptions.RayError, BadInput) as error:
+                problem = f"Ray: {one_line(error)} (see {cell.log})"
+            yield cell, problem
         yield None
 
 
@@ -234,32 +277,55 @@ ENGINES: dict[str, Callable[[list[Cell], Args], Outcomes]] = {"local": run_local
 # --- Results --------------------------------------------------------------------------------------------------------
 
 
-def collect(cells: list[Cell], out: Path) -> None:
-    """Writes results.csv and evaluations.csv of the cells that have ended well."""
-    results: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    for cell in cells:
-        if not (cell.folder / "result.json").exists():
-            continue
-        result = json.loads((cell.folder / "result.json").read_text())
-        versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
-        saved = json.loads((cell.folder / "args.json").read_text())
-        protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
+def collect(cells: list[Cell], out: Path) -> list[Cell]:
+    """Writes results.csv and evaluations.csv of the cells that have ended well, and of those that results.csv holds
+    from earlier commands; returns them.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {"results": [], "evaluations": []}
+    ours, written = {word for cell in cells for word in (cell.name, str(cell.folder))}, []
+    earlier = [cell for cell in _cells_in(out / "results.csv") if ours.isdisjoint((cell.name, str(cell.folder)))]
+    for cell in earlier + cells:
         key = {"algorithm": cell.algorithm, "dataset_id": cell.dataset_id, "seed": cell.seed}
-        results.append(result | key | protocol | {"versions": versions, "run_dir": str(cell.folder)})
-        with (cell.folder / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("eval/return_mean"):
-                    values = {"num_updates": row["step"], "score": row["eval/score"]}
-                    evaluations.append(key | values | {"return_mean": row["eval/return_mean"]})
-    for name, rows in (("results", results), ("evaluations", evaluations)):
-        scratch = out / f".{name}.csv"
-        with scratch.open("w", newline="") as file:
-            columns = dict.fromkeys(name for row in rows for name in row)  # fqe.py's results have some of their own
-            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(scratch, out / f"{name}.csv")
+        try:
+            result, saved = (json.loads((cell.folder / name).read_text()) for name in ("result.json", "args.json"))
+            versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
+            protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
+            with (cell.folder / "metrics.csv").open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
+            names = {"num_updates": "step", "score": "eval/score", "return_mean": "eval/return_mean"}
+            evaluated = [key | {name: row[column] for name, column in names.items()} for row in rows]
+        except (OSError, KeyError, ValueError):  # not there, or damaged
+            continue
+        tables["results"].append(result | key | protocol | {"versions": versions, "run_dir": str(cell.folder)})
+        tables["evaluations"] += evaluated
+        written.append(cell)
+    for file_name, table in tables.items():
+        columns = dict.fromkeys(name for row in table for name in row)  # fqe.py's results have some of their own
+        writer = csv.DictWriter(text := io.StringIO(), list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        _write(out / f"{file_name}.csv", text.getvalue().encode())
+    return written
+
+
+def _cells_in(path: Path) -> Iterator[Cell]:
+    """Those of a results.csv, which may have been moved together with their run folders."""
+    with path.open(newline="") if path.exists() else io.StringIO() as file:
+        for row in csv.DictReader(file):
+            check({"algorithm", "dataset_id", "seed", "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
+            folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
+            yield Cell(row["algorithm"], row["dataset_id"], int(row["seed"]), folder)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
 # --- Main -----------------------------------------------------------------------------------------------------------
@@ -299,16 +365,17 @@ def main(args: Args) -> None:
     args.validate()
     out = args.out.resolve()
     cells = [
-        Cell(algorithm, dataset_id, seed, out / as_name(algorithm) / as_name(dataset_id.strip("/")) / str(seed))
+        Cell(algorithm, dataset_id, seed, out / as_name(algorithm) / as_name(dataset_id) / str(seed))
         for algorithm, dataset_id, seed in product(args.algorithms, args.datasets, range(args.seeds))
     ]
     for dataset_id in args.datasets:
         load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
     same_arguments(out, args.script)
-    pending = [cell for cell in cells if not (cell.folder / "result.json").exists()]
+    collect(cells, out)
+    pending = [cell for cell in cells if not cell.done]
     print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done; the first to run:", flush=True)
     if pending:
-        print(f"  {shlex.join(pending[0].command(args.script))}", flush=True)
+        print(f"  {shlex.join(pending[0].command(args))}", flush=True)
     reporter = Reporter(pending, args.script)
     problems: dict[Cell, str] = {}
     for ended in ENGINES[args.engine](pending, args):
@@ -318,15 +385,18 @@ def main(args: Args) -> None:
             problems |= {cell: problem} if problem else {}
             collect(cells, out)
         reporter.tick()
-    collect(cells, out)
-    print(f"{out}/results.csv: {len(cells) - len(problems)} of {len(cells)} cells", flush=True)
-    if problems:
+    written = collect(cells, out)
+    missing = [cell for cell in cells if cell not in written]
+    for cell in missing:
+        print(f"no row: {cell.name}: {problems.get(cell, f'cannot read {cell.folder}')}")
+    print(f"{out}/results.csv: {len(cells) - len(missing)} of {len(cells)} cells", flush=True)
+    if missing:
         raise SystemExit(1)
 
 
 def as_name(text: str) -> str:
-    """Of a folder: "bc --top-fraction 0.1" is bc-top-fraction-0.1."""
-    return re.sub(r"[^\w.]+", "-", text)
+    """Of a folder: "bc --top-fraction 0.1" is bc-top-fraction-0.1; a value's minus sign is one more."""
+    return re.sub(r"[^\w.]*[\s=,](?=-[\w.])|[^\w.]+", "-", text.strip("/"))
 
 
 def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
@@ -335,11 +405,7 @@ def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         check(found == ours, f"--out {out}: holds runs with {shlex.join(found) or 'no arguments'}; name another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours) + "\n")
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written: {error.strerror}") from None
+    _write(path, json.dumps(ours).encode() + b"\n")
 
 
 if __name__ == "__main__":

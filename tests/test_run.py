@@ -3,10 +3,14 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from pathlib import Path
 
 import pytest
 import run
@@ -15,9 +19,49 @@ from conftest import ROOT, assert_one_line, run_script
 FEW = ["--num-updates", "6", "--eval-every", "3", "--eval-episodes", "1", "--hidden-dims", "8"]
 
 
+FAKE = """
+import json, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[2])
+
+def try_number():
+    starts = folder.parent / "starts"
+    with starts.open("a") as file:
+        file.write(".")
+    return len(starts.read_text())
+
+def end_well():
+    folder.mkdir(exist_ok=True)
+    (folder / "args.json").write_text('{"eval_every": 1, "eval_episodes": 1}')
+    (folder / "metrics.csv").write_text("step,eval/return_mean,eval/score\\n1,-200,50\\n")
+    (folder / "result.json").write_text('{"final_score": 50, "versions": {"torch": "2"}}')
+"""
+
+
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A function that puts scripts of some lines in the place of algorithms/; they start at once, without torch."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    monkeypatch.setattr(run, "SCRIPTS", scripts)
+    monkeypatch.setattr(run, "STOPPING", False)
+    monkeypatch.setattr(run, "load_dataset", lambda *_, **__: None)
+
+    def write(**bodies):
+        for name, body in bodies.items():
+            (scripts / f"{name}.py").write_text(FAKE + body)
+
+    return write
+
+
+def cell_of(folder):
+    return run.Cell("fake", "some/data-v0", 0, folder / "fake" / "some-data-v0" / "0")
 
 
 def test_a_grid_is_its_cells(tmp_path, pendulum):
@@ -45,7 +89,7 @@ def test_a_grid_is_its_cells(tmp_path, pendulum):
     # again: nothing is run
     again = run_script("run", *arguments, "--", *FEW)
     assert again.returncode == 0 and "4 cells, 4 of them done" in again.stdout and "bc.py" not in again.stdout
-    other = run_script("run", *arguments, "--", *FEW, "--seed", "3")
+    other = run_script("run", *arguments, "--", *FEW, "--log-every", "3")
     assert other.returncode == 2 and "holds runs with" in other.stderr
 
 
@@ -85,6 +129,201 @@ def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pe
     (line,) = (line for line in ran.stdout.splitlines() if line.startswith("bc ") and "exit code 2" in line)
     assert "--expectile" in line and ".log" in line
     assert [row["algorithm"] for row in rows(tmp_path / "grid" / "results.csv")] == ["iql"]
+    *_, failed, last = ran.stdout.splitlines()
+    assert failed == f"no row: {line}" and last.endswith("results.csv: 1 of 2 cells")
+
+
+@pytest.mark.parametrize(
+    ("body", "tries", "problem"),
+    [
+        ("end_well() if try_number() == 2 else sys.exit('oh')", 2, None),
+        ("try_number(); sys.exit('oh')", 2, "exit code 1: oh (see "),
+        ("try_number(); print('nan'); sys.exit(3)", 1, "exit code 3: nan (see "),  # the same bits would diverge again
+        ("try_number(); sys.exit(2)", 1, "exit code 2"),
+        ("try_number(); import os; os.kill(os.getpid(), 15)", 1, "exit code -15"),
+        ("try_number(); import os; os.kill(os.getpid(), 2)", 1, "exit code -2"),
+        ("try_number(); import os; os.kill(os.getpid(), 9)", 2, "exit code -9"),
+        ("try_number(); print('--help')", 2, "exit code 0: --help"),  # it ended, but not with a result
+        ("try_number(); end_well(); sys.exit('oh')", 1, None),
+    ],
+)
+def test_a_failing_cell_is_tried_again_where_that_may_help(body, tries, problem, fake, tmp_path):
+    fake(fake=body)
+    cell = cell_of(tmp_path)
+    found = run.run_cell(cell, run.Args(), {})
+    assert found is None if problem is None else found.startswith(problem)
+    assert len((cell.folder.parent / "starts").read_text()) == cell.log.read_text().count("$ ") == tries
+
+
+def test_a_cell_whose_folder_cannot_be_made_stops_no_other(fake, tmp_path, capsys):
+    fake(bad="end_well()", good="time.sleep(0.5); end_well()")
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "bad").touch()
+    with pytest.raises(SystemExit, match="1"):
+        run.main(run.Args(("bad", "good"), seeds=1, out=tmp_path / "grid"))
+    assert [row["algorithm"] for row in rows(tmp_path / "grid" / "results.csv")] == ["good"]
+    assert "Not a directory" in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("handler", ["", "import signal; signal.signal(15, lambda *_: sys.exit(1)); "])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_scripts_that_are_not_yet_at_work(number, handler, fake, tmp_path):
+    """They die of it or fail, but there is no next try; nor a next cell."""
+    fake(fake=f"{handler}try_number(); time.sleep(20)")
+    out = tmp_path / "grid"
+    starts = out / "fake" / "anchorl-pendulum-mixed-v0" / "starts"
+
+    def send():
+        while not (starts.exists() and starts.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    began = time.monotonic()
+    ran = run_script("run", "--algorithms", "fake", "--seeds", "3", "--workers", "1", "--out", str(out))
+    assert ran.returncode == 128 + number and time.monotonic() - began < 10
+    assert starts.read_text() == "." and starts.with_name("0.log").read_text().count("$ ") == 1
+
+
+def test_a_script_that_starts_while_others_are_stopped_is_stopped_too(fake, tmp_path, monkeypatch):
+    fake(fake="time.sleep(20); end_well()")
+    start = subprocess.Popen
+
+    def start_late(*args, **kwargs):
+        run.stop_scripts()
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(run.subprocess, "Popen", start_late)
+    assert run.run_cell(cell_of(tmp_path), run.Args(), {}).startswith("exit code -15")
+
+
+def test_later_commands_add_to_the_results(fake, tmp_path):
+    fake(one="end_well()", two="end_well()")
+    out = tmp_path / "grid"
+    for algorithms in (("one",), ("two --x 1", "two"), ("two",)):
+        run.main(run.Args(algorithms, seeds=1, out=out))
+        assert [row["algorithm"] for row in rows(out / "results.csv")][-len(algorithms) :] == list(algorithms)
+    assert len(rows(out / "evaluations.csv")) == 3
+    assert sorted(row["algorithm"] for row in rows(out / "results.csv")) == ["one", "two", "two --x 1"]
+    shutil.rmtree(out / "one")  # a cell whose folder is gone is no result any more, and one that moved is
+    moved = out.rename(tmp_path / "moved")
+    run.main(run.Args(("two",), seeds=1, out=moved))
+    assert [row["algorithm"] for row in rows(moved / "results.csv")] == ["two --x 1", "two"]
+    assert rows(moved / "results.csv")[0]["run_dir"].startswith(str(moved))
+    new = moved / "two-x--1" / "anchorl-pendulum-mixed-v0" / "0"  # before minus signs were kept it was another's folder
+    text = (moved / "results.csv").read_text()
+    (moved / "results.csv").write_text(text.replace("two --x 1", "two --x -1"))
+    run.main(run.Args(("two --x -1",), seeds=1, out=moved))
+    assert [row["run_dir"] for row in rows(moved / "results.csv")][1:] == [str(new)]
+    (moved / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(run.BadInput, match=r"results.csv: not of a grid"):
+        run.main(run.Args(("two",), seeds=1, out=moved))
+
+
+def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
+    fake(fake="end_well()")
+    run.main(run.Args(("fake",), seeds=2, out=tmp_path))
+    folder = tmp_path / "fake" / "anchorl-pendulum-mixed-v0"
+    (folder / "0" / "result.json").write_text("{")
+    with pytest.raises(SystemExit, match="1"):
+        run.main(run.Args(("fake",), seeds=2, out=tmp_path))
+    *_, failed, last = capsys.readouterr().out.splitlines()
+    assert failed == f"no row: fake anchorl/pendulum/mixed-v0 0: cannot read {folder}/0"
+    assert last == f"{tmp_path}/results.csv: 1 of 2 cells" and len(rows(tmp_path / "results.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "share", "workers", "expected"),
+    [
+        (None, 0.5, 0, ["0", "0", "1", "1"]),
+        ("2,3", 0.5, 0, ["2", "2", "3", "3"]),
+        ("GPU-a,GPU-b", 1, 0, ["GPU-a", "GPU-b"]),
+        (None, 0.4, 3, ["0", "0", "1"]),
+        (None, 0.5, 9, ["0", "0", "1", "1"]),
+    ],
+)
+def test_cells_get_shares_of_the_gpus_that_are_visible(visible, share, workers, expected, tmp_path, monkeypatch):
+    cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(3 * len(expected))]
+    together = threading.Barrier(len(expected), timeout=10)  # so many cells run side by side
+    seen, most = [], []
+
+    def run_cell(cell, args, environment):
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        together.wait()
+        most.append(len(seen) - len(most))  # at work, this one too
+        together.wait()
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ended = [cell for cell in run.run_locally(cells, run.Args(gpus=share, workers=workers)) if cell]
+    assert sorted(ended) == [(cell, None) for cell in cells]
+    assert sorted(seen[: len(expected)]) == expected and sorted(seen) == sorted(3 * expected)
+    assert max(most) == len(expected)
+
+
+def test_cells_without_a_share_leave_the_gpus_alone(tmp_path, monkeypatch, capsys):
+    """Else as many as there are processors would meet on the first one."""
+    cell = cell_of(tmp_path)
+    monkeypatch.setattr(
+        run, "run_cell", lambda cell, args, environment: " ".join(cell.command(args)) + str(environment)
+    )
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    (ended,) = (cell for cell in run.run_locally([cell], run.Args()) if cell)
+    assert "--device cpu" in ended[1] and ended[1].endswith("{}")
+    assert capsys.readouterr().out == "cells run on processors, not on the GPUs (2): --gpus 0.25 puts four on each\n"
+    assert "--device" not in cell.command(run.Args(gpus=0.5))
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "checkpoint.pt").touch()
+    assert cell.command(run.Args(script=("--x", "1")))[2:] == [
+        "--run-dir",
+        str(cell.folder),
+        "--device",
+        "cpu",
+        "--resume",
+    ]
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(run.BadInput, match=r"--gpus 0.5: PyTorch finds no GPU"):
+        next(run.run_locally([cell], run.Args(gpus=0.5)))
+
+
+def test_without_affinities_all_processors_are_used(tmp_path, monkeypatch):
+    monkeypatch.delattr(run.os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
+    together = threading.Barrier(3, timeout=10)
+    monkeypatch.setattr(run, "run_cell", lambda *_: together.wait() and None)
+    cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(3)]
+    assert len([ended for ended in run.run_locally(cells, run.Args(threads=2)) if ended]) == 3
+
+
+def test_folders_are_named_as_ever_but_for_minus_signs():
+    names = {
+        "bc": "bc",
+        "bc --top-fraction 0.1": "bc-top-fraction-0.1",
+        "edac --num_critics=10 --hidden-dims 128 128 --lr 1e-3": "edac-num_critics-10-hidden-dims-128-128-lr-1e-3",
+        "sac/pendulum/medium-replay-v0": "sac-pendulum-medium-replay-v0",
+        "/data/hopper v2.hdf5": "data-hopper-v2.hdf5",
+        "edac --target-entropy 30": "edac-target-entropy-30",
+        "edac --target-entropy -30": "edac-target-entropy--30",
+        "edac --target-entropy=-.5 --no-x": "edac-target-entropy--.5-no-x",
+    }
+    assert {text: run.as_name(text) for text in names} == names
+
+
+@pytest.mark.parametrize(
+    ("script", "algorithm", "number"),
+    [
+        (("--num-updates", "600"), "bc", 600),
+        (("--num-updates", "5_000"), "bc", 5000),
+        (("--num_updates=+7",), "bc", 7),
+        (("--num-updates", "600"), "bc --num-updates 1_000", 1000),
+        ((), "bc", 10_000),
+    ],
+)
+def test_the_number_of_updates_is_read_as_the_scripts_read_it(script, algorithm, number):
+    assert run.Cell(algorithm, "some/data-v0", 0, Path("x")).num_updates(script) == number
 
 
 def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
@@ -117,6 +356,20 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
         (["--datasets", "nosuch"], "no dataset 'nosuch'"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--gpus", "1.5"], "--gpus 1.5"),
+        (["--gpus", "2"], r"--gpus 2.0: must be 0, or a share in \[0.01, 1\]"),
+        (["--gpus", "nan"], "--gpus nan"),
+        (["--gpus", "1e-9"], "--gpus 1e-09"),
+        (["--", "--seed", "3"], "--seed: set by the grid for each script: give --seeds, --datasets and --out"),
+        (["--", "--num-updates", "3", "--dataset_id=x/y-v0"], "--dataset-id: set by the grid"),
+        (["--", "--resume"], "--resume: set by the grid"),
+        (["--algorithms", "iql", "bc --run-dir x"], "--run-dir: set by the grid"),
+        (["--algorithms", "bc 'x"], "--algorithms bc 'x: No closing quotation"),
+        (["--algorithms", ""], "--algorithms : there are"),
+        (["--algorithms", "bc", "iql", "bc"], "--algorithms: two would share a folder: bc bc iql"),
+        (["--algorithms", "bc --top-fraction 0.1", "bc --top-fraction=0.1"], "two would share a folder"),
+        (["--datasets", "a/b-v0", "a/b-v0"], "--datasets: two would share a folder: a-b-v0 a-b-v0"),
+        (["--", "--device", "cuda"], "--device: cells get GPUs by --gpus"),
+        (["--algorithms", "bc --device=auto"], "--device: cells get GPUs by --gpus"),
         (["--num-updates", "3"], r"--num-updates, 3 \(--help .*those of the scripts come after `--`"),
         (["--datasets", "anchorl/unknown-v0"], "unknown built-in dataset"),
     ],
@@ -124,6 +377,50 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
 def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert_one_line(run_script("run", *arguments, "--out", str(tmp_path / "grid")), message)
     assert not (tmp_path / "grid").exists()
+
+
+def test_results_come_from_machines_with_other_disks(fake, tmp_path, monkeypatch, capsys):
+    """Ray is not among the test's packages: here is what run.py uses of it, on a machine whose disk is out of reach."""
+    fake(good="end_well()", bad="sys.exit('oh')", lost="end_well()")
+    options = {}
+
+    class RayError(Exception):
+        pass
+
+    class Job:
+        def __init__(self, function, cell, args, environment):
+            self.cell, self.outcome = cell, function(cell, args, environment)
+            shutil.rmtree(cell.folder.parent)
+
+    def remote(**kwargs):
+        options.update(kwargs)
+        return lambda function: types.SimpleNamespace(remote=lambda *task: Job(function, *task))
+
+    def get(job):
+        if job.cell.algorithm == "lost":
+            raise RayError("the worker\nis dead")
+        return job.outcome
+
+    ray = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        remote=remote,
+        wait=lambda jobs, timeout: (jobs[:1], jobs[1:]),
+        get=get,
+        exceptions=types.SimpleNamespace(RayError=RayError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    out = tmp_path / "grid"
+    with pytest.raises(SystemExit, match="1"):
+        run.main(run.Args(("good", "bad", "lost"), seeds=2, engine="ray", gpus=0.5, out=out))
+    lines, folder = capsys.readouterr().out.splitlines(), out / "lost" / "anchorl-pendulum-mixed-v0"
+    assert lines[-1] == f"{out}/results.csv: 2 of 6 cells"
+    assert "bad anchorl/pendulum/mixed-v0 1: exit code 1: oh (see " in lines[-4] and " on " in lines[-4]
+    assert lines[-2] == f"no row: lost anchorl/pendulum/mixed-v0 1: Ray: the worker is dead (see {folder}/1.log)"
+    assert [row["algorithm"] + row["seed"] for row in rows(out / "results.csv")] == ["good0", "good1"]
+    assert [row["score"] for row in rows(out / "evaluations.csv")] == ["50", "50"]
+    assert options == {"num_cpus": 1, "num_gpus": 0.5, "max_retries": 3}
+    run.main(run.Args(("good",), seeds=2, engine="ray", gpus=0.5, out=out))  # and the cells are done
+    assert "2 cells, 2 of them done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
