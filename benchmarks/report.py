@@ -301,8 +301,9 @@ def summary(runs: pd.DataFrame, title: str) -> Figure:
 
 # --- Main -----------------------------------------------------------------------------------------------------------
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+STYLE = """body { font: 14px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { border: 1px solid #ccc; padding: .25rem .6rem }
+td { white-space: nowrap } th { text-align: left }
 img { max-width: 100% } pre { white-space: pre-wrap; color: #444 }"""
 
 
