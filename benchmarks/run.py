@@ -16,6 +16,7 @@ but logs and policies stay where the cells ran.
 Run: python -m benchmarks.run --algorithms bc iql --seeds 3 --out runs/first -- --num-updates 3000
 """
 
+import contextlib
 import csv
 import ctypes
 import io
@@ -39,6 +40,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import files
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset, one_line
 
@@ -262,8 +264,8 @@ def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
         for job in done:
             cell = jobs.pop(job)
             try:
-                problem, files = ray.get(job)
-                for name, content in files.items() if not cell.done else ():
+                problem, contents = ray.get(job)
+                for name, content in contents.items() if not cell.done else ():
                     _write(cell.folder / name, content)
             except (ray.exceptions.RayError, BadInput) as error:
                 problem = f"Ray: {one_line(error)} (see {cell.log})"
@@ -370,6 +372,28 @@ def main(args: Args) -> None:
     ]
     for dataset_id in args.datasets:
         load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
+    with alone_in(out):
+        run_grid(cells, args, out)
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other commands out of it: two would start the same cells."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        release = files.lock(out)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be made: {error.strerror}") from None
+    if release is None:
+        raise BadInput(f"--out {out}: another command is at work in it; wait for it, or name another folder")
+    try:
+        yield
+    finally:
+        release()
+
+
+def run_grid(cells: list[Cell], args: Args, out: Path) -> None:
+    """Runs the cells that are left to run, and exits with 1 if a cell has no row then."""
     same_arguments(out, args.script)
     collect(cells, out)
     pending = [cell for cell in cells if not cell.done]

@@ -16,6 +16,8 @@ import pytest
 import run
 from conftest import ROOT, assert_one_line, run_script
 
+from common import files
+
 FEW = ["--num-updates", "6", "--eval-every", "3", "--eval-episodes", "1", "--hidden-dims", "8"]
 
 
@@ -232,6 +234,15 @@ def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
     assert last == f"{tmp_path}/results.csv: 1 of 2 cells" and len(rows(tmp_path / "results.csv")) == 1
 
 
+def test_two_commands_at_once_do_not_share_a_folder(tmp_path, pendulum):
+    release = files.lock(tmp_path)
+    command = ["--algorithms", "bc", "--seeds", "1", "--out", str(tmp_path), "--", *FEW]
+    assert_one_line(run_script("run", *command), f"--out {tmp_path}: another command is at work in it; wait")
+    assert not list(tmp_path.iterdir())
+    release()
+    assert run_script("run", *command).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("visible", "share", "workers", "expected"),
     [
@@ -377,6 +388,13 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
 def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert_one_line(run_script("run", *arguments, "--out", str(tmp_path / "grid")), message)
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, pendulum):
+    (tmp_path / "file").touch()
+    assert_one_line(
+        run_script("run", "--out", str(tmp_path / "file" / "grid")), "--out .*grid: cannot be made: Not a dir"
+    )
 
 
 def test_results_come_from_machines_with_other_disks(fake, tmp_path, monkeypatch, capsys):
