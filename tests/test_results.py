@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS
 
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (ROOT / "README.md").read_text().splitlines()
-    if re.match(r"\| (anchorl|zoo)/\S+ \| .* \| [\d,]+ \|", line)
-]
+README = (ROOT / "README.md").read_text()
+
+
+def rows_of(section):
+    """The cells of the lines about a dataset in a section, or in the paragraph that begins so."""
+    lines = README[README.index(section) :].split("\n## ")[0].splitlines()
+    rows = [line for line in lines if re.match(r"\| (anchorl|zoo)/\S+ \| .* \| [\d,]+ \|", line)]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+ROWS, PEERS = rows_of("## Results\n"), rows_of("**Peers.**")
 
 
 def script_of(label):
@@ -24,20 +30,35 @@ def mean_and_range(scores):
     return f"{np.mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
 
 
-def measured():
-    """For every file, dataset and algorithm: script, updates, the last evaluation and the mean of the last five."""
+def runs():
+    """For every file, dataset and algorithm: both names, and by seed the scores after so many updates."""
     for path in (ROOT / "benchmarks" / "results").glob("*.csv"):
-        runs = defaultdict(lambda: defaultdict(list))
+        found = defaultdict(lambda: defaultdict(dict))
         with path.open() as file:
             for row in csv.DictReader(file):
                 if "score" in row:
-                    score = int(row["num_updates"]), float(row["score"])
-                    runs[row["dataset_id"], row["algorithm"]][row["seed"]].append(score)
-        for (dataset_id, algorithm), seeds in runs.items():
-            updates, _ = max(seeds["0"])
-            scores = [[score for _, score in sorted(evaluations)] for evaluations in seeds.values()]
-            last, last_five = [run[-1] for run in scores], [np.mean(run[-5:]) for run in scores]
-            yield (dataset_id, algorithm.split()[0], f"{updates:,}"), mean_and_range(last), mean_and_range(last_five)
+                    seeds = found[row["dataset_id"], row["algorithm"]]
+                    seeds[row["seed"]][int(row["num_updates"])] = float(row["score"])
+        for (dataset_id, algorithm), seeds in found.items():
+            yield dataset_id, algorithm, seeds
+
+
+def measured():
+    """For every file, dataset and algorithm: script, updates, the last evaluation and the mean of the last five."""
+    for dataset_id, algorithm, seeds in runs():
+        scores = [[score for _, score in sorted(run.items())] for run in seeds.values()]
+        last, last_five = [run[-1] for run in scores], [np.mean(run[-5:]) for run in scores]
+        updates = f"{max(seeds['0']):,}"
+        yield (dataset_id, algorithm.split()[0], updates), mean_and_range(last), mean_and_range(last_five)
+
+
+def after(updates, dataset_id, algorithm):
+    """What each file with seeds 0, 1 and 2 of it says."""
+    return [
+        mean_and_range([run[updates] for run in seeds.values()])
+        for *what, seeds in runs()
+        if what == [dataset_id, algorithm] and all(updates in run for run in seeds.values()) and len(seeds) == 3
+    ]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:3]))
@@ -48,8 +69,16 @@ def test_the_readme_says_what_was_measured(row):
     assert any(last == known[0] and last_five in ("", known[1]) for known in found), found
 
 
-def test_the_table_was_found():
-    assert len(ROWS) > 20
+@pytest.mark.parametrize("row", PEERS, ids=lambda row: " ".join(row[:3]))
+def test_the_peer_stands_beside_ours_as_measured(row):
+    dataset_id, label, updates, theirs, ours = row
+    number, script = int(updates.replace(",", "")), script_of(label)
+    assert theirs in after(number, dataset_id, f"d3rlpy {script}")
+    assert ours in after(number, dataset_id, script)
+
+
+def test_the_tables_were_found():
+    assert len(ROWS) > 20 and {script_of(label) for _, label, *_ in PEERS} == {"td3_bc", "iql", "cql", "bcq"}
 
 
 SPEEDS = {  # the files behind README.md's tables of speed, in their order, and the modes of a table's columns
@@ -67,9 +96,7 @@ def test_the_tables_of_speed_say_what_was_measured(name):
     with (ROOT / "benchmarks" / "results" / name).open() as file:
         for row in csv.DictReader(file):
             measured[row["algorithm"]][row["mode"]] = row
-    tables = re.findall(
-        r"\| algorithm \| updates per second.*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "README.md").read_text()
-    )
+    tables = re.findall(r"\| algorithm \| updates per second.*\n\|[-|]+\n((?:\|.*\n)+)", README)
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in tables[list(SPEEDS).index(name)].splitlines()]
     for label, *cells in rows:
         modes = measured[PARTS.get(label) or script_of(label)]
