@@ -5,9 +5,10 @@
 """Scores of d3rlpy in our protocol: the same Minari data, updates, evaluations and seeds. Its pins clash with ours, so
 it runs in an environment of its own, which `uv run` makes from the lines above; the datasets must be local.
 
-Batches of 256, observations normalised, actions scaled to [-1, 1], CQL with alpha 10 and three layers as ours; all else
-is d3rlpy's default. An evaluation is one episode from each of --eval-episodes seeds, those of common/evaluation.py,
-with what `predict` says. Cells run one after the other; those in OUT/results.csv are skipped.
+Batches of 256, observations normalised, actions scaled to [-1, 1], CQL with alpha 10 and three layers, and BCQ with 10
+samples in the target, as ours; all else is d3rlpy's default. (Its BCQ then acts by the best of 10, ours by the best of
+100.) An evaluation is one episode from each of --eval-episodes seeds, those of common/evaluation.py, with what
+`predict` says. Cells run one after the other; those in OUT/results.csv are skipped.
 
     OUT/results.csv       a row per cell, and
     OUT/evaluations.csv   a row per evaluation, with the columns of benchmarks/run.py, for benchmarks/report.py
@@ -50,7 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "alpha_learning_rate": 0.0,  # its dual variable stays where it begins, at 1
         "actor_encoder_factory": LAYERS,
         "critic_encoder_factory": LAYERS,
-    }
+    },
+    "bcq": {"n_action_samples": 10},
 }
 
 
