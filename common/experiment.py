@@ -88,7 +88,7 @@ class Run:
         self._take_dir()
         wandb_id = self._restore() if args.resume else None
         wandb_run = {name: getattr(args, f"wandb_{name}") for name in ("project", "group", "entity")}
-        wandb_run |= {"name": self.dir.name, "dir": self.dir, "config": _plain(args)}
+        wandb_run |= {"name": self.dir.name, "dir": self.dir.resolve(), "config": _plain(args)}
         self.tracker = Tracker(wandb_run if args.track else None, wandb_id)
         facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
         self._write_json("args.json", _plain(args) | facts)

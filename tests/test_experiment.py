@@ -363,6 +363,14 @@ def test_tracking_offline_holds_config_and_metrics(tmp_path):
     assert history[1]["eval/score"] == pytest.approx(float(rows[1]["eval/score"]))
 
 
+def test_the_tracker_knows_its_folder_from_wherever_its_threads_write(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wandb.init", lambda **settings: given.update(settings))
+    assert run_script("bc", "--num-updates", "2", "--track", "--run-dir", "run", *SHORT).returncode == 0
+    assert given["dir"] == tmp_path / "run" and given["name"] == "run"
+
+
 @pytest.mark.parametrize("how", ["raises", "hangs"])
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_an_outage_of_the_tracker_is_one_warning(where, how, tmp_path, monkeypatch):
