@@ -1,9 +1,9 @@
 """Advantage-weighted actor-critic (AWAC): a policy that imitates the actions which its own critic thinks better.
 
 The critic is learned by one-step targets with the current policy's action at s'; the actor imitates the data's actions,
-each weighted by how much better it is than what the policy would do itself. The policy is asked for actions and never
-pushed along the gradient of Q, so that an error of Q outside the data reaches it only through the targets and the
-baseline V. With Q' the target critic (a slow copy of Q) and actions drawn from pi:
+each weighted by how much better it is than what the policy would do itself. The gradient of Q never moves the policy.
+So an error of Q outside the data reaches it only through the targets and the baseline V. With Q' the target critic (a
+slow copy of Q) and actions drawn from pi:
 
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
@@ -12,62 +12,48 @@ baseline V. With Q' the target critic (a slow copy of Q) and actions drawn from 
 
 Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020,
 arXiv 2006.09359.
-Differences: as in the authors' code, weights are divided by their mean over the batch, where the paper has a factor
-1 / Z(s) and then leaves it out, and each loss sees the other network as it was before the step. The authors' actor has
-four hidden layers (MuJoCo), a weight decay of 1e-4, a standard deviation between exp(-6) and 1, their offline batches
-128 rows; here the actor is iql.py's. Actions drawn from pi are clipped to the range that the environment knows;
-observations are normalised; nothing is learned online.
+Differences: as in the authors' code, weights are divided by their mean over the batch (the paper has a factor 1 / Z(s)
+and then leaves it out), and each loss sees the other network as it was before the step. The authors' actor has four
+hidden layers (MuJoCo), a weight decay of 1e-4 and a standard deviation between exp(-6) and 1; here the actor is
+iql.py's. Their offline batches have 128 rows. Actions drawn from pi are clipped to the environment's range.
+Observations are normalised. Nothing is learned online. Layers start as PyTorch's do; the authors' start with biases of
+0 and with last layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the critics).
 
 Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "awac"
-
-    gamma: float = 0.99
-    """discount (authors' code)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (authors' code)
     beta: float = 2.0
     """temperature of the policy's weights, in units of Q: larger is nearer to cloning (authors' code: 2; hands 0.5)"""
-    num_value_samples: int = 1
-    """actions of pi over which V averages Q (authors' code)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (authors' code)"""
-    actor_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code: of the critics)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
+    num_value_samples: int = 1  # actions of pi over which V averages Q (authors' code)
+    tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
+    actor_learning_rate: float = 3e-4  # of Adam (authors' code)
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (authors' code: of the critics)
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "beta", self.beta > 0, "must be positive")
+
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -85,18 +71,14 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Actor(nn.Module):
     """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, action_dim), nn.Tanh())
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
         """The mean action, which is the deterministic policy: [batch, action_dim] in [-1, 1]."""
         return self.net(observations)
-
-    def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
-        """Actions drawn from pi, [..., batch, action_dim], one for each row of standard normal `noise`, clipped."""
-        return (self(observations) + self.log_std.clamp(-5, 2).exp() * noise).clamp(-1, 1)
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """log pi(a | s), [batch]."""
@@ -104,15 +86,23 @@ class Actor(nn.Module):
         z = (actions - self(observations)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions mean + std noise, [..., batch, action_dim], of a standard normal `noise` of their shape, clipped, and
+        log pi of them before they are clipped, [..., batch].
+        """
+        log_std = self.log_std.clamp(-5, 2)
+        actions = (self(observations) + log_std.exp() * noise).clamp(-1, 1)
+        return actions, -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
 
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
+
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
@@ -121,10 +111,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
@@ -141,19 +131,25 @@ class Learner(NamedTuple):
     actor: Actor
     critic: Critic
     target_critic: Critic
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, Adam(groups))
+    return Learner(actor, critic, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -165,7 +161,8 @@ def advantage(actor: Actor, critic: Critic, batch: Batch, noise: Tensor) -> Tens
     `noise` [num_value_samples, batch, action_dim] is standard normal.
     """
     with torch.no_grad():
-        actions = torch.cat([batch.actions.unsqueeze(0), actor.sample(batch.observations, noise)])
+        samples, _ = actor.sample(batch.observations, noise)  # a_k
+        actions = torch.cat([batch.actions.unsqueeze(0), samples])
         q = critic(batch.observations, actions).min(dim=0).values  # [1 + num_value_samples, batch], the data's first
         return q[0] - q[1:].mean(dim=0)
 
@@ -176,11 +173,11 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, gamma: float) -> 
     `noise` [batch, action_dim] is standard normal.
     """
     with torch.no_grad():
-        next_actions = learner.actor.sample(batch.next_observations, noise)  # what pi would do now, not the data
+        next_actions, _ = learner.actor.sample(batch.next_observations, noise)  # what pi would do now, not the data
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
@@ -196,7 +193,7 @@ def actor_loss(actor: Actor, advantages: Tensor, batch: Batch, beta: float) -> t
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
     advantages = advantage(learner.actor, learner.critic, batch, noise[1:])
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args.gamma)
@@ -204,7 +201,7 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     return loss_q + loss_pi, metrics_q | metrics_pi
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of both networks, then the target critic follows the critic. `step` counts from 1."""
     noise = torch.randn(1 + args.num_value_samples, *batch.actions.shape, device=batch.actions.device)
     loss, metrics = total_loss(learner, batch, noise, args)
@@ -217,26 +214,38 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "beta", self.beta > 0, "must be positive")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -7,76 +7,54 @@ the policy imitates the data's actions, each weighted by how much better than V(
     L_V  = E[ A^2 ]                                                               (algorithm 1, line 5)
     L_pi = E[ -min(exp(A / beta), clip) log pi(a | s) ]                           (algorithm 1, line 6)
 
-The last step of an episode has no R_{t+1}: where a time limit cut it, R = r + gamma V'(s'). V' is V as it was when the
-returns were last computed, which is done for all of the data at once every --returns-every updates. Rewards count times
-1 - gamma, so that R and V are of their size, which is how the authors normalise V.
+The last step of an episode has no R_{t+1}: where a time limit cut it, R = r + gamma V'(s'). Every --returns-every
+updates the returns of all the data are computed anew, with V' the V of that moment. Rewards are multiplied by
+1 - gamma, so that R and V are of the size of a reward; the authors normalise V in the same way.
 
 Paper: Peng, Kumar, Zhang, Levine, "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement
 Learning", 2019, arXiv 1910.00177.
-Differences: the data are given, where the paper adds episodes of its own as it learns; one optimiser step trains both
-networks, where the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew; A follows V at
-every step and is standardised over the batch, in their code once over all of the data; Adam, a mean action bounded by
-tanh and a learned standard deviation, where they have SGD with momentum, a penalty on the mean and a fixed one.
+Differences: the data are given, where the paper adds episodes of its own as it learns. One optimiser step trains both
+networks; the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew. Each step computes A with
+its own V and standardises it over the batch; their code does so once for all of the data. We have Adam, a mean action
+bounded by tanh and a learned standard deviation; they have SGD with momentum, a penalty on the mean and a fixed one.
+Layers start as PyTorch's do; the authors' start by Xavier's rule with biases of 0, and the mean's last layer near 0.
 
 Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "awr"
-
-    gamma: float = 0.99
-    """discount (authors' code)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (authors' code)
     td_lambda: float = 0.95
     """lambda of the returns: 1 sums the data's own rewards (Monte Carlo), 0 takes one reward and V (authors' code)"""
-    returns_every: int = 1_000
-    """updates between computations of the returns with the newest V, as many as the authors give the policy; each is a
-    pass of V over all data, at 1,000,000 transitions as long as several hundred updates: there, take 5,000"""
     beta: float = 1.0
-    """temperature of the policy's weights, in standard deviations of A (authors' code), or with
-    --no-standardize-advantage in those of R, 1 - gamma times the rewards': large is behaviour cloning"""
+    """temperature of the policy's weights: large is behaviour cloning. Its unit is the standard deviation of A
+    (authors' code) or, with --no-standardize-advantage, 1 - gamma times the unit of the rewards"""
     standardize_advantage: bool = True
     """A to mean 0 and standard deviation 1, so that one beta fits every scale of rewards (authors' code)"""
-    weight_clip: float = 20.0
-    """largest weight of a transition in L_pi (authors' code)"""
-    actor_learning_rate: float = 3e-4
-    """usual for Adam (authors' code: SGD)"""
-    value_learning_rate: float = 3e-4
-    """usual for Adam (authors' code: SGD)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code: 128, 64)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data (authors' code)"""
+    weight_clip: float = 20.0  # largest weight of a transition in L_pi (authors' code)
+    actor_learning_rate: float = 3e-4  # usual for Adam (authors' code: SGD)
+    value_learning_rate: float = 3e-4  # usual for Adam (authors' code: SGD)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (authors' code: 128, 64)
 
-    def validate(self) -> None:
-        super().validate()
-        enough = self.batch_size >= 2 or not self.standardize_advantage
-        check_argument(self, "batch_size", enough, "must be at least 2 to standardise the advantage over it")
-        check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
-        check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
-        check_argument(self, "beta", self.beta > 0, "must be positive")
-        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
+
+class Batch(NamedTuple):
+    """States and actions of the data with their returns, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    returns: Tensor  # [batch], R
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -94,9 +72,9 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Actor(nn.Module):
     """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, action_dim), nn.Tanh())
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -109,13 +87,21 @@ class Actor(nn.Module):
         z = (actions - self(observations)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions mean + std noise, [..., batch, action_dim], of a standard normal `noise` of their shape, and
+        log pi(a | s), [..., batch].
+        """
+        log_std = self.log_std.clamp(-5, 2)
+        actions = self(observations) + log_std.exp() * noise
+        return actions, -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
 
 class Value(nn.Module):
     """V(s)."""
 
-    def __init__(self, observation_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, 1))
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, 1))
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations).squeeze(-1)  # [batch]
@@ -127,19 +113,25 @@ class Learner(NamedTuple):
     actor: Actor
     value: Value
     target_value: Value  # V as it was when the returns were last computed: a resumed run computes the same ones
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    value = Value(observation_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    value = Value(observation_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": value.parameters(), "lr": args.value_learning_rate},
     ]
     target_value = copy.deepcopy(value).requires_grad_(False)
-    return Learner(actor, value, target_value, Adam(groups))
+    return Learner(actor, value, target_value, adam(groups))
 
 
 # --- Returns --------------------------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ def td_lambda_returns(
     gamma: float,
     td_lambda: float,
 ) -> Tensor:
-    """R_t = r_t + gamma (1 - termination_t) ((1 - lambda) V'(s_{t+1}) + lambda R_{t+1}), and [N] of it, as is the rest.
+    """R_t = r_t + gamma (1 - termination_t) ((1 - lambda) V'(s_{t+1}) + lambda R_{t+1}) of every transition, [N].
 
     The last step of an episode has no R_{t+1} and takes lambda = 0: cut by a time limit, it bootstraps from V' alone.
     `rewards`, `terminations` and `next_values` [N] hold the episodes of `episode_lengths` [E] one after the other.
@@ -161,9 +153,10 @@ def td_lambda_returns(
     decay = torch.full_like(rewards, td_lambda)
     decay[episode_lengths.to(rewards.device).cumsum(0) - 1] = 0
     discount = gamma * (1 - terminations)
-    # R_t = returns_t + factor_t R_{t+1}, and with R_{t+1} put in, R_t = (returns_t + factor_t returns_{t+1}) +
-    # factor_t factor_{t+1} R_{t+2}: each pass over all steps doubles the reach, and no factor crosses an episode's end.
-    # So log2 of the longest episode's length passes do what a loop backwards through time would.
+    # R_t = returns_t + factor_t R_{t+1}, and R_{t+1} obeys the same equation. Put into each other, they give
+    # R_t = (returns_t + factor_t returns_{t+1}) + factor_t factor_{t+1} R_{t+2}. So each pass over all steps doubles
+    # the reach, and log2 of the longest episode's length passes do what a loop backwards through time would. At the end
+    # of an episode the factor is 0: nothing of the next episode enters.
     returns = rewards + discount * (1 - decay) * next_values
     factor = discount * decay
     reach, longest = 1, int(episode_lengths.max())
@@ -175,25 +168,28 @@ def td_lambda_returns(
 
 
 @torch.no_grad()
-def all_values(value: Value, observations: Tensor) -> Tensor:
-    """V(s) of every row of `observations` [N, observation_dim], some at a time, so that memory stays small. [N]"""
-    return torch.cat([value(rows) for rows in observations.split(4096)])
+def compute_returns(
+    target_value: Value,
+    rewards: Tensor,
+    next_observations: Tensor,
+    terminations: Tensor,
+    episode_lengths: Tensor,
+    args: HyperParameters,
+) -> Tensor:
+    """R of every transition, [N]. Tensors [N, ...] hold the episodes of `episode_lengths` [E] one after the other.
 
-
-def compute_returns(buffer: ReplayBuffer, rewards: Tensor, target_value: Value, args: Args) -> Tensor:
-    """The return to go of every transition in the buffer, [N], from their `rewards` [N] and V'."""
-    next_values = all_values(target_value, buffer.transitions.next_observations)
-    terminations = buffer.transitions.terminations
-    return td_lambda_returns(rewards, terminations, next_values, buffer.episode_lengths, args.gamma, args.td_lambda)
+    V' sees a few thousand rows at a time, so that memory stays small.
+    """
+    next_values = torch.cat([target_value(rows) for rows in next_observations.split(4096)])
+    return td_lambda_returns(rewards, terminations, next_values, episode_lengths, args.gamma, args.td_lambda)
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
 def advantage(value: Value, batch: Batch) -> Tensor:
-    """A(s, a) = R - V(s), [batch]. Its gradient reaches V alone."""
-    returns = batch.rewards  # main has put them in the rewards' place
-    return returns - value(batch.observations)
+    """A = R - V(s), [batch]. Its gradient reaches V alone."""
+    return batch.returns - value(batch.observations)
 
 
 def value_loss(advantages: Tensor) -> tuple[Tensor, Metrics]:
@@ -219,7 +215,7 @@ def actor_loss(
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+def total_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_V + L_pi. Each reaches the weights of one network only, so one backward pass serves both."""
     advantages = advantage(learner.value, batch)
     loss_v, metrics_v = value_loss(advantages)
@@ -228,7 +224,7 @@ def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
     return loss_v + loss_pi, metrics_v | metrics_pi
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the two networks. `step` counts from 1."""
     loss, metrics = total_loss(learner, batch, args)
     loss.backward()
@@ -237,34 +233,55 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    returns_every: int = 1_000
+    """updates between computations of the returns with the newest V (authors' code: 1,000 of the policy). Each is a
+    pass of V over all data. For 1,000,000 transitions it takes as long as several hundred updates: there, take 5,000"""
+    normalize_observations: bool = True  # by the mean and standard deviation of the data (authors' code)
+
+    def validate(self) -> None:
+        super().validate()
+        enough = self.batch_size >= 2 or not self.standardize_advantage
+        check_argument(self, "batch_size", enough, "must be at least 2 to standardise the advantage over it")
+        check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
+        check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
+        check_argument(self, "beta", self.beta > 0, "must be positive")
+        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    # The returns take the rewards' place in the buffer, so that a batch stays a single gather. The rewards are kept
-    # here, times 1 - gamma: R and V are then averages of the rewards to come, of a size that V learns soon.
-    rewards = (1 - args.gamma) * buffer.transitions.rewards
+    _, _, rewards, next_observations, terminations = buffer.transitions
+    rewards.mul_(1 - args.gamma)  # R and V are then averages of the rewards to come, of a size that V learns soon
+    episodes = rewards, next_observations, terminations, buffer.episode_lengths
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    # with the fresh V or, resuming, with the one of the checkpoint
-    buffer.transitions.rewards.copy_(compute_returns(buffer, rewards, learner.target_value, args))
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    returns = compute_returns(learner.target_value, *episodes, args)  # with the fresh V or, resuming, the checkpoint's
+    for step in range(run.first_step, args.num_updates + 1):
+        rows = buffer.draw(args.batch_size)
+        observations, actions, *_ = buffer.take(rows)
+        metrics = train(learner, Batch(observations, actions, returns[rows]), step, args)
         if step % args.returns_every == 0:  # before a checkpoint of the same step, which then holds this V
             learner.target_value.load_state_dict(learner.value.state_dict())
-            buffer.transitions.rewards.copy_(compute_returns(buffer, rewards, learner.target_value, args))
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+            returns = compute_returns(learner.target_value, *episodes, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Conservative Q-learning (CQL): a critic that is made to doubt every action outside the data.
 
 The actor-critic is SAC's, without entropy in the target. Its critic pays for high values at the actions that the policy
-might choose and is paid for them at the data's, so that what it says of the policy's value is a lower bound, and an
-error of extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
+might choose and is paid for them at the data's. So its estimate of the policy's value is a lower bound, and an error of
+extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
 
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 3; variant h: eq. 4)
@@ -17,48 +17,36 @@ The gap is max_mu E_mu[Q(s, .)] + R(mu) - Q(s, a), and the choice of R is the --
     var  mu in a ball around pi:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
 
 --lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0 leaves plain off-policy SAC, but for the entropy
-in the target: on narrow data, watch critic/q_policy leave critic/q_data, and both leave what the policy then scores.
+in the target: on narrow data, watch critic/q_policy rise above critic/q_data, and both above what the policy scores.
 
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
 arXiv 2006.04779; SAC is arXiv 1812.05905.
 Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it; the authors' actor imitates the data for its first 40,000 updates, this
-one never does; observations are normalised. rho is the policy as of the last target update, which is the actor as this
-update finds it, or uniform. In a continuous space no state of the data occurs twice, so that the count d(s) |D| is 1.
+loss seeing the others as they were before it. The authors' actor imitates the data for its first 40,000 updates; this
+one never does. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the
+authors' last layers start within 0.003, as in rlkit. rho is the policy of the last target update, which is the actor as
+this update finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
-
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "cql"
-
-    gamma: float = 0.99
-    """discount (paper)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (paper)
     variant: Literal["h", "rho", "var"] = "h"
     """regulariser of the adversary mu: CQL(H), CQL(rho) or CQL(var) (paper, section 3.2 and appendix A)"""
     rho: Literal["policy", "uniform"] = "policy"
@@ -67,28 +55,24 @@ class Args(ExperimentArgs):
     """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10; 1)"""
     num_samples: int = 10
     """actions drawn per state: uniform, from pi(.|s), and for CQL(H) from pi(.|s') (paper: the first two)"""
-    lagrange: bool = False
-    """tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)"""
+    lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)
     target_gap: float = 5.0
     """gap to aim at with --lagrange (paper: 5 or 10, with a log(3 num_samples) in them: 1.6 or 6.6 without)"""
-    target_entropy: float | None = None
-    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (paper)"""
-    actor_learning_rate: float = 1e-4
-    """also of the temperature (paper: 3e-5 to 3e-4)"""
-    critic_learning_rate: float = 3e-4
-    """also of cql_alpha under --lagrange (paper)"""
-    hidden_dims: tuple[int, ...] = (256, 256, 256)
-    """hidden layers of every network (authors' code)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
+    target_entropy: float | None = None  # the temperature holds the policy's entropy to it; default: -action_dim (SAC)
+    tau: float = 0.005  # rate at which the target critic follows the critic (paper)
+    actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (paper: 3e-5 to 3e-4)
+    critic_learning_rate: float = 3e-4  # of Adam, also for cql_alpha under --lagrange (paper)
+    hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network (authors' code)
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
-        check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
-        check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
+
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -103,44 +87,52 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
+def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
+
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
+    stays finite where tanh(u) is rounded to 1.
+    """
+    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
+    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
 class Actor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
-        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
+        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
         self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
     def forward(self, observations: Tensor) -> Tensor:
         """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
-        return self.net(observations)
+        return self.mean(self.trunk(observations)).tanh()
 
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
-        hidden = self.net[:-2](observations)
-        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # the authors' range
+        """Mean and standard deviation of u, the action before tanh: [batch, action_dim] each."""
+        hidden = self.trunk(observations)
+        return self.mean(hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [..., batch, action_dim], of a standard normal `noise` of their shape, and
+        log pi(a | s), [..., batch].
+        """
+        mean, std = self.distribution(observations)
+        u = mean + std * noise
+        return u.tanh(), squashed_log_prob(noise, std, u)
 
 
-def squashed_sample(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions tanh(mean + std noise), [..., batch, action_dim], and their log pi(a | s), [..., batch].
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
 
-    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) where
-    the left side would be log 0.
-    """
-    u = mean + std * noise
-    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
-    return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
-
-
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
-
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
@@ -149,10 +141,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
@@ -181,20 +173,26 @@ class Learner(NamedTuple):
     critic: Critic
     target_critic: Critic
     multiplier: Coefficient  # of cql_alpha: 1 unless --lagrange trains it
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
     multiplier = Coefficient().to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": [*critic.parameters(), *multiplier.parameters()], "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, multiplier, Adam(groups))
+    return Learner(actor, critic, target_critic, multiplier, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -227,22 +225,21 @@ def adversary_var(q: Tensor) -> Tensor:
 
 
 def critic_loss(
-    learner: Learner, policy: tuple[Tensor, Tensor], batch: Batch, uniform: Tensor, noise: Tensor, args: Args
+    learner: Learner, policy: tuple[Tensor, Tensor], batch: Batch, uniform: Tensor, noise: Tensor, args: HyperParameters
 ) -> tuple[Tensor, Metrics]:
     """L_Q = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]        (eq. 3; variant h: eq. 4)
 
-    `policy`: mean and std of pi(.|s); `uniform` [n, batch, action_dim]: actions on [-1, 1]; `noise` [2, n, batch,
-    action_dim]: standard normal, for the actions at s and at s'. All actions are constants here.
+    `policy`: actions [n, batch, action_dim] drawn from pi(.|s), and their log pi [n, batch]; `uniform`: as many on
+    [-1, 1]; `noise`: standard normal, for as many from pi(.|s'). All actions are constants here.
     """
     with torch.no_grad():
-        actions, log_prob = squashed_sample(*policy, noise[0])  # n from pi(.|s)
-        next_policy = learner.actor.distribution(batch.next_observations)
-        next_actions, next_log_prob = squashed_sample(*next_policy, noise[1])  # n from pi(.|s')
+        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions[0]).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
-        candidates = [batch.actions.unsqueeze(0), uniform, actions]
-        if args.variant == "h":  # pi(.|s') at s, too: actions that a policy near by would choose
-            candidates.append(next_actions)
+    actions, log_prob = policy[0].detach(), policy[1].detach()
+    candidates = [batch.actions.unsqueeze(0), uniform, actions]
+    if args.variant == "h":  # pi(.|s') at s, too: actions that a policy near by would choose
+        candidates.append(next_actions)
     q = learner.critic(batch.observations, torch.cat(candidates))  # [2, 1 + 2n or 1 + 3n, batch]
     n = args.num_samples
     q_data, q_random, q_policy = q[:, 0], q[:, 1 : n + 1], q[:, n + 1 : 2 * n + 1]
@@ -275,8 +272,10 @@ def critic_loss(
 def actor_loss(
     critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
-    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
+    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
+    # functional_call runs a network with the weights it is given in place of its own.
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     loss = (temperature.detach() * log_prob - q).mean()
     return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
@@ -292,24 +291,24 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+def total_loss(
+    learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, args: HyperParameters
+) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
     temperature = learner.actor.log_temperature.exp()
-    mean, std = learner.actor.distribution(batch.observations)  # once, for its own loss and as the critic's adversary
-    loss_q, metrics_q = critic_loss(learner, (mean.detach(), std.detach()), batch, uniform, noise, args)
-    actions, log_prob = squashed_sample(mean, std, noise[0, 0])
-    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
+    actions, log_prob = learner.actor.sample(batch.observations, noise[0])  # n per state: all for L_Q, one for L_pi
+    loss_q, metrics_q = critic_loss(learner, (actions, log_prob), batch, uniform, noise[1], args)
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions[0], log_prob[0])
     target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
+    loss_t, metrics_t = temperature_loss(temperature, log_prob[0], target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
     shape = args.num_samples, *batch.actions.shape
     uniform = torch.rand(shape, device=batch.actions.device) * 2 - 1
     noise = torch.randn(2, *shape, device=batch.actions.device)
-
     loss, metrics = total_loss(learner, batch, uniform, noise, args)
     loss.backward()
     learner.optimizer.step()
@@ -320,26 +319,40 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
+        check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
+        check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

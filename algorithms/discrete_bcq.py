@@ -1,7 +1,7 @@
 """Batch-constrained Q-learning for discrete actions: Double DQN among those that the data would take.
 
-A model beta of the data's actions says which are likely at a state; of these, and of no others, the policy takes the
-one with the highest Q, and so does the target. With Q' the target network, a slow copy of Q:
+A model beta of the data's actions says which of them are likely at a state. The policy takes the likely action of the
+highest Q, and so does the target. With Q' the target network, a slow copy of Q:
 
     pi     = argmax_a Q(s, a)  over the a with  beta(a | s) / max_a' beta(a' | s) > threshold
     y      = r + gamma (1 - termination) Q'(s', pi(s'))
@@ -12,61 +12,44 @@ A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
 
 Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
 arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
-Differences: the squared error, where the authors' code has Huber's: rare ends of episodes, of which Q is far off at
-first, then count with all of that. Observations are normalised. The penalty on logits is the authors' code's; the
-target network follows slowly, as there in all but Atari.
+Differences: the error is squared, where the authors' code has Huber's loss: at the rare ends of episodes Q is far off
+at first, and the square counts that in full. Observations are normalised. The penalty on logits is from the authors'
+code. So is the slow target network, which they take everywhere but in Atari.
 
 Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
 """
 
 import copy
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
+from torch.nn.functional import cross_entropy
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "discrete_bcq"
-
-    dataset_id: str = BUILT_IN_DISCRETE_ID
-    """built-in id or Minari id (local first, else downloaded), with discrete actions"""
-    gamma: float = 0.99
-    """discount (paper)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (paper)
     threshold: float = 0.3
-    """of beta's probability, relative to the likeliest action's, above which an action may be taken (paper)"""
-    logit_penalty: float = 0.01
-    """weight of beta's squared logits in its loss (authors' code)"""
-    tau: float = 0.005
-    """rate at which the target network follows the critic (authors' code)"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    behaviour_learning_rate: float = 3e-4
-    """beta's (authors' code)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
+    """an action may be taken if beta's probability, relative to the likeliest action's, is above it (paper)"""
+    logit_penalty: float = 0.01  # weight of beta's squared logits in its loss (authors' code)
+    tau: float = 0.005  # rate at which the target network follows the critic (authors' code)
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    behaviour_learning_rate: float = 3e-4  # of Adam, for beta (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (authors' code)
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "threshold", 0 <= self.threshold < 1, "must be in [0, 1)")
-        check_argument(self, "logit_penalty", self.logit_penalty >= 0, "must not be negative")
+
+class Batch(NamedTuple):
+    """Transitions, in float32 but for the actions."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch], int64, counted from 0
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -84,9 +67,9 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Critic(nn.Module):
     """Q(s, a) of every action at once."""
 
-    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, num_actions))
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations)  # [batch, num_actions]
@@ -95,9 +78,9 @@ class Critic(nn.Module):
 class Behaviour(nn.Module):
     """beta(a | s): a model of the data's actions."""
 
-    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, num_actions))
 
     def forward(self, observations: Tensor) -> Tensor:
         """The logits of beta(. | s), [batch, num_actions]."""
@@ -107,16 +90,16 @@ class Behaviour(nn.Module):
 class Actor(nn.Module):
     """pi(s) = argmax_a Q(s, a) over the actions that beta finds likely."""
 
-    def __init__(self, observation_dim: int, num_actions: int, args: Args) -> None:
+    def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
-        self.critic = Critic(observation_dim, num_actions, args.hidden_dims)
-        self.behaviour = Behaviour(observation_dim, num_actions, args.hidden_dims)
+        self.critic = Critic(observation_dim, num_actions, args)
+        self.behaviour = Behaviour(observation_dim, num_actions, args)
         self.register_buffer("threshold", torch.tensor(args.threshold))
 
     def forward(self, observations: Tensor) -> Tensor:
         """What the policy takes the highest of, -inf for unlikely actions: [batch, num_actions]."""
         logits = self.behaviour(observations)
-        ratio = (logits - logits.amax(dim=1, keepdim=True)).exp()  # beta / max beta: what turns logits to it cancels
+        ratio = (logits - logits.amax(dim=1, keepdim=True)).exp()  # beta / max beta: the softmax's denominators cancel
         return self.critic(observations).masked_fill(ratio <= self.threshold, -torch.inf)
 
 
@@ -125,10 +108,16 @@ class Learner(NamedTuple):
 
     actor: Actor
     target_critic: Critic
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, num_actions: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    num_actions: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network."""
     actor = Actor(observation_dim, num_actions, args).to(device)
     groups = [
@@ -136,7 +125,7 @@ def build(observation_dim: int, num_actions: int, args: Args, device: torch.devi
         {"params": actor.behaviour.parameters(), "lr": args.behaviour_learning_rate},
     ]
     target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
-    return Learner(actor, target_critic, Adam(groups))
+    return Learner(actor, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -147,21 +136,21 @@ def q_of(actions: Tensor, q: Tensor) -> Tensor:
     return q.gather(1, actions.unsqueeze(1)).squeeze(1)
 
 
-def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+def critic_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_Q = E[ (y - Q(s, a))^2 ],  y = r + gamma (1 - termination) Q'(s', pi(s'))"""
     with torch.no_grad():
         next_actions = learner.actor(batch.next_observations).argmax(dim=1)  # pi(s'), by Q and beta ...
         next_q = q_of(next_actions, learner.target_critic(batch.next_observations))  # ... and its value by Q', [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = q_of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
-    loss = F.mse_loss(q, target)
+    loss = (target - q).square().mean()
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def behaviour_loss(behaviour: Behaviour, batch: Batch, logit_penalty: float) -> tuple[Tensor, Metrics]:
     """L_beta = E[ -log beta(a | s) + logit_penalty mean_a' logit(a' | s)^2 ]"""
     logits = behaviour(batch.observations)
-    log_beta = -F.cross_entropy(logits, batch.actions)
+    log_beta = -cross_entropy(logits, batch.actions)
     loss = -log_beta + logit_penalty * logits.square().mean()
     return loss, {"behaviour/loss": loss.detach(), "behaviour/log_prob": log_beta.detach()}
 
@@ -169,7 +158,7 @@ def behaviour_loss(behaviour: Behaviour, batch: Batch, logit_penalty: float) -> 
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of critic and beta, then the target network follows the critic. `step` counts from 1."""
     loss, metrics = critic_loss(learner, batch, args)
     loss_beta, metrics_beta = behaviour_loss(learner.actor.behaviour, batch, args.logit_penalty)
@@ -184,7 +173,27 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    dataset_id: str = BUILT_IN_DISCRETE_ID  # built-in or Minari id, local first, else downloaded; of discrete actions
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "threshold", 0 <= self.threshold < 1, "must be in [0, 1)")
+        check_argument(self, "logit_penalty", self.logit_penalty >= 0, "must not be negative")
 
 
 def main(args: Args) -> None:
@@ -192,19 +201,13 @@ def main(args: Args) -> None:
     dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
 
-    learner = build(buffer.observation_dim, buffer.num_actions, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.num_actions, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -1,66 +1,55 @@
 """Fitted Q iteration (FQI): Q-learning on fixed data, with no anchor at all, the baseline that overestimates.
 
 For discrete actions. Q is fitted to the reward and the value of the best action at the next state, which Q itself
-names; the policy takes the best action everywhere. Where the data lack an action, nothing corrects what Q says of it,
+names. The policy takes the best action everywhere. Where the data lack an action, nothing corrects what Q says of it,
 and the maximum looks for just such errors. With Q' the target network, a slow copy of Q:
 
     y   = r + gamma (1 - termination) max_a' Q'(s', a'),  or with --double Q'(s', argmax_a' Q(s', a'))
     L_Q = E[ (y - Q(s, a))^2 ]
     pi  = argmax_a Q(s, a)
 
-How much it overestimates is in metrics.csv: critic/overestimate is what Q promises where the data's episodes start,
-E[ max_a Q(s_0, a) ], less the discounted return that the policy then earns in the evaluations (until their time limit,
-which Q knows nothing of).
+How much it overestimates is in metrics.csv. There critic/overestimate is what Q promises where the data's episodes
+start, E[ max_a Q(s_0, a) ], less the discounted return that the policy earns when it is evaluated. Evaluations end at a
+time limit, of which Q knows nothing.
 
 Paper: Ernst, Geurts, Wehenkel, "Tree-Based Batch Mode Reinforcement Learning", 2005, JMLR 6; with networks: Riedmiller,
 "Neural Fitted Q Iteration", 2005; --double: van Hasselt, Guez, Silver, "Deep Reinforcement Learning with Double
 Q-learning", 2015, arXiv 1509.06461.
-Differences: steps of Adam on batches towards a slow target network, where the first two papers fit one regression after
-the other to all data; observations are normalised.
+Differences: Adam takes steps on batches towards a slow target network, where the first two papers fit one regression
+after the other to all data. Observations are normalised.
 
 Run: python algorithms/fqi.py --dataset-id anchorl/cartpole/mixed-v0
 """
 
 import copy
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, launch
-from common.compile import compiled
-from common.datasets import BUILT_IN_DISCRETE_ID, load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "fqi"
-
-    dataset_id: str = BUILT_IN_DISCRETE_ID
-    """built-in id or Minari id (local first, else downloaded), with discrete actions"""
-    gamma: float = 0.99
-    """discount (usual)"""
-    double: bool = False
-    """Double DQN: Q chooses the action at s', Q' tells its value, which lowers the overestimate (van Hasselt et al.)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (usual)
+    double: bool = False  # Double DQN: Q chooses the action at s', Q' tells its value: less overestimate
     tau: float = 0.05
-    """rate at which the target network follows: what Q lacks fades with 1 / (tau (1 - gamma)) updates, which with the
-    0.005 usual in control are 20,000"""
-    critic_learning_rate: float = 3e-4
-    """usual for Adam"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of the network"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
+    """rate at which the target network follows the critic: an error of Q fades within 1 / (tau (1 - gamma)) updates,
+    2,000 here, and 20,000 with the 0.005 usual in control"""
+    critic_learning_rate: float = 3e-4  # of Adam (usual)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of the network
+
+
+class Batch(NamedTuple):
+    """Transitions, in float32 but for the actions."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch], int64, counted from 0
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -78,9 +67,9 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Critic(nn.Module):
     """Q(s, a) of every action at once."""
 
-    def __init__(self, observation_dim: int, num_actions: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, num_actions))
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, num_actions))
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations)  # [batch, num_actions]
@@ -89,9 +78,9 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """pi(s) = argmax_a Q(s, a)."""
 
-    def __init__(self, observation_dim: int, num_actions: int, args: Args) -> None:
+    def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
-        self.critic = Critic(observation_dim, num_actions, args.hidden_dims)
+        self.critic = Critic(observation_dim, num_actions, args)
 
     def forward(self, observations: Tensor) -> Tensor:
         """What the policy takes the highest of: [batch, num_actions]."""
@@ -103,15 +92,21 @@ class Learner(NamedTuple):
 
     actor: Actor
     target_critic: Critic
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, num_actions: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    num_actions: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser."""
     actor = Actor(observation_dim, num_actions, args).to(device)
     groups = [{"params": actor.critic.parameters(), "lr": args.critic_learning_rate}]
     target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
-    return Learner(actor, target_critic, Adam(groups))
+    return Learner(actor, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -122,7 +117,7 @@ def q_of(actions: Tensor, q: Tensor) -> Tensor:
     return q.gather(1, actions.unsqueeze(1)).squeeze(1)
 
 
-def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+def critic_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_Q = E[ (y - Q(s, a))^2 ],  y = r + gamma (1 - termination) Q'(s', a')"""
     with torch.no_grad():
         next_q = learner.target_critic(batch.next_observations)  # [batch, num_actions]
@@ -130,14 +125,14 @@ def critic_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Met
         next_value = q_of(next_actions, next_q)  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = q_of(batch.actions, learner.actor.critic(batch.observations))  # [batch]
-    loss = F.mse_loss(q, target)
+    loss = (target - q).square().mean()
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the critic, then the target network follows it. `step` counts from 1."""
     loss, metrics = critic_loss(learner, batch, args)
     loss.backward()
@@ -150,20 +145,36 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Overestimate ---------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, launch
+from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
+from common.evaluation import evaluate
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    dataset_id: str = BUILT_IN_DISCRETE_ID  # built-in or Minari id, local first, else downloaded; of discrete actions
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
 
 
 @torch.no_grad()
-def overestimate(learner: Learner, initial_observations: Tensor, evaluation: dict[str, float]) -> dict[str, float]:
-    """E[ max_a Q(s_0, a) ] and, where the policy was evaluated, how far that is above its discounted return."""
-    promise = float(learner.actor.critic(initial_observations).amax(dim=1).mean())
+def overestimate(critic: Critic, initial_observations: Tensor, returns: np.ndarray | None) -> dict[str, float]:
+    """E[ max_a Q(s_0, a) ] and, given the discounted `returns` [episodes] of the policy, how far it is above them."""
+    promise = float(critic(initial_observations).amax(dim=1).mean())
     found = {"critic/q_initial": promise}
-    if evaluation:
-        found["critic/overestimate"] = promise - evaluation["eval/discounted_return"]
+    if returns is not None:
+        earned = float(returns.mean())
+        found |= {"eval/discounted_return": earned, "critic/overestimate": promise - earned}
     return found
-
-
-# --- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> None:
@@ -172,20 +183,16 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     initial_observations = buffer.transitions.observations[buffer.episode_starts.to(device)]
 
-    learner = build(buffer.observation_dim, buffer.num_actions, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            evaluation = run.evaluate(step, args.gamma)
-            metrics |= evaluation | overestimate(learner, initial_observations, evaluation)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.num_actions, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        if run.is_due(step, args.eval_every):
+            returns = None if run.environments is None else evaluate(run.policy, run.environments, args.gamma)
+            metrics |= overestimate(learner.actor.critic, initial_observations, returns)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

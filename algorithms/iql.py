@@ -10,71 +10,48 @@ better than V(s) it is. With Q' the target critic (a slow copy of Q) and A(s, a)
 
 Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021, arXiv 2110.06169.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
-authors update V first, then pi and Q with the new V); observations are normalised, which the authors do not do, and
-rewards rescaled, which they do for locomotion, only if --reward-scale asks for it.
+authors update V first, then pi and Q with the new V). Observations are normalised, which the authors do not do.
+Rewards are rescaled, which they do for locomotion, only if --reward-scale asks for it. Layers start as PyTorch's do
+(uniform within 1 / sqrt(inputs)); the authors' start orthogonal.
 
 Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "iql"
-
-    gamma: float = 0.99
-    """discount (authors' code)"""
+class HyperParameters:
+    gamma: float = 0.99  # discount (authors' code)
     expectile: float = 0.7
     """0.5 makes V the mean of Q over the data's actions, towards 1 the maximum (paper: 0.7 locomotion, 0.9 antmaze)"""
-    beta: float = 3.0
-    """inverse temperature of the policy's weights: 0 is behaviour cloning (paper: 3 locomotion, 10 antmaze)"""
-    weight_clip: float = 100.0
-    """largest weight of a transition in L_pi (authors' code)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (authors' code)"""
-    actor_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    cosine_decay: bool = True
-    """the actor's learning rate falls to 0 over the run (authors' code); turn it off if more updates will follow"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    value_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    reward_scale: float | Literal["return-range"] = 1.0
-    """multiplies rewards; return-range: 1000 / (best - worst episode return), as the authors do in locomotion tasks"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (paper)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
+    beta: float = 3.0  # inverse temperature of L_pi's weights: 0 is cloning (paper: 3 locomotion, 10 antmaze)
+    weight_clip: float = 100.0  # largest weight of a transition in L_pi (authors' code)
+    tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
+    actor_learning_rate: float = 3e-4  # of Adam (authors' code)
+    cosine_decay: bool = True  # the actor's rate falls to 0 over the run (authors' code); off if more updates follow
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    value_learning_rate: float = 3e-4  # of Adam (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (paper)
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "expectile", 0 < self.expectile < 1, "must be in (0, 1)")
-        check_argument(self, "beta", self.beta >= 0, "must not be negative")
-        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
-        if self.reward_scale != "return-range":
-            check_argument(self, "reward_scale", self.reward_scale > 0, "must be positive")
+
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -92,9 +69,9 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Actor(nn.Module):
     """pi(a | s) = Normal(tanh(net(s)), std): a bounded mean, and one standard deviation per action dimension."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, action_dim), nn.Tanh())
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -107,26 +84,34 @@ class Actor(nn.Module):
         z = (actions - self(observations)) * torch.exp(-log_std)
         return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions mean + std noise, [..., batch, action_dim], of a standard normal `noise` of their shape, and
+        log pi(a | s), [..., batch].
+        """
+        log_std = self.log_std.clamp(-5, 2)
+        actions = self(observations) + log_std.exp() * noise
+        return actions, -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+
 
 class Value(nn.Module):
     """V(s)."""
 
-    def __init__(self, observation_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, 1))
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, 1))
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations).squeeze(-1)  # [batch]
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
 
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
@@ -135,10 +120,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
@@ -154,21 +139,27 @@ class Learner(NamedTuple):
     critic: Critic
     target_critic: Critic
     value: Value
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
-    value = Value(observation_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
+    value = Value(observation_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
         {"params": value.parameters(), "lr": args.value_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, value, Adam(groups))
+    return Learner(actor, critic, target_critic, value, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -194,7 +185,7 @@ def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tup
         next_value = value(batch.next_observations)  # of s' itself: no action is needed
         target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
@@ -212,7 +203,7 @@ def actor_loss(
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+def total_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_V + L_Q + L_pi. Each reaches the weights of one network only, so one backward pass serves all three."""
     advantages = advantage(learner.value, learner.target_critic, batch)
     loss_v, metrics_v = value_loss(advantages, args.expectile)
@@ -221,13 +212,7 @@ def total_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
     return loss_v + loss_q + loss_pi, metrics_v | metrics_q | metrics_pi
 
 
-def decay_learning_rate(learner: Learner, step: int, args: Args) -> None:
-    """The actor's falls to zero along half a cosine."""
-    rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
-    learner.optimizer.param_groups[0]["lr"].fill_(rate)
-
-
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the three networks, then the target critic follows the critic. `step` counts from 1."""
     loss, metrics = total_loss(learner, batch, args)
     loss.backward()
@@ -239,7 +224,37 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+def cosine_decay(step: int, num_updates: int) -> float:
+    """Half a cosine, from 1 at the first update to 0 after the last: the factor on the actor's learning rate."""
+    return 0.5 * (1 + math.cos(math.pi * (step - 1) / num_updates))
+
+
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    reward_scale: float | Literal["return-range"] = 1.0
+    """multiplies rewards; return-range: 1000 / (best - worst episode return), as the authors do in locomotion tasks"""
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "expectile", 0 < self.expectile < 1, "must be in (0, 1)")
+        check_argument(self, "beta", self.beta >= 0, "must not be negative")
+        check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
+        if self.reward_scale != "return-range":
+            check_argument(self, "reward_scale", self.reward_scale > 0, "must be positive")
 
 
 def reward_scale(args: Args, returns: Tensor) -> float:
@@ -256,21 +271,16 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     buffer.transitions.rewards.mul_(reward_scale(args, buffer.episode_returns))
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:
-            decay_learning_rate(learner, step, args)
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+            rate = args.actor_learning_rate * cosine_decay(step, args.num_updates)
+            learner.optimizer.param_groups[0]["lr"].fill_(rate)
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Model-based offline policy optimization (MOPO): practise in a learned model, and pay for what the model is unsure of.
 
 An ensemble of networks learns the dynamics from the data. SAC then learns from short rollouts of the current policy in
-that model, started at states of the data, and every reward in them is lowered by how uncertain the model was: the
-return there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
+that model, which start at states of the data. Every reward in them is lowered by how uncertain the model is: the return
+there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
@@ -12,108 +12,105 @@ return there is to be a lower bound of the true one. With x = (s, a), z = (s' - 
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-The batches of L_Q and L_pi are rollouts but for the share --real-ratio, which is data (its r has no penalty). The
-uncertainty u is the --penalty, in the units of (s' - s, r) as the policy sees them, over the elites k:
-
-    max_std       max_k |std_k|                                          (section 4.3, as in the authors' code)
-    ensemble_std  |sqrt(E_k[std_k^2] + Var_k[mean_k])|, the standard deviation of the elites' mixture
-    disagreement  max_k |mean_k - E_k[mean_k]|, which ignores the noise of the environment itself
+The share --real-ratio of a batch is data, without penalty; the others are rollouts. The uncertainty u is the --penalty,
+over the elites k and in the units of (s' - s, r) as the policy sees them: max_std, max_k |std_k| (section 4.3), or
+ensemble_std, the elites' mixture's standard deviation |sqrt(E_k[std_k^2] + Var_k[mean_k])|.
 
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: observations, and so u, are in standard deviations of the data, where the authors' u is in units of the
-environment, and over all members; z is normalised; each member draws every batch anew (theirs keep one bootstrap each),
-stops on its own and has its own bounds of variance; log std of pi >= -5 (-20); no factor 1/2; one step trains pi and Q.
+Differences: u is over the elites and in standard deviations of the data; the authors' is over all members and in the
+environment's units. z is normalised. Each member draws every batch anew, stops on its own and has its own bounds of
+variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one step trains
+pi, Q and the temperature. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as
+Glorot's in SAC and from a truncated normal in the model.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss, silu, softplus
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import check, load_dataset
-from common.experiment import Run, load_part, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
-from common.terminations import TERMINATION_RULES, termination_rule
+from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "mopo"
+class HyperParameters:
+    gamma: float = 0.99  # discount (authors' code)
+    penalty: Literal["max_std", "ensemble_std"] = "max_std"  # u (authors: max_std); ensemble_std grows beyond the data
+    penalty_coefficient: float = 1.0  # lambda, the weight of u in r~; 0 trusts the model (paper: 0.5 to 5, other units)
+    rollout_length: int = 5  # steps of a rollout, h (paper: 1 or 5)
+    rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (authors' code)
+    rollout_every: int = 1_000  # updates between rollouts with the newest policy (authors' code)
+    rollouts_kept: int = 5  # calls of the rollouts that the model's buffer holds, the newest (authors' code)
+    real_ratio: float = 0.05  # share of a batch that is data (paper)
+    num_models: int = 7  # members of the ensemble (paper)
+    num_elites: int = 5  # members that are used, the best on held-out data (paper)
+    dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (paper)
+    dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
+    dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
+    dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
+    max_dynamics_epochs: int = 200  # epochs at most
+    target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC; authors: -3)
+    tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
+    actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)
+    cosine_decay: bool = False  # the actor's rate falls to 0 over the run, so that it ends with a settled policy
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics (authors' code)
 
-    gamma: float = 0.99
-    """discount (authors' code)"""
-    penalty: Literal["max_std", "ensemble_std", "disagreement"] = "max_std"
-    """u(s, a) (authors: max_std, which ends at the learned bound of variance; ensemble_std grows beyond the data)"""
-    penalty_coefficient: float = 1.0
-    """lambda, the weight of u in the reward; 0 trusts the model (paper: 0.5 to 5, in other units of u)"""
-    rollout_length: int = 5
-    """steps of a rollout, h (paper: 1 or 5)"""
-    rollout_batch_size: int = 50_000
-    """rollouts at a time, each from a state of the data (authors' code)"""
-    rollout_every: int = 1_000
-    """updates between rollouts with the newest policy (authors' code)"""
-    rollouts_kept: int = 5
-    """calls of the rollouts that the model's buffer holds, the newest (authors' code)"""
-    real_ratio: float = 0.05
-    """share of a batch that is data (paper)"""
-    termination: Literal["auto", "rule", "learned", "never"] = "auto"
-    """what ends a rollout: the environment's known rule, a head of the model, or nothing; auto: the rule, if known"""
-    dynamics: str | None = None
-    """dynamics.pt of an earlier run on the same data, instead of training the model"""
-    num_models: int = 7
-    """members of the ensemble (paper)"""
-    num_elites: int = 5
-    """members that are used, the best on held-out data (paper)"""
-    dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
-    """hidden layers of each member (paper)"""
-    dynamics_learning_rate: float = 1e-3
-    """of Adam (authors' code)"""
-    dynamics_batch_size: int = 256
-    """transitions per member and step (authors' code)"""
-    dynamics_patience: int = 5
-    """epochs without being better by 1% on held-out data after which a member is done (MBPO: all members at once)"""
-    max_dynamics_epochs: int = 200
-    """epochs at most"""
-    target_entropy: float | None = None
-    """entropy that the temperature holds the policy to; default: -action_dim (SAC; authors: -3)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (authors' code)"""
-    actor_learning_rate: float = 3e-4
-    """also of the temperature (authors' code)"""
-    cosine_decay: bool = False
-    """the actor's learning rate falls to 0 over the run, so that it ends with a policy that has settled"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (authors' code)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of actor and critics (authors' code)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "penalty_coefficient", self.penalty_coefficient >= 0, "must not be negative")
-        check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
-        check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
+        input_dim = width
+    return [*layers, nn.Linear(input_dim, output_dim)]
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
+        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.mean(self.trunk(observations)).tanh()
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [batch, action_dim], of a standard normal `noise`; log pi(a | s), [batch]."""
+        hidden = self.trunk(observations)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range; SAC's begins at -20
+        u = self.mean(hidden) + log_std.exp() * noise
+        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
+        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), finite where tanh(u) is rounded to 1
+        return u.tanh(), (log_normal - log_slope).sum(dim=-1)
 
 
 class EnsembleLinear(nn.Module):
@@ -129,32 +126,39 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+
+
 class Dynamics(nn.Module):
     """p_k(s' - s, r | s, a) of each member k, and the logit of its termination."""
 
-    x_scale: Tensor
-    z_scale: Tensor
-    holdout_error: Tensor
-    best_epoch: Tensor
-    epoch: Tensor
-
-    def __init__(self, observation_dim: int, action_dim: int, args: Args) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
         self.sizes = observation_dim + 1, observation_dim + 1, 1  # mean, log-variance, logit
         widths = [observation_dim + action_dim, *args.dynamics_hidden_dims, sum(self.sizes)]
         self.layers = nn.ModuleList(EnsembleLinear(args.num_models, *pair) for pair in pairwise(widths))
         self.max_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), 0.5))
         self.min_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), -10.0))
-        for name, size in (("x_scale", widths[0]), ("z_scale", self.sizes[0])):
-            self.register_buffer(name, torch.tensor([[0.0], [1.0]]).repeat(1, size))  # mean and standard deviation
-        self.register_buffer("holdout_error", torch.full((args.num_models,), 1e30))  # the least so far
-        self.register_buffer("best_epoch", torch.zeros(args.num_models, dtype=torch.long))  # when it was the least
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))  # trained so far
+        self.x_scale = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, widths[0]))  # mean and standard deviation
+        self.z_scale = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, self.sizes[0]))
+        self.holdout_error = nn.Buffer(torch.full((args.num_models,), 1e30))  # the least so far
+        self.best_epoch = nn.Buffer(torch.zeros(args.num_models, dtype=torch.long))  # when it was the least
+        self.epoch = nn.Buffer(torch.zeros((), dtype=torch.long))  # trained so far
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x = (s, a) [members, batch, in] -> mean and log-variance of normalised z = (s' - s, r), [members, batch, out]
-        each, and the logit of termination [members, batch].
-        """
+        """x = (s, a) [members, batch, in] -> mean and log-variance of normalised z = (s' - s, r), logit of the end."""
         x = (x - self.x_scale[0]) / self.x_scale[1]
         for layer in self.layers[:-1]:
             x = silu(layer(x))
@@ -164,7 +168,7 @@ class Dynamics(nn.Module):
         return mean, log_variance, logit.squeeze(-1)
 
     def predict(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and standard deviation of (s' - s, r) as the buffer has them, and the logit of termination."""
+        """Mean and standard deviation of (s' - s, r) as the data have them, and the logit of termination."""
         x = torch.cat([observations, actions], dim=-1).expand(len(self.max_log_variance), -1, -1)
         mean, log_variance, logit = self(x)
         mean = mean.clamp(-100, 100)  # standard deviations of the data's: a rollout gone astray stays finite
@@ -178,54 +182,19 @@ class Dynamics(nn.Module):
         return ensemble
 
 
-def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for width in hidden_dims:
-        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
-        input_dim = width
-    return [*layers, nn.Linear(input_dim, output_dim)]
+class ModelBuffer(dict[str, Tensor]):
+    """The newest transitions of the model: the columns of a Batch, by name."""
 
+    def add(self, transitions: Batch, capacity: int) -> None:
+        for name, new in transitions._asdict().items():
+            self[name] = torch.cat([self.get(name, new[:0]), new])[-capacity:]
 
-class Actor(nn.Module):
-    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+    def sample(self, batch_size: int) -> Batch:
+        """A batch drawn uniformly with replacement."""
+        rows = torch.randint(len(self["rewards"]), (batch_size,), device=self["rewards"].device)
+        return Batch(**{name: column[rows] for name, column in self.items()})
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
-        super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
-        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
-        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
-
-    def forward(self, observations: Tensor) -> Tensor:
-        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
-        return self.net(observations)
-
-    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch].
-
-        log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
-        where the left side would be log 0.
-        """
-        hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
-        u = self.net[-2](hidden) + log_std.exp() * noise
-        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
-        return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
-
-
-class Critic(nn.Module):
-    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
-
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
-        super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
-
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
-        for layer in self.layers[:-1]:
-            x = torch.relu_(layer(x))
-        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+    state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
 
 class Learner(NamedTuple):
@@ -236,15 +205,21 @@ class Learner(NamedTuple):
     target_critic: Critic
     dynamics: Dynamics  # each member as it was when its error on held-out data was least
     training_dynamics: Dynamics
-    model_buffer: RingBuffer
-    dynamics_optimizer: Adam
-    optimizer: Adam
+    model_buffer: ModelBuffer
+    dynamics_optimizer: Any
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
@@ -254,12 +229,10 @@ def build(observation_dim: int, action_dim: int, args: Args, device: torch.devic
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
-    capacity = args.rollout_batch_size * args.rollout_length * args.rollouts_kept
-    model_buffer = RingBuffer(capacity, observation_dim, action_dim, device)
     best = copy.deepcopy(dynamics).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    optimizers = Adam(groups_d, args.dynamics_learning_rate), Adam(groups)
-    return Learner(actor, critic, target_critic, best, dynamics, model_buffer, *optimizers)
+    optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
+    return Learner(actor, critic, target_critic, best, dynamics, ModelBuffer(), *optimizers)
 
 
 # --- Dynamics -------------------------------------------------------------------------------------------------------
@@ -272,7 +245,7 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     variance are drawn together a little, so that they end where the data needs them (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # D4RL files without next observations: s' = s there
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
     nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
     nll = (nll * known).mean(dim=1)  # [members]
@@ -292,12 +265,12 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 @torch.no_grad()
 def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
-    """After an epoch: copies the members into `best` that are now better by 1% on held-out x, z, but none that was not
-    for `patience` epochs. Mean squared errors [members] of all.
+    """After an epoch: `best` takes the members that are better by 1% on held-out x, z, but none that was not so for
+    `patience` epochs. Returns the mean squared errors of all, [members].
     """
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
-    best.epoch += 1
+    best.epoch.add_(1)
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
@@ -306,52 +279,48 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     return error
 
 
-def fit_dynamics(run: Run, buffer: ReplayBuffer, learner: Learner, args: Args) -> None:
-    """Trains the model until every member is done: see --dynamics-patience.
-
-    An epoch has as many batches as the data, less those transitions held out: a fifth, 1,000 at most.
+def fit_dynamics(
+    learner: Learner, data: Batch, args: HyperParameters, train: Callable = dynamics_update
+) -> Iterator[Metrics]:
+    """Trains the model until every member is done, and yields the metrics of each epoch. A fifth of the data, at most
+    1,000 transitions, is held out: the same in a resumed run. An epoch has as many batches as the others fill.
     """
-    observations, actions, rewards, next_observations, terminations = buffer.transitions
-    x = torch.cat([observations, actions], dim=1)
-    z = torch.cat([next_observations - observations, rewards.unsqueeze(1)], dim=1)
+    x = torch.cat([data.observations, data.actions], dim=1)
+    z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
     for dynamics in (best, training):
         dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
         dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).to(run.device)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
-    check(len(rows) > 0, f"{args.dataset_id}: one transition is too few to train a model and test it")
-
-    train = compiled(dynamics_update, args, run.device)
-    for epoch in run.epochs("dynamics", int(best.epoch), args.max_dynamics_epochs):
-        if epoch > best.best_epoch.max() + args.dynamics_patience:
-            break
+    while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
         losses = []
         for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
-            chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=run.device)]
-            losses.append(train(learner, x[chosen], z[chosen], terminations[chosen]))
+            chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
+            losses.append(train(learner, x[chosen], z[chosen], data.terminations[chosen]))
         error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         metrics = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
-        metrics |= {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-        run.log(0, {"dynamics/epoch": epoch} | metrics)
-        run.save_checkpoint(0)
-    run.save_part("dynamics")
+        yield metrics | {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
 
 
-# --- Rollouts -------------------------------------------------------------------------------------------------------
+# which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
+TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
+    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
+    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
+    **dict.fromkeys(("HalfCheetah", "Pendulum"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+}
 
 
 def uncertainty(mean: Tensor, std: Tensor, penalty: str) -> Tensor:
     """u(s, a) from the elites' mean and std of (s' - s, r) [elites, batch, out]: [batch]."""
     if penalty == "max_std":  # max_k |std_k|
         return std.norm(dim=-1).amax(dim=0)
-    if penalty == "ensemble_std":  # |sqrt(E_k[std_k^2] + Var_k[mean_k])|
-        return (std.square() + (mean - mean.mean(dim=0)).square()).mean(dim=0).sqrt().norm(dim=-1)
-    return (mean - mean.mean(dim=0)).norm(dim=-1).amax(dim=0)  # max_k |mean_k - E_k[mean_k]|
+    return (std.square() + (mean - mean.mean(dim=0)).square()).mean(dim=0).sqrt().norm(dim=-1)  # ensemble_std
 
 
 def model_step(
-    elites: Dynamics, buffer: ReplayBuffer, observations: Tensor, actions: Tensor, ending: str, args: Args
+    elites: Dynamics, observations: Tensor, actions: Tensor, normalization: Tensor, ending: str, args: HyperParameters
 ) -> tuple[Batch, Tensor]:
     """One transition of the model from each state, its member drawn anew, with r~ as reward; and u(s, a)."""
     mean, std, logit = elites.predict(observations, actions)
@@ -361,59 +330,52 @@ def model_step(
     z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
     next_observations = observations + z[:, :-1]
     rewards = z[:, -1] - args.penalty_coefficient * u  # r~ = r - penalty_coefficient u(s, a)
-    if ending == "learned":
-        terminations = torch.bernoulli(torch.sigmoid(logit[member, rows]))
-    else:
-        raw = next_observations * buffer.observation_std + buffer.observation_mean
-        terminations = TERMINATION_RULES[ending](raw)
-    return Batch(observations, actions, rewards, next_observations, terminations.float()), u
+    rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
+    terminations = rule(normalization[0] + normalization[1] * next_observations).float()
+    return Batch(observations, actions, rewards, next_observations, terminations), u
 
 
 @torch.no_grad()
-def rollout(learner: Learner, elites: Dynamics, buffer: ReplayBuffer, ending: str, args: Args) -> Metrics:
-    """Fills the model's buffer with rollouts of the current policy from states of the data."""
-    us: list[Tensor] = []
-    rolled: list[Batch] = []
-    for observations in buffer.sample(args.rollout_batch_size).observations.split(2_000):  # pieces for a cache
+def rollout(
+    actor: Actor, elites: Dynamics, starts: Batch, normalization: Tensor, ending: str, args: HyperParameters
+) -> tuple[Batch, Tensor]:
+    """The transitions of rollouts of the policy from the states of `starts`, and their u(s, a). `ending` is a key of
+    TERMINATION_RULES or "learned"; `normalization` [2, observation_dim] is the mean and standard deviation of states.
+    """
+    rolled = []
+    for observations in starts.observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
-            noise = torch.randn(len(observations), buffer.action_dim, device=observations.device)
-            actions, _ = learner.actor.sample(observations, noise)
-            transitions, u = model_step(elites, buffer, observations, actions, ending, args)
-            learner.model_buffer.add(transitions)
+            noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
+            actions, _ = actor.sample(observations, noise)
+            transitions, u = model_step(elites, observations, actions, normalization, ending, args)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
-            us, rolled = [*us, u], [*rolled, transitions]
-    data = buffer.sample(10_000)
-    u_data = uncertainty(*elites.predict(data.observations, data.actions)[:2], args.penalty)
-    rewards, ends = zip(*((transitions.rewards, transitions.terminations) for transitions in rolled), strict=True)
-    metrics = {"model/rewards": torch.cat(rewards).mean(), "model/terminations": torch.cat(ends).mean()}
-    for name, u in (("data", u_data), ("rollouts", torch.cat(us))):  # how far beyond the data the policy went
-        metrics |= {f"u/{name}_mean": u.mean(), f"u/{name}_p95": u[: 2**24].quantile(0.95), f"u/{name}_max": u.max()}
-    return metrics
+            rolled.append((*transitions, u))
+    *columns, us = map(torch.cat, zip(*rolled, strict=True))
+    return Batch(*columns), us
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
-
-    `noise` [batch, action_dim] is standard normal.
-    """
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ], y = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)"""
     with torch.no_grad():
         next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def actor_loss(
     critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
-    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
+    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
+    # functional_call runs a network with the weights it is given in place of its own.
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     loss = (temperature.detach() * log_prob - q).mean()
     return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
@@ -429,8 +391,8 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
     temperature = learner.actor.log_temperature.exp()
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
@@ -440,15 +402,9 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 
-def decay_learning_rate(learner: Learner, step: int, args: Args) -> None:
-    """The actor's falls to zero along half a cosine."""
-    rate = args.actor_learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
-    learner.optimizer.param_groups[0]["lr"].fill_(rate)
-
-
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
-    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)  # of a' and a_pi
     loss, metrics = total_loss(learner, batch, noise, args)
     loss.backward()
     learner.optimizer.step()
@@ -459,40 +415,84 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import BadInput, ExperimentArgs, Stopped, check, check_argument, interruption, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, load_checkpoint, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "penalty_coefficient", self.penalty_coefficient >= 0, "must not be negative")
+        check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
+        check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
+
+
+def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
+    """Takes the model of the run in --dynamics. Raises BadInput if it does not suit this one."""
+    try:
+        saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
+        check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
+        same_scale = torch.equal(saved["normalization"], buffer.normalization)
+        check(same_scale, "was trained with the other setting of --normalize-observations")
+        check(saved["step"] > 0, "was stopped before its model was done; go on with that run first")
+        learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
+    except (BadInput, KeyError, RuntimeError) as error:
+        reason = error if isinstance(error, BadInput) else "does not fit the arguments of this run"
+        raise BadInput(f"--dynamics {args.dynamics}: {reason}") from None
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    ending = termination_rule(args.termination, buffer.dataset.env_id)
+    check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
+    name = (buffer.dataset.env_id or "").split("-")[0]  # Hopper of Hopper-v5
+    ending = name if name in TERMINATION_RULES else "learned"
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
-        load_part("dynamics", args.dynamics, buffer, learner)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
+        load_dynamics(args, buffer, learner)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
-        fit_dynamics(run, buffer, learner, args)
+        train_dynamics = compiled(dynamics_update, learner, args)
+        for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):
+            run.log(0, {"dynamics/epoch": learner.dynamics.epoch} | metrics)
+            run.save_checkpoint()
+            run.progress.set_postfix_str(f"dynamics epoch {int(learner.dynamics.epoch)}")
+            if interruption.number:
+                raise Stopped(interruption.describe())
     elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
-    for step in run.steps():
-        if args.cosine_decay:
-            decay_learning_rate(learner, step, args)
-        rolled_out = (step - 1) % args.rollout_every == 0
-        metrics_model = rollout(learner, elites, buffer, ending, args) if rolled_out else {}
+    for step in range(run.first_step, args.num_updates + 1):
+        if args.cosine_decay:  # half a cosine, from 1 at the first update to 0 after the last
+            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
+            learner.optimizer.param_groups[0]["lr"].fill_(args.actor_learning_rate * decay)
+        if (step - 1) % args.rollout_every == 0:
+            starts = Batch(*buffer.sample(args.rollout_batch_size))
+            transitions, u = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
+            learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
+            data = buffer.sample(10_000)
+            u_data = uncertainty(*elites.predict(data.observations, data.actions)[:2], args.penalty)
+            found = {"model/rewards": transitions.rewards.mean(), "model/terminations": transitions.terminations.mean()}
+            run.log(step, found | {"u/data_mean": u_data.mean(), "u/rollouts_mean": u.mean()})
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
         batch = Batch(*map(torch.cat, zip(*parts, strict=True)))
-        metrics = train(learner, batch, step, args) | metrics_model
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or rolled_out or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+        metrics = train(learner, batch, step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Soft actor-critic (SAC): the online agent beneath the offline ones, and the one that makes their data.
 
 It plays in the environment and learns from its own episodes: an action that its critic overestimates gets tried, and
-the estimate is corrected. Offline nothing corrects it, which is what every other file here is about. The policy earns
-its entropy, too, at a price `temperature` that is tuned to keep it near a target. With Q' the target critic:
+the estimate is corrected. Offline nothing corrects it, which is what every other file here is about. The policy is
+also paid for its entropy; the price, `temperature`, is tuned to hold it at a target. With Q' the target critic:
 
     y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')      (eq. 5, 6)
     L_Q  = E[ sum_i (y - Q_i(s, a))^2 ]
@@ -12,72 +12,46 @@ its entropy, too, at a price `temperature` that is tuned to keep it near a targe
 Paper: Haarnoja, Zhou, Hartikainen, Tucker, Ha, Tan, Kumar, Zhu, Gupta, Abbeel, Levine, "Soft Actor-Critic Algorithms
 and Applications", 2018, arXiv 1812.05905.
 Differences: the squared error has no factor 1/2; one optimiser step trains everything, each loss seeing the others as
-they were before it. There is no dataset: the first --random-steps, of uniformly random actions, take its place in the
-run folder, and their average return is the dashed line of the learning curve. After them every update follows one
-step in the environment. Each episode has a seed of its own, so that a resumed run finds its way back into the episode
-it was in by playing that episode's actions again.
+they were before it. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's.
+Every update follows one step in the environment. There is no dataset: the first --random-steps, whose actions are
+uniformly random, take its place in the run folder, and their average return is the dashed line of the learning curve.
+Each episode has a seed of its own: a resumed run plays the actions of its last episode again, and is where it was.
 
 Run: python algorithms/sac.py --env-id Pendulum-v1
 """
 
 import copy
-import itertools
 import math
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import gymnasium as gym
-import numpy as np
 import torch
-import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import Dataset, Episode, action_bounds, flat_observation_dim, flatten_observations
-from common.evaluation import make_environment
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer, RingBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "sac"
+class HyperParameters:
+    gamma: float = 0.99  # discount (paper)
+    replay_size: int = 1_000_000  # transitions kept, the newest (paper)
+    tau: float = 0.005  # rate at which the target critic follows the critic (paper)
+    actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (paper)
+    critic_learning_rate: float = 3e-4  # of Adam (paper)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (paper)
 
-    dataset_id: tyro.conf.Suppress[str] = ""  # the environment's id stands for it
-    env_id: str = "Pendulum-v1"
-    """environment to play in"""
-    gamma: float = 0.99
-    """discount (paper)"""
-    random_steps: int = 1_000
-    """steps of uniformly random actions to begin with, to the end of an episode (authors' code)"""
-    replay_size: int = 1_000_000
-    """transitions kept, the newest (paper)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (paper)"""
-    actor_learning_rate: float = 3e-4
-    """also of the temperature (paper)"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (paper)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of actor and critics (paper)"""
-    keep_actors: bool = False
-    """keep the actor of each evaluation, as actor-<step>.pt: benchmarks/collect.py chooses among them"""
 
-    def validate(self) -> None:
-        super().validate()
-        self.dataset_id = self.env_id
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim]
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim]
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -92,40 +66,52 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
+def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
+
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
+    stays finite where tanh(u) is rounded to 1.
+    """
+    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
+    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
 class Actor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
-        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
+        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
         self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
     def forward(self, observations: Tensor) -> Tensor:
         """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
-        return self.net(observations)
+        return self.mean(self.trunk(observations)).tanh()
+
+    def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of u, the action before tanh: [batch, action_dim] each."""
+        hidden = self.trunk(observations)
+        return self.mean(hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
 
     def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch].
-
-        log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
-        where the left side would be log 0.
+        """Actions tanh(mean + std noise), [..., batch, action_dim], of a standard normal `noise` of their shape, and
+        log pi(a | s), [..., batch].
         """
-        hidden = self.net[:-2](observations)
-        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range
-        u = self.net[-2](hidden) + log_std.exp() * noise
-        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
-        return u.tanh(), (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+        mean, std = self.distribution(observations)
+        u = mean + std * noise
+        return u.tanh(), squashed_log_prob(noise, std, u)
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
 
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
@@ -134,10 +120,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
@@ -146,31 +132,44 @@ class Critic(nn.Module):
         return self.layers[-1](x).squeeze(-1)  # [2, batch]
 
 
-class Learner(NamedTuple):
-    """Everything that training changes; a checkpoint holds the state_dict of each."""
+class RingBuffer:
+    """Up to `capacity` transitions, added during training; the newest replace the oldest. A row is one transition."""
 
-    actor: Actor
-    critic: Critic
-    target_critic: Critic
-    replay: RingBuffer
-    episodes: "Episodes"
-    optimizer: Adam
+    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device | str) -> None:
+        self.widths = [observation_dim, action_dim, 1, observation_dim, 1]  # of a transition's parts, in Batch's order
+        self.storage = torch.empty(capacity, sum(self.widths), device=device)
+        self.num_added = 0
 
+    def __len__(self) -> int:
+        return min(self.num_added, len(self.storage))
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
-    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
-    groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    replay = RingBuffer(args.replay_size, observation_dim, action_dim, device)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, replay, Episodes(), Adam(groups))
+    def add(self, transitions: Batch) -> None:
+        """Adds `capacity` transitions at most."""
+        rows = torch.column_stack(transitions)
+        index = torch.arange(self.num_added, self.num_added + len(rows), device=rows.device) % len(self.storage)
+        self.storage[index] = rows
+        self.num_added += len(rows)
 
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of the transitions held, drawn uniformly with replacement."""
+        return self.take(torch.randint(len(self), (batch_size,), device=self.storage.device))
 
-# --- Environment ----------------------------------------------------------------------------------------------------
+    def newest(self, count: int) -> Batch:
+        """The `count` transitions added last, the oldest of them first; `capacity` at most."""
+        return self.take(torch.arange(self.num_added - count, self.num_added, device=self.storage.device))
+
+    def take(self, numbers: Tensor) -> Batch:
+        """The transitions of these `numbers`, counted from 0 in the order in which they were added."""
+        rows = self.storage.index_select(0, numbers % len(self.storage)).split(self.widths, dim=1)
+        return Batch(rows[0], rows[1], rows[2].squeeze(1), rows[3], rows[4].squeeze(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied
+        return {"rows": self.storage if full else self.storage[: len(self)].clone(), "num_added": self.num_added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.storage[: len(state["rows"])] = state["rows"]
+        self.num_added = state["num_added"]
 
 
 class Episodes:
@@ -186,8 +185,131 @@ class Episodes:
         self.lengths = list(state["lengths"])
 
 
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    replay: RingBuffer
+    episodes: Episodes
+    optimizer: Any
+
+
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    replay = RingBuffer(args.replay_size, observation_dim, action_dim, device)
+    return Learner(actor, critic, target_critic, replay, Episodes(), adam(groups))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
+
+    `noise` [batch, action_dim] is standard normal.
+    """
+    with torch.no_grad():
+        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
+    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
+    # functional_call runs a network with the weights it is given in place of its own.
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    loss = (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
+    temperature = learner.actor.log_temperature.exp()
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import Dataset, Episode, ReplayBuffer, action_bounds, flat_observation_dim, flatten_observations
+from common.evaluation import make_environment
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    dataset_id: tyro.conf.Suppress[str] = ""  # the environment's id stands for it
+    env_id: str = "Pendulum-v1"  # environment to play in
+    random_steps: int = 1_000  # uniformly random steps to begin with, to the end of an episode (authors' code)
+
+    def validate(self) -> None:
+        super().validate()
+        self.dataset_id = self.env_id
+
+
 def reset(environment: gym.Env, args: Args, episode: int) -> np.ndarray:
-    """The first observation of an episode. Its number is its seed: what went before it has no part in it."""
+    """The first observation of an episode. Its seed depends on its number and the run's seed alone."""
     seed = np.random.SeedSequence((args.seed, episode)).generate_state(1)
     observation, _ = environment.reset(seed=int(seed[0]))
     return flatten_observations(observation, environment.observation_space)
@@ -222,7 +344,7 @@ def random_dataset(environment: gym.Env, args: Args) -> Dataset:
 
 
 class Player:
-    """The agent in its environment. A resumed run's plays the episode's actions again, to be where it was."""
+    """The agent in its environment. In a resumed run it first plays the actions of the last episode again."""
 
     def __init__(self, environment: gym.Env, learner: Learner, args: Args) -> None:
         self.environment, self.learner, self.args = environment, learner, args
@@ -257,97 +379,25 @@ class Player:
         return float(reward), terminated, truncated
 
 
-# --- Losses ---------------------------------------------------------------------------------------------------------
-
-
-def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)
-
-    `noise` [batch, action_dim] is standard normal.
-    """
-    with torch.no_grad():
-        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
-        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
-        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
-    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
-    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
-
-
-def actor_loss(
-    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
-) -> tuple[Tensor, Metrics]:
-    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor."""
-    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
-    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
-    loss = (temperature.detach() * log_prob - q).mean()
-    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
-
-
-def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
-    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
-    entropy = -log_prob.detach().mean()
-    loss = temperature * (entropy - target_entropy)
-    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
-
-
-# --- Update ---------------------------------------------------------------------------------------------------------
-
-
-def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
-    temperature = learner.actor.log_temperature.exp()
-    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
-    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
-    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
-    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
-
-
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
-    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
-    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
-    loss, metrics = total_loss(learner, batch, noise, args)
-    loss.backward()
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-
-    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
-        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
-    return metrics
-
-
-# --- Main -----------------------------------------------------------------------------------------------------------
-
-
 def main(args: Args) -> None:
     device = set_up(args)
-    environment = make_environment(args.env_id)
+    environment = make_environment(args.env_id, users=True)
     buffer = ReplayBuffer(random_dataset(environment, args), device, normalize_observations=False)
     rule = f"must hold the random steps and an episode: {buffer.dataset.num_steps}"
     check_argument(args, "replay_size", args.replay_size >= buffer.dataset.num_steps, rule)
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    learner.replay.add(buffer.transitions)
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    learner.replay.add(Batch(*buffer.transitions))
     learner.episodes.lengths = [*buffer.episode_lengths.tolist(), 0]
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
     player = Player(environment, learner, args)
-    for step in run.steps():
+    for step in range(run.first_step, args.num_updates + 1):
         player.play()
         metrics = train(learner, learner.replay.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating and args.keep_actors:
-            run.save_part("actor", f"actor-{step}")
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     environment.close()
-    run.finish()
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""SAC+BC: soft actor-critic whose actor pays, too, for making the data's actions unlikely.
+"""SAC+BC: soft actor-critic whose actor also pays for making the data's actions unlikely.
 
 TD3+BC is one member of a family, AC+BC: take any actor-critic, leave its critic as it is, and add imitation to its
 actor's loss. Imitation is -log pi(a | s), the forward KL from the data to pi; where pi is a normal distribution of
-fixed width, that is TD3+BC's squared error. Here the actor-critic is SAC, without entropy in the target. As in TD3+BC
+fixed width, that is TD3+BC's squared error. Here the actor-critic is SAC, without entropy in the target. As in TD3+BC,
 its actor's loss is divided by the mean magnitude of Q, so that one alpha fits every scale of rewards. With Q' the
 target critic and `temperature` SAC's entropy coefficient:
 
@@ -12,71 +12,55 @@ target critic and `temperature` SAC's entropy coefficient:
            lambda = 1 / E|min_i Q_i(s, a_pi)|,  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-alpha weighs imitation: 0 is SAC on fixed data, but for lambda; TD3+BC's, which weighs Q, is the other way round. More
-of it learns faster and ends lower: on the built-in data 0.01, 0.1, 1 and 10 score 102.4, 100.1, 95.6 and 94.1 after
-4,000 updates, but 60, 74, 91 and 92 on average over the evaluations after 1,000, 2,000, 3,000 and 4,000 (three seeds).
+alpha weighs imitation: at 0 this is SAC on fixed data, but for lambda. TD3+BC's alpha weighs Q instead. A larger alpha
+learns faster and ends lower: on the built-in data 0.01, 0.1, 1 and 10 score 102.4, 100.1, 95.6 and 94.1 after 4,000
+updates, but 60, 74, 91 and 92 on average over the evaluations after 1,000, 2,000, 3,000 and 4,000 (three seeds).
 
 Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
 Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
-Differences from SAC are those of sac.py: no factor 1/2, one optimiser step that trains everything, each loss seeing the
-others as they were before it. SAC's -temperature log pi(a'|s') is not in the target, as in CQL's code: where imitation
-keeps the entropy below its target the temperature rises, Q would rise with it, and lambda would take back what the
-actor pays, without end (in a run on halfcheetah it came to 186,000). Observations are normalised, as in TD3+BC. The
-log density of a tanh policy is not finite at the bounds of the actions: actions of the data there are taken 1e-3 inside
-them.
+Differences from SAC are those of sac.py: no factor 1/2, PyTorch's initial weights, and one optimiser step that trains
+everything, each loss seeing the others as they were before it. The target lacks SAC's -temperature log pi(a'|s'), as it
+does in CQL's code. With it, a run on halfcheetah saw a temperature of 186,000: imitation held the entropy below its
+target, so the temperature rose; Q rose with it, and lambda = 1 / E|Q| took back what the actor paid, without end.
+Observations are normalised, as in TD3+BC. The log density of a tanh policy is not finite at the bounds of the actions:
+actions of the data there are moved 1e-3 inside them.
 
 Run: python algorithms/sac_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "sac_bc"
+class HyperParameters:
+    gamma: float = 0.99  # discount (SAC)
+    alpha: float = 0.1  # weight of imitation against Q in L_pi: 0 is SAC on fixed data (tried here)
+    target_entropy: float | None = None  # the temperature holds the policy's entropy to it; default: -action_dim (SAC)
+    tau: float = 0.005  # rate at which the target critic follows the critic (SAC)
+    actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (SAC)
+    critic_learning_rate: float = 3e-4  # of Adam (SAC)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (SAC)
 
-    gamma: float = 0.99
-    """discount (SAC)"""
-    alpha: float = 0.1
-    """weight of imitation against Q in L_pi: 0 is SAC on fixed data (tried here)"""
-    target_entropy: float | None = None
-    """entropy that the temperature holds the policy to; default: -action_dim (SAC)"""
-    tau: float = 0.005
-    """rate at which the target critic follows the critic (SAC)"""
-    actor_learning_rate: float = 3e-4
-    """also of the temperature (SAC)"""
-    critic_learning_rate: float = 3e-4
-    """SAC"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (SAC)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data"""
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -91,49 +75,52 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
+def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
+    """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
+
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
+    stays finite where tanh(u) is rounded to 1.
+    """
+    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
+    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+
+
 class Actor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
-        self.log_std = nn.Linear(hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
+        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
         self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
     def forward(self, observations: Tensor) -> Tensor:
         """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
-        return self.net(observations)
+        return self.mean(self.trunk(observations)).tanh()
 
     def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of u, before tanh: [batch, action_dim] each."""
-        hidden = self.net[:-2](observations)
-        return self.net[-2](hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
+        """Mean and standard deviation of u, the action before tanh: [batch, action_dim] each."""
+        hidden = self.trunk(observations)
+        return self.mean(hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [..., batch, action_dim], of a standard normal `noise` of their shape, and
+        log pi(a | s), [..., batch].
+        """
+        mean, std = self.distribution(observations)
+        u = mean + std * noise
+        return u.tanh(), squashed_log_prob(noise, std, u)
 
 
-def squashed_log_prob(mean: Tensor, std: Tensor, u: Tensor) -> Tensor:
-    """log pi(a | s) of a = tanh(u), [batch], for u [batch, action_dim].
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
 
-    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) where
-    the left side would be log 0.
-    """
-    log_normal = -(0.5 * ((u - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi))
-    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
-
-
-def squashed_sample(mean: Tensor, std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions tanh(mean + std noise), [batch, action_dim], and their log pi(a | s), [batch]."""
-    u = mean + std * noise
-    return u.tanh(), squashed_log_prob(mean, std, u)
-
-
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
-
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, inputs, self.weight)
@@ -142,10 +129,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
@@ -160,43 +147,48 @@ class Learner(NamedTuple):
     actor: Actor
     critic: Critic
     target_critic: Critic
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_critic, Adam(groups))
+    return Learner(actor, critic, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) min_i Q'_i(s', a')
 
     `noise` [batch, action_dim] is standard normal.
     """
     with torch.no_grad():
-        mean, std = learner.actor.distribution(batch.next_observations)
-        next_actions = (mean + std * noise).tanh()
+        next_actions, _ = learner.actor.sample(batch.next_observations, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
 def imitation_loss(mean: Tensor, std: Tensor, actions: Tensor) -> tuple[Tensor, Metrics]:
     """E[ -log pi(a | s) ] of the data's `actions` [batch, action_dim], given mean and std of pi(.|s) before tanh."""
     u = actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # tanh reaches no bound
-    loss = -squashed_log_prob(mean, std, u).mean()
+    loss = -squashed_log_prob((u - mean) / std, std, u).mean()
     return loss, {"actor/imitation": loss.detach()}
 
 
@@ -207,7 +199,9 @@ def actor_loss(
 
     `actions` a_pi and their `log_prob` are differentiable in the actor.
     """
-    constants = {name: weight.detach() for name, weight in critic.named_parameters()}  # through Q, but not into it
+    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
+    # functional_call runs a network with the weights it is given in place of its own.
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     lambda_ = 1 / q.detach().abs().mean()  # a constant of the loss: no gradient
     loss = lambda_ * (temperature.detach() * log_prob - q).mean()
@@ -224,12 +218,13 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
-    """L_Q + L_pi + L_temperature. Each reaches the weights of its own network only, so one backward pass serves all."""
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
     temperature = learner.actor.log_temperature.exp()
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
     mean, std = learner.actor.distribution(batch.observations)  # once, for Q and for imitation
-    actions, log_prob = squashed_sample(mean, std, noise[1])
+    u = mean + std * noise[1]
+    actions, log_prob = u.tanh(), squashed_log_prob(noise[1], std, u)
     loss_ac, metrics_ac = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
     loss_bc, metrics_bc = imitation_loss(mean, std, batch.actions)
     loss_pi = loss_ac + args.alpha * loss_bc  # AC+BC
@@ -238,7 +233,7 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tup
     return loss_q + loss_pi + loss_t, metrics_q | metrics_ac | metrics_bc | metrics_t
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
     noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)
     loss, metrics = total_loss(learner, batch, noise, args)
@@ -251,26 +246,38 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    normalize_observations: bool = True  # by the mean and standard deviation of the data
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

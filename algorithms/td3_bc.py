@@ -10,65 +10,45 @@ fit every scale of rewards. With Q' and pi' the target networks:
 
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
 arXiv 1802.09477.
-Differences: none from the authors' code, which takes lambda's mean at pi(s), where the paper has the data's actions,
-and averages (pi(s) - a)^2 over the action's dimensions.
+Differences: none from the authors' code. It takes lambda's mean at pi(s), where the paper has the data's actions, and
+averages (pi(s) - a)^2 over the action's dimensions. Its layers start as PyTorch's do, too.
 
 Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
 
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.experiment import Run, set_up
-from common.optim import Adam
-from common.replay_buffer import Batch, ReplayBuffer
 
 Metrics = dict[str, Tensor]
 
 
 @dataclass
-class Args(ExperimentArgs):
-    algorithm: ClassVar[str] = "td3_bc"
+class HyperParameters:
+    gamma: float = 0.99  # discount (paper)
+    alpha: float = 2.5  # weight of Q against imitation in L_pi: 0 is behaviour cloning (paper)
+    policy_noise: float = 0.2  # standard deviation of the noise on the target actor's actions (paper)
+    noise_clip: float = 0.5  # largest noise (paper)
+    policy_every: int = 2  # critic updates per update of the actor and the target networks (paper)
+    tau: float = 0.005  # rate at which the target networks follow (paper)
+    actor_learning_rate: float = 3e-4  # of Adam (paper)
+    critic_learning_rate: float = 3e-4  # of Adam (paper)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (paper)
 
-    gamma: float = 0.99
-    """discount (paper)"""
-    alpha: float = 2.5
-    """weight of Q against imitation in L_pi: 0 is behaviour cloning (paper)"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise on the target actor's actions (paper)"""
-    noise_clip: float = 0.5
-    """largest noise (paper)"""
-    policy_every: int = 2
-    """critic updates per update of the actor and the target networks (paper)"""
-    tau: float = 0.005
-    """rate at which the target networks follow (paper)"""
-    actor_learning_rate: float = 3e-4
-    """of Adam (paper)"""
-    critic_learning_rate: float = 3e-4
-    """of Adam (paper)"""
-    hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (paper)"""
-    normalize_observations: bool = True
-    """by the mean and standard deviation of the data (paper, eq. 4)"""
 
-    def validate(self) -> None:
-        super().validate()
-        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
-        check_argument(self, "policy_noise", self.policy_noise >= 0, "must not be negative")
-        check_argument(self, "noise_clip", self.noise_clip >= 0, "must not be negative")
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim], normalised
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim], normalised
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
 
 
 # --- Networks -------------------------------------------------------------------------------------------------------
@@ -86,23 +66,23 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 class Actor(nn.Module):
     """pi(s): a deterministic policy."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        self.net = nn.Sequential(*mlp(observation_dim, hidden_dims, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, action_dim), nn.Tanh())
 
     def forward(self, observations: Tensor) -> Tensor:
         """The action: [batch, action_dim] in [-1, 1]."""
         return self.net(observations)
 
 
-class TwinLinear(nn.Module):
-    """Two linear layers side by side: one batched product, [2, batch, in] -> [2, batch, out]."""
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
 
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(2, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, output_dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         if len(inputs) == 1:  # the first alone
@@ -113,10 +93,10 @@ class TwinLinear(nn.Module):
 class Critic(nn.Module):
     """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
-        self.layers = nn.ModuleList(TwinLinear(*pair) for pair in pairwise(widths))
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
     def forward(self, observations: Tensor, actions: Tensor, twins: int = 2) -> Tensor:
         x = torch.cat([observations, actions], dim=-1).expand(twins, -1, -1)
@@ -132,26 +112,32 @@ class Learner(NamedTuple):
     critic: Critic
     target_actor: Actor
     target_critic: Critic
-    optimizer: Adam
+    optimizer: Any
 
 
-def build(observation_dim: int, action_dim: int, args: Args, device: torch.device) -> Learner:
+def build(
+    observation_dim: int,
+    action_dim: int,
+    args: HyperParameters,
+    device: torch.device | str = "cpu",
+    adam: Any = torch.optim.Adam,
+) -> Learner:
     """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
-    actor = Actor(observation_dim, action_dim, args.hidden_dims).to(device)
-    critic = Critic(observation_dim, action_dim, args.hidden_dims).to(device)
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
     groups = [
         {"params": actor.parameters(), "lr": args.actor_learning_rate},
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     target_actor = copy.deepcopy(actor).requires_grad_(False)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, critic, target_actor, target_critic, Adam(groups))
+    return Learner(actor, critic, target_actor, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Metrics]:
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_Q = E[ sum_i (y - Q_i(s, a))^2 ],  y = r + gamma (1 - termination) min_i Q'_i(s', a')
 
     `noise` [batch, action_dim] is standard normal.
@@ -162,16 +148,16 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: Args) -> tu
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
-    loss = 2 * F.mse_loss(q, target.expand_as(q))  # the mean over the twins, too, times two: their sum
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metrics]:
+def actor_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[Tensor, Metrics]:
     """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (eq. 3, 5)"""
     actions = learner.actor(batch.observations)
     q = learner.critic(batch.observations, actions, twins=1)  # Q_1 alone
     lambda_ = args.alpha / q.detach().abs().mean()  # a constant of the loss: no gradient
-    imitation = F.mse_loss(actions, batch.actions)
+    imitation = (actions - batch.actions).square().mean()  # over the batch and the action's dimensions
     loss = -lambda_ * q.mean() + imitation
     return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean(), "actor/imitation": imitation.detach()}
 
@@ -179,7 +165,7 @@ def actor_loss(learner: Learner, batch: Batch, args: Args) -> tuple[Tensor, Metr
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the critic; every `policy_every`-th, also of actor and targets. `step` counts from 1."""
     actor, critic, target_actor, target_critic, optimizer = learner
     loss, metrics = critic_loss(learner, batch, torch.randn_like(batch.actions), args)
@@ -199,26 +185,40 @@ def update(learner: Learner, batch: Batch, step: int, args: Args) -> Metrics:
     return metrics
 
 
-# --- Main -----------------------------------------------------------------------------------------------------------
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import ReplayBuffer, load_dataset
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    normalize_observations: bool = True  # by the mean and standard deviation of the data (paper, eq. 4)
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
+        check_argument(self, "policy_noise", self.policy_noise >= 0, "must not be negative")
+        check_argument(self, "noise_clip", self.noise_clip >= 0, "must not be negative")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
 
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device)
-    train = compiled(update, args, device)
-    run = Run(args, buffer, learner)
-    for step in run.steps():
-        metrics = train(learner, buffer.sample(args.batch_size), step, args)
-
-        if evaluating := run.is_due(step, args.eval_every):
-            metrics |= run.evaluate(step)
-        if evaluating or run.is_due(step, args.log_every):
-            run.log(step, metrics)
-        if run.is_due(step, args.checkpoint_every):
-            run.save_checkpoint(step)
-    run.finish()
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train = compiled(update, learner, args)
+    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    for step in range(run.first_step, args.num_updates + 1):
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    run.finish()  # result.json and the learning curve
 
 
 if __name__ == "__main__":

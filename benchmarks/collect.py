@@ -1,24 +1,27 @@
 """Makes Minari datasets of an environment in D4RL's sense, from the course of an online agent, algorithms/sac.py.
 
-The agent is trained first, in a run folder of its own; a command that was stopped goes on when it is given again, and
-so do more --num-updates. Its learning curve is the picture there. Then, with S(policy) the return of a policy:
+First the agent is trained, in a run folder of its own, where learning_curve.png shows its course. A command that was
+stopped goes on when it is given again; one with more --num-updates goes on, too. Then, with S(policy) the return of a
+policy:
 
     random         uniformly random actions: score 0
-    expert         the actor with the highest S of all evaluations: score 100
-    medium         the actor of the first evaluation that reaches --medium, by default a third, of the way between them
+    expert         the policy with the highest S of all evaluations: score 100
+    medium         the policy of the first evaluation that reaches --medium, by default a third, of the way between them
     medium-replay  every transition that the agent had seen when it was medium, as `replay` was in D4RL's first version
     full-replay    every transition that the agent saw at all
     medium-expert  the episodes of medium and those of expert
 
-Actors act as they learned to, by sampling. The reference scores are the mean returns of --reference-episodes episodes,
-of the expert's mean action as an evaluation plays it. Beside the data of medium and expert lie actor.pt, the behaviour
-policy as sac.Actor has it, and policy.pt, its mean action for common.evaluation.load_policy. infos["log_prob"] of
-random, medium, expert and medium-expert holds the log-density of each action in the environment's units.
+Policies act as they learned to, by sampling. The reference scores are the mean returns of --reference-episodes episodes
+of random actions and of the expert's mean action. Beside the data of medium and expert lies the policy that made them,
+policy.pt: common.evaluation.load_policy gives its mean action, and the `actor` of that, sac.py's, samples. infos
+of random, medium, expert and medium-expert holds "log_prob", the log-density of each action in the environment's units.
 
 Run: python -m benchmarks.collect --env-id Pendulum-v1 --num-updates 5000 --steps 20000
 """
 
+import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -39,13 +42,14 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "algorithms")]
 import sac
+from scratch import scratch_root
 
-from common.command_line import check_argument, launch
-from common.datasets import BadInput, action_bounds, check, flat_observation_dim, flatten_observations, scratch_root
-from common.evaluation import Policy, evaluate, make_environment, save_policy
-from common.replay_buffer import RingBuffer
+from common.command_line import BadInput, check, check_argument, launch
+from common.data import action_bounds, flat_observation_dim, flatten_observations
+from common.evaluation import Policy, evaluate, load_policy, make_environment
+from common.experiment import load_checkpoint
 
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
 
@@ -105,8 +109,10 @@ def random_behaviour(play: Play, seed: int) -> Act:
     return lambda observation: (rng.uniform(play.low, play.high).astype(np.float32), log_prob)
 
 
-def actor_behaviour(actor: sac.Actor, play: Play, seed: int) -> Act:
-    """a = center + half_range a', a' ~ pi(.|s): the log-density loses the logarithm of every half range."""
+def actor_behaviour(actor: Any, play: Play, seed: int) -> Act:
+    """a = center + half_range a', a' ~ pi(.|s) of sac.py's `actor`: the log-density loses the logarithm of every half
+    range.
+    """
     generator = torch.Generator().manual_seed(seed)
     log_scale = float(np.log((play.high - play.low) / 2).sum())
 
@@ -174,12 +180,10 @@ def train(args: Args, run_dir: Path) -> None:
     finished = run_dir / "result.json"
     if finished.exists() and json.loads(finished.read_text())["num_updates"] >= args.num_updates:
         return
-    command = [sys.executable, sac.__file__, "--run-dir", str(run_dir)]
+    command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates)]
-    if (run_dir / "checkpoint.pt").exists():
-        command += ["--resume"]
-    else:
-        command += ["--env-id", args.env_id, "--seed", str(args.seed), "--keep-actors", *args.script]
+    resumed = (run_dir / "checkpoint.pt").exists()
+    command += ["--resume"] if resumed else ["--seed", str(args.seed), "--keep-policies", *args.script]
     code = subprocess.run(command).returncode
     if code:
         raise SystemExit(code)
@@ -189,50 +193,40 @@ class Agent(NamedTuple):
     """What the agent's run folder holds."""
 
     returns: dict[int, float]  # of the evaluation after each update
-    replay: RingBuffer
-    episode_lengths: list[int]  # of what `replay` holds, in order; the last one may be cut
+    transitions: sac.Batch  # all that it saw, the random steps first
+    episode_lengths: list[int]  # of the transitions, in order; the last one may be cut
     num_random: int  # steps before the first update
     folder: Path
-    hidden_dims: tuple[int, ...]
 
-    def actor(self, step: int) -> sac.Actor:
-        actor = sac.Actor(self.replay.observation_dim, self.replay.action_dim, self.hidden_dims)
-        actor.load_state_dict(torch.load(self.path(step), map_location="cpu", weights_only=True)["actor"])
-        return actor
-
-    def policy(self, step: int, play: Play) -> Policy:
-        zeros = torch.zeros(self.replay.observation_dim)
-        return Policy(self.actor(step), zeros, zeros + 1, play.low, play.high)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"actor-{step}.pt"
+    def policy(self, step: int) -> Policy:
+        """As it was at the evaluation after update `step`."""
+        return load_policy(self.folder, file=f"policy-{step}.pt")
 
 
 def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     """Raises BadInput if the folder holds the run of another script or environment, or has lost a part of its data."""
     saved = json.loads((run_dir / "args.json").read_text())
-    expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_actors": True}
+    expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_policies": True}
     for name, value in expected.items():
         found = saved.get(name)
         check(found == value, f"--run-dir {run_dir}: {name} is {found!r} there, not {value!r}; name another folder")
-    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    checkpoint = load_checkpoint(run_dir)
     state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
-    check(
-        state["num_added"] == len(state["rows"]),
-        f"--run-dir {run_dir}: its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger",
-    )
+    count = state["num_added"]
+    lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"
+    check(count == len(state["rows"]), f"--run-dir {run_dir}: {lost}")
     sizes = flat_observation_dim(play.environment.observation_space), len(play.low)
-    replay = RingBuffer(len(state["rows"]), *sizes, torch.device("cpu"))
+    replay = sac.RingBuffer(count, *sizes, "cpu")
     replay.load_state_dict(state)
-    returns = {row["step"]: row["eval/return_mean"] for row in checkpoint["evaluations"]}
-    num_random = state["num_added"] - checkpoint["step"]
-    return Agent(returns, replay, lengths, num_random, run_dir, tuple(saved["hidden_dims"]))
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
+    returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
+    return Agent(returns, replay.newest(count), lengths, count - checkpoint["step"], run_dir)
 
 
 def replay_episodes(agent: Agent, num_steps: int, play: Play) -> list[EpisodeBuffer]:
     """The first `num_steps` steps that the agent saw, the last episode cut where they end."""
-    transitions = agent.replay.newest(len(agent.replay))
-    columns = [column[:num_steps].numpy() for column in transitions]
+    columns = [column[:num_steps].numpy() for column in agent.transitions]
     episodes, end = [], 0
     for length in agent.episode_lengths:
         start, end = end, min(end + length, num_steps)
@@ -255,27 +249,22 @@ def choose_medium(returns: dict[int, float], random: float, expert: float, mediu
 
 def main(args: Args) -> None:
     args.validate()
-    name = args.env_id.split("/")[-1].rsplit("-v", 1)[0].lower()
+    name = re.split("[:/]", args.env_id)[-1].rsplit("-v", 1)[0].lower()  # of module:namespace/name-v0
     ids = new_ids(args, f"sac/{name}")
     run_dir = args.run_dir or Path("runs/collect") / f"{name}-{args.seed}"
-    environment = make_environment(args.env_id)
+    environment = make_environment(args.env_id, users=True)
     play = Play(args.env_id, environment, *action_bounds(environment.action_space))
     flat_observation_dim(environment.observation_space)  # refuses images before anything is trained
     train(args, run_dir)
     agent = read_agent(run_dir, play, args)
 
     steps = {"expert": max(agent.returns, key=lambda step: agent.returns[step])}
-    references = random_return(play, args), expert_return(agent.policy(steps["expert"], play), args)
+    references = random_return(play, args), expert_return(agent.policy(steps["expert"]), args)
     steps["medium"] = choose_medium(agent.returns, *references, args.medium)
     seen = {"medium-replay": steps["medium"], "full-replay": max(agent.returns)}
-    print(
-        f"{args.env_id}: random {references[0]:.1f}, expert {references[1]:.1f} (update {steps['expert']}), medium",
-        end="",
-    )
-    print(
-        f" {agent.returns[steps['medium']]:.1f} (update {steps['medium']}); see {run_dir}/learning_curve.png",
-        flush=True,
-    )
+    medium = f"medium {agent.returns[steps['medium']]:.1f} (update {steps['medium']})"
+    ends = f"random {references[0]:.1f}, expert {references[1]:.1f} (update {steps['expert']})"
+    print(f"{args.env_id}: {ends}, {medium}; see {run_dir}/learning_curve.png", flush=True)
 
     @cache  # medium-expert takes the episodes of both
     def episodes(quality: str) -> list[EpisodeBuffer]:
@@ -286,16 +275,17 @@ def main(args: Args) -> None:
         seed = np.random.SeedSequence((args.seed, ["random", "medium", "expert"].index(quality)))
         if quality == "random":
             return roll_outs(quality, random_behaviour(play, args.seed), play, args.steps, seed)
-        return roll_outs(quality, actor_behaviour(agent.actor(steps[quality]), play, args.seed), play, args.steps, seed)
+        act = actor_behaviour(agent.policy(steps[quality]).actor, play, args.seed)
+        return roll_outs(quality, act, play, args.steps, seed)
 
     sources = {"random": "uniformly random actions", "medium-expert": "medium and expert"}
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     for quality, dataset_id in ids.items():
-        with scratch_root(dataset_id, same_data=False):
+        with scratch_root(dataset_id):
             write_dataset(dataset_id, episodes(quality), play, references, sources[quality])
-            if quality in steps:
-                record_behaviour(get_dataset_path(dataset_id), agent, steps[quality], play)
+            if quality in steps:  # the policy that acted, beside its data
+                shutil.copy(run_dir / f"policy-{steps[quality]}.pt", get_dataset_path(dataset_id) / "policy.pt")
 
 
 def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
@@ -319,7 +309,8 @@ def random_return(play: Play, args: Args) -> float:
 
 
 def expert_return(policy: Policy, args: Args) -> float:
-    return float(evaluate(policy, [make_environment(args.env_id) for _ in range(args.reference_episodes)]).mean())
+    environments = [make_environment(args.env_id, users=True) for _ in range(args.reference_episodes)]
+    return float(evaluate(policy, environments).mean())
 
 
 def write_dataset(
@@ -346,12 +337,6 @@ def write_dataset(
     score = 100 * (average - references[0]) / (references[1] - references[0])
     size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"
     print(f"{dataset_id}: {source}; {size}, return {average:.1f}, score {score:.1f}", flush=True)
-
-
-def record_behaviour(folder: Path, agent: Agent, step: int, play: Play) -> None:
-    """Puts the policy that acted beside its data."""
-    shutil.copy(agent.path(step), folder / "actor.pt")
-    save_policy(folder / "policy.pt", agent.policy(step, play))
 
 
 if __name__ == "__main__":

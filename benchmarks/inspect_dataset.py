@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import minari
 import numpy as np
 import tyro
+from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import launch
-from common.datasets import BadInput, Dataset, Episode, check, load_dataset, one_line
-from common.datasets import flat_observation_dim as flat_dim
-from common.datasets import flatten_observations as flatten
+from common.command_line import BadInput, check, launch, one_line
+from common.data import BUILT_IN, Dataset, Episode, flat_observation_dim, flatten_observations, load_dataset
 
 PICTURED_STATES = 5_000
 AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it
@@ -36,11 +34,9 @@ SMALLEST_STD = 1e-3  # what training's normalisation adds to the standard deviat
 @dataclass
 class Args:
     dataset_id: tyro.conf.Positional[str]
-    """built-in id, Minari id (local first, else downloaded), or path of an HDF5 file in D4RL's layout"""
+    """built-in id or Minari id (local first, else downloaded)"""
     out: Path | None = None
     """write the picture here, as PNG"""
-    env_id: str | None = None
-    """environment, where the dataset names none: it bounds the actions of an HDF5 file"""
     gamma: float = 0.99
     """discount of the return-to-go that colours the picture's states"""
 
@@ -55,7 +51,6 @@ class Data(NamedTuple):
     truncations: np.ndarray  # [N]
     lengths: np.ndarray  # [E]
     returns: np.ndarray  # [E]
-    jumps: int  # steps inside an episode that do not begin where the step before ended
     refused: list[str]  # why, one line for each episode left out
 
     @property
@@ -67,34 +62,30 @@ class Data(NamedTuple):
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
-def open_dataset(args: Args) -> Dataset:
-    """As load_dataset does, but for Minari data whose actions have no bounds: the report says what they could be."""
+def open_dataset(dataset_id: str) -> Dataset:
+    """As load_dataset does, but also where actions have no bounds: the report says what they could be."""
     try:
-        return load_dataset(args.dataset_id, args.env_id)
+        return load_dataset(dataset_id)
     except BadInput as refusal:
-        if "finite bounds" not in str(refusal) or is_file(args.dataset_id):
+        if "finite bounds" not in str(refusal):
             raise
-    dataset = minari.load_dataset(args.dataset_id)  # the loader has found it, and checked its metadata
-    space: Any = dataset.action_space
-    sizes = int(dataset.total_steps), flat_dim(dataset.observation_space)
-    return Dataset(args.dataset_id, *sizes, space.low, space.high, lambda: iter(()), args.env_id)
+    stored: Any = open_minari(dataset_id)
+    dim, space = flat_observation_dim(stored.observation_space), stored.action_space
+    return Dataset(dataset_id, int(stored.total_steps), dim, space.low, space.high, lambda: iter(()))
 
 
-def is_file(dataset_id: str) -> bool:
-    return dataset_id.endswith((".hdf5", ".h5"))
+def open_minari(dataset_id: str) -> minari.MinariDataset:
+    """What load_dataset has found, and checked the metadata of."""
+    local = get_dataset_path(dataset_id) / "data"
+    return minari.MinariDataset(local if local.exists() else BUILT_IN / dataset_id / "data")
 
 
 def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
     """Each with its truncations [T]. Raises BadInput where a file is damaged."""
-    if is_file(dataset.dataset_id):
-        for episode in dataset.read_episodes():
-            last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-            yield episode, last & ~episode.terminations
-        return
     try:
-        source = minari.load_dataset(dataset.dataset_id)
+        source = open_minari(dataset.dataset_id)
         for stored in source.iterate_episodes():
-            observations = flatten(stored.observations, source.observation_space)
+            observations = flatten_observations(stored.observations, source.observation_space)
             fields = observations[:-1], stored.actions, stored.rewards, observations[1:], stored.terminations
             yield Episode(*fields), stored.truncations
     except (OSError, KeyError, ValueError) as error:
@@ -119,24 +110,22 @@ def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str 
 def collect(dataset: Dataset) -> Data:
     """Raises BadInput if no episode is left to look at."""
     kept: list[tuple[np.ndarray, ...]] = []
-    returns, jumps, refused = [], 0, []
+    returns, refused = [], []
     for index, (episode, truncations) in enumerate(read_episodes(dataset)):
         with np.errstate(over="ignore"):  # what is too large for training's float32 becomes infinite, and is refused
             episode = Episode(*(np.asarray(values, np.float32) for values in episode))
         if reason := refusal(episode, truncations, dataset):
             refused.append(f"episode {index}: {reason}")
             continue
-        observations, actions, rewards, next_observations, terminations = episode
+        observations, actions, rewards, _, terminations = episode
         returns.append(float(np.sum(rewards, dtype=np.float64)))
-        gap = np.abs(next_observations[:-1] - observations[1:])
-        jumps += int((gap > 1e-4 * (1 + np.abs(observations[1:]))).any(axis=1).sum())  # more than rounding
         kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool)))
     check(bool(kept), f"{dataset.dataset_id}: the dataset is empty" + "".join(f"; {line}" for line in refused[:1]))
     lengths = np.array([len(rewards) for _, _, rewards, _, _ in kept])
     columns = (np.concatenate(column) for column in zip(*kept, strict=True))
     observations, actions, rewards, terminations, truncations = columns
     ends = terminations, truncations
-    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), jumps, refused)
+    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), refused)
 
 
 # --- Measures -------------------------------------------------------------------------------------------------------
@@ -193,7 +182,7 @@ Problems = Iterator[tuple[str, str]]  # what is the matter, what to do
 def find_problems(data: Data, dataset: Dataset, duplicates: int) -> Problems:
     """What to know before training on the data; what stops training comes first."""
     yield from _refusals(data, dataset)
-    yield from _endings(data, dataset)
+    yield from _endings(data)
     yield from _actions(data, dataset)
     yield from _values(data)
     if duplicates:
@@ -224,7 +213,7 @@ def _refusals(data: Data, dataset: Dataset) -> Problems:
         yield f"{refuses}: {names('action', ~bounded)} without finite bounds", todo
 
 
-def _endings(data: Data, dataset: Dataset) -> Problems:
+def _endings(data: Data) -> Problems:
     terminated, truncated = data.terminations[data.ends], data.truncations[data.ends]
     shortest, longest = int(data.lengths.min()), int(data.lengths.max())
     if inner := int(np.delete(data.terminations | data.truncations, data.ends).sum()):
@@ -239,14 +228,6 @@ def _endings(data: Data, dataset: Dataset) -> Problems:
     if not data.terminations.any() and shortest < longest:
         todo = "if the task ends episodes (a robot falls), mark terminations: Q would see past its end"
         yield f"no episode is terminated, yet their lengths differ ({shortest:,} to {longest:,})", todo
-    if data.jumps:
-        todo = "mark the boundaries of episodes (timeouts): returns run across the missing ones"
-        yield f"{data.jumps:,} steps inside episodes do not begin where the step before ended", todo
-    if is_file(dataset.dataset_id):
-        with h5py.File(dataset.dataset_id) as file:
-            if not {"timeouts", "next_observations"} & set(file):
-                todo = "add timeouts, or an episode that a limit cut runs into the next one"
-                yield "the file has neither timeouts nor next_observations", todo
     if len(data.lengths) == 1:
         yield "there is one episode only", "mark where episodes end, if the log holds several"
 
@@ -388,7 +369,7 @@ def main(args: Args) -> None:
     if args.out is not None:
         check(args.out.suffix.lower() == ".png", f"--out {args.out}: must end with .png")
         check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
-    dataset = open_dataset(args)
+    dataset = open_dataset(args.dataset_id)
     data = collect(dataset)
     for line in report(data, dataset):
         print(line, flush=True)

@@ -46,8 +46,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import launch
-from common.datasets import BadInput, check, one_line
+from common.command_line import BadInput, check, launch, one_line
 
 Measure = Literal["last", "last five", "best"]
 MEASURES: dict[str, Any] = {"last": "last", "last five": lambda x: x.tail(5).mean(), "best": "max"}

@@ -16,10 +16,8 @@ but logs and policies stay where the cells ran.
 Run: python -m benchmarks.run --algorithms bc iql --seeds 3 --out runs/first -- --num-updates 3000
 """
 
-import contextlib
 import csv
 import ctypes
-import io
 import json
 import os
 import platform
@@ -31,18 +29,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import torch
 import tyro
+from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import files
-from common.command_line import ExperimentArgs, check_argument, launch
-from common.datasets import BUILT_IN_ID, BadInput, check, load_dataset, one_line
+sys.path.append(str(Path(__file__).resolve().parent))
+from grid_results import collect, write
+
+from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, launch, one_line
+from common.data import load_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
 SET_BY_GRID = {"--seed", "--dataset-id", "--run-dir", "--resume"}  # of the scripts' arguments
@@ -158,10 +160,17 @@ def run_cell(cell: Cell, args: Args, environment: dict[str, str]) -> str | None:
                 code = _run_script(command, log, os.environ | {"OMP_NUM_THREADS": str(args.threads)} | environment)
         if cell.done:
             return None
-        last = (cell.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-        return f"exit code {code}: {last} (see {cell.log})"
+        return f"exit code {code}: {last_words(cell.log)} (see {cell.log})"
     except OSError as error:  # a full disk, a folder that is not ours
         return one_line(error)
+
+
+def last_words(log: Path) -> str:
+    """The last line or, if that is the edge of the frame that tyro draws around bad input, what is in the frame."""
+    text = log.read_text(errors="replace").strip()
+    if text.endswith("╯"):
+        return " ".join(re.sub("[─│╮╰╯]", " ", text.rpartition("╭")[2]).split())
+    return (text.splitlines() or [""])[-1]
 
 
 STARTED: list[subprocess.Popen] = []  # scripts, so that stopping this command can stop them
@@ -266,7 +275,7 @@ def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
             try:
                 problem, contents = ray.get(job)
                 for name, content in contents.items() if not cell.done else ():
-                    _write(cell.folder / name, content)
+                    write(cell.folder / name, content)
             except (ray.exceptions.RayError, BadInput) as error:
                 problem = f"Ray: {one_line(error)} (see {cell.log})"
             yield cell, problem
@@ -274,60 +283,6 @@ def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
 
 
 ENGINES: dict[str, Callable[[list[Cell], Args], Outcomes]] = {"local": run_locally, "ray": run_on_ray}
-
-
-# --- Results --------------------------------------------------------------------------------------------------------
-
-
-def collect(cells: list[Cell], out: Path) -> list[Cell]:
-    """Writes results.csv and evaluations.csv of the cells that have ended well, and of those that results.csv holds
-    from earlier commands; returns them.
-    """
-    tables: dict[str, list[dict[str, Any]]] = {"results": [], "evaluations": []}
-    ours, written = {word for cell in cells for word in (cell.name, str(cell.folder))}, []
-    earlier = [cell for cell in _cells_in(out / "results.csv") if ours.isdisjoint((cell.name, str(cell.folder)))]
-    for cell in earlier + cells:
-        key = {"algorithm": cell.algorithm, "dataset_id": cell.dataset_id, "seed": cell.seed}
-        try:
-            result, saved = (json.loads((cell.folder / name).read_text()) for name in ("result.json", "args.json"))
-            versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
-            protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
-            with (cell.folder / "metrics.csv").open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
-            names = {"num_updates": "step", "score": "eval/score", "return_mean": "eval/return_mean"}
-            evaluated = [key | {name: row[column] for name, column in names.items()} for row in rows]
-        except (OSError, KeyError, ValueError):  # not there, or damaged
-            continue
-        tables["results"].append(result | key | protocol | {"versions": versions, "run_dir": str(cell.folder)})
-        tables["evaluations"] += evaluated
-        written.append(cell)
-    for file_name, table in tables.items():
-        columns = dict.fromkeys(name for row in table for name in row)  # fqe.py's results have some of their own
-        writer = csv.DictWriter(text := io.StringIO(), list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        _write(out / f"{file_name}.csv", text.getvalue().encode())
-    return written
-
-
-def _cells_in(path: Path) -> Iterator[Cell]:
-    """Those of a results.csv, which may have been moved together with their run folders."""
-    with path.open(newline="") if path.exists() else io.StringIO() as file:
-        for row in csv.DictReader(file):
-            check({"algorithm", "dataset_id", "seed", "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
-            folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
-            yield Cell(row["algorithm"], row["dataset_id"], int(row["seed"]), folder)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
 # --- Main -----------------------------------------------------------------------------------------------------------
@@ -376,20 +331,15 @@ def main(args: Args) -> None:
         run_grid(cells, args, out)
 
 
-@contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path) -> AbstractContextManager:
     """Makes the folder, and keeps other commands out of it: two would start the same cells."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        release = files.lock(out)
+        return FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"--out {out}: another command is at work in it; wait for it, or name another folder") from None
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be made: {error.strerror}") from None
-    if release is None:
-        raise BadInput(f"--out {out}: another command is at work in it; wait for it, or name another folder")
-    try:
-        yield
-    finally:
-        release()
 
 
 def run_grid(cells: list[Cell], args: Args, out: Path) -> None:
@@ -429,7 +379,7 @@ def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         check(found == ours, f"--out {out}: holds runs with {shlex.join(found) or 'no arguments'}; name another folder")
-    _write(path, json.dumps(ours).encode() + b"\n")
+    write(path, json.dumps(ours).encode() + b"\n")
 
 
 if __name__ == "__main__":

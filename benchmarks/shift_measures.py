@@ -39,18 +39,6 @@ def bin_of(actions: Tensor) -> Tensor:
     return torch.bucketize(actions.contiguous(), bin_edges()[1:-1])
 
 
-def gaussian_bins(mean: Tensor, std: Tensor, squashed: bool) -> Tensor:
-    """The mass of Normal(mean, std) [n, action_dim], or of its tanh, in each bin: [n, action_dim, bins].
-
-    What lies outside [-1, 1] is in the outermost bins, where an environment would clip it.
-    """
-    edges = bin_edges()[1:-1]
-    edges = edges.atanh() if squashed else edges
-    below = torch.distributions.Normal(mean[..., None], std[..., None]).cdf(edges)
-    ends = below.new_zeros(*below.shape[:-1], 1)
-    return torch.cat([ends, below, ends + 1], dim=-1).diff(dim=-1)
-
-
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """sum_j sum_b p_jb log(p_jb / q_jb), of products of [n, action_dim, bins]: [n]."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=1e-30))).sum(dim=(1, 2))

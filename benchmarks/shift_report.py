@@ -2,9 +2,9 @@
 
 D is the data, pi the policy as it is evaluated, Q the mean of the run's critics in the environment's units of reward.
 States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes (of fewer than ten: of short pieces)
-is left out of all that is fitted or searched: at their states, `data` stands for D's own action, `policy` for pi(s),
-`random` for one drawn uniformly, and what is found for `data` is the scale. `visits` are the (s, a) of pi's own
-episodes in the environment.
+is left out of all that is fitted or searched. At their states, three actions are compared: `data` is D's own, `policy`
+is pi(s), `random` is drawn uniformly. The numbers of `data` are the scale. `visits` are the (s, a) of pi's own episodes
+in the environment.
 
     G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01
     S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
@@ -15,7 +15,8 @@ episodes in the environment.
     covered     share of d(s, a) <= its 0.95 quantile for `data`;  visits covered: of distances to D's nearest pair
     surprise    -sum_j log beta_j(b_j(a) | s),  b_j: the bin of a's entry j, of 15;  beta: a network fitted to D
     typical     share of surprises <= their 0.95 quantile for `data`
-    KL          sum_j sum_b p_jb log(p_jb / beta_jb),  p: the bins' masses under the actor's own distribution
+    KL          sum_j sum_b p_jb log(p_jb / beta_jb),  p: the bins' masses under the actor's own distribution, each to
+                within 1/256
     TV          1/2 sum_b |p_jb - beta_jb|, the total variation, averaged over j
     w(s, a)     p / (1 - p) = d_pi(s, a) / d_D(s, a),  p: the probability of a visit that a classifier gives, to which
                 visits and data are as frequent
@@ -27,14 +28,15 @@ Alarming is: more than 10% of Q too high to be true; Q above G by S / 2 on avera
 twice as much as about `data`; fewer than 80% covered or typical, where `data` has 95%; fewer than 100 transitions that
 speak, whose mean has an error of a tenth of their standard deviation.
 
-Limits. An alarm says that the data cannot vouch for the policy, not that it is bad; no alarm, that nothing was found:
-where `random` passes, the data cover every action. Distances mean less the more dimensions there are, and beta takes
-the action's entries for independent. For actors without a distribution (BC, TD3+BC, BCQ) p is 1 in one bin, so that KL
-and TV are large even for a good clone of noisy data: they have no verdict. Nor has accuracy: the best policy is far
-from mixed data. A Q above G is no error where rewards grow beyond what D has seen, and Q is not of pi itself: IQL's is
-of a better policy, CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it. S is small
-where episodes are short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of
-action, TD3+BC of data and policy, IQL and BCQ of data. BC and AWR have no Q; without an environment, no visits.
+Limits. An alarm says that the data cannot vouch for the policy, not that it is bad. A report without alarms has found
+nothing, which means little where `random` passes, too: the data cover every action. Distances mean less the more
+dimensions there are. beta takes the action's entries for independent. For actors without a distribution (BC, TD3+BC,
+BCQ) p is 1 in one bin. This makes KL and TV large even for a good clone of noisy data, so they have no verdict. Nor has
+accuracy: the best policy is far from mixed data. A Q above G is no error where rewards grow beyond what D has seen. Q
+may be of another policy than pi: IQL's is of a better one, CQL's and COMBO's of the actor with its noise, MOPO's has
+penalties and entropies in it. S is small where episodes are short pieces. The picture's Q over training is what the
+script logged: CQL of all three kinds of action, TD3+BC of data and policy, IQL and BCQ of data. BC and AWR have no Q.
+Without an environment there are no visits.
 
 Run: python -m benchmarks.shift_report runs/first --out shift.png
 """
@@ -51,18 +53,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import shift_measures as measures
 from trained_run import Trained, Visits, load_run, visit
 
-from common.command_line import launch
-from common.datasets import check
+from common.command_line import check, launch
 
 NUM_REFERENCES = 50_000  # transitions among which neighbours are looked for
 NUM_NEIGHBOURS = 10
+NUM_DRAWS = 256  # actions of an actor with a distribution, at each state
 COLUMNS = "data", "policy", "random", "visits"
 LOGGED = {  # columns of metrics.csv, and whose actions they are about
     "critic/q_data": "data",
@@ -80,6 +82,10 @@ class Args:
     """folder of a finished run"""
     out: Path | None = None
     """write the picture here, as PNG"""
+    script: Path | None = None
+    """path of the script that trained the run, if it is not in algorithms/"""
+    env_id: str | None = None
+    """environment to play in; default: that of the run"""
     num_states: int = 2_000
     """states of the data at which the policy is asked, and visits that are looked at"""
     eval_episodes: int = 10
@@ -142,7 +148,7 @@ def set_scene(run: Trained, visits: Visits | None, num_states: int) -> Scene:
     if visits is not None:
         visited = (torch.cat([visits.observations, visits.actions], dim=1) - mean) / (std + 1e-3)
     random = torch.rand(len(rows), dim) * 2 - 1
-    actions = {"data": data.actions[rows], "policy": run.actor(data.observations[rows]), "random": random}
+    actions = {"data": data.actions[rows], "policy": run.policy.act(data.observations[rows]), "random": random}
     return Scene(run, visits, points, visited, episodes, left_out, rows, others, actions)
 
 
@@ -180,14 +186,23 @@ def judge_values(scene: Scene) -> Findings:
 
 
 def action_bins(actor: Any, observations: Tensor, actions: Tensor) -> Tensor:
-    """Masses of the actor's own distribution [n, action_dim, bins], given its deterministic `actions` there."""
-    log_std = getattr(actor, "log_std", None)
-    if isinstance(log_std, nn.Linear):  # CQL, MOPO, COMBO: tanh of a normal distribution
-        hidden = actor.net[:-2](observations)
-        return measures.gaussian_bins(actor.net[-2](hidden), log_std(hidden).clamp(-5, 2).exp(), squashed=True)
-    if log_std is not None:  # IQL, AWR: a normal distribution
-        return measures.gaussian_bins(actions, log_std.clamp(-5, 2).exp().expand_as(actions), squashed=False)
-    return F.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
+    """Masses of the actor's own distribution [n, action_dim, bins]. Without one, they are 1 where the deterministic
+    `actions` are.
+
+    A mass is the share of draws in the bin, so that any actor will do that has `sample`. In each dimension, the draws'
+    noise takes NUM_DRAWS quantiles of the standard normal in random order. Where an entry of the action rises with its
+    own noise and depends on no other, as in every script here, no mass is off by more than 1 / NUM_DRAWS.
+    """
+    if not hasattr(actor, "sample"):
+        return F.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
+    quantiles = torch.special.ndtri((torch.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS)
+    shuffled = torch.rand(NUM_DRAWS, actions.shape[1], generator=torch.Generator().manual_seed(0)).argsort(dim=0)
+    noise = quantiles[shuffled]  # [draws, action_dim]
+    masses = torch.zeros(*actions.shape, measures.NUM_BINS)
+    for row in noise:
+        drawn, _ = actor.sample(observations, row.expand_as(actions))
+        masses += F.one_hot(measures.bin_of(drawn), measures.NUM_BINS) / NUM_DRAWS
+    return masses
 
 
 def judge_actions(scene: Scene, num_updates: int) -> Findings:
@@ -198,7 +213,7 @@ def judge_actions(scene: Scene, num_updates: int) -> Findings:
     distances = {name: (some[:, None] - choices).norm(dim=2).amin(dim=1) for name, some in scene.actions.items()}
     beta = measures.fit_behaviour(scene.states(others), data.actions[others], num_updates)(scene.states(rows))
     surprises = {name: measures.surprise(beta, actions) for name, actions in scene.actions.items()}
-    bins = {"policy": action_bins(run.actor, data.observations[rows], scene.actions["policy"])}
+    bins = {"policy": action_bins(run.policy.actor, data.observations[rows], scene.actions["policy"])}
     bins["random"] = torch.full_like(beta, 1 / measures.NUM_BINS)
     return [
         Row("distance (median)", {name: float(values.median()) for name, values in distances.items()}),
@@ -337,7 +352,7 @@ def main(args: Args) -> None:
     if args.out is not None:
         check(args.out.suffix.lower() == ".png", f"--out {args.out}: must end with .png")
         check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
-    run = load_run(args.run_dir)
+    run = load_run(args.run_dir, args.script, args.env_id)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # a classifier that is always right ends with gradients that slow a CPU many times
     visits = visit(run, args.eval_episodes)

@@ -1,8 +1,6 @@
 """A finished run, read back from its folder: arguments, data and networks; and what its policy meets when it acts."""
 
 import csv
-import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -14,15 +12,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 from shift_measures import discounted_returns
 
-from common.command_line import parse_args
-from common.datasets import BadInput, check, flatten_observations, load_dataset, one_line
-from common.evaluation import Policy, evaluate, make_environments
-from common.replay_buffer import ReplayBuffer
-
-SCRIPTS = {path.stem for path in (Path(__file__).resolve().parents[1] / "algorithms").glob("*.py")}
+from common.command_line import BadInput, check, one_line, parse_args, warn
+from common.data import ReplayBuffer, flatten_observations, load_dataset
+from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
+from common.optim import Adam
 
 
 class Trained(NamedTuple):
@@ -30,7 +25,7 @@ class Trained(NamedTuple):
 
     args: Any
     buffer: ReplayBuffer
-    actor: nn.Module
+    policy: Policy
     critic: nn.Module | None
     gamma: float
     reward_scale: float  # of Q's units, in those of the environment
@@ -50,40 +45,43 @@ class Visits(NamedTuple):
     episodes: Tensor  # [n], their numbers
 
 
-def load_run(folder: Path) -> Trained:
-    """Raises BadInput if the folder holds no finished run of a policy, or if its data is gone or has changed."""
+def load_run(folder: Path, script: Path | None = None, env_id: str | None = None) -> Trained:
+    """`script` is the path of the script that trained the run, if it is not in algorithms/; `env_id` overrides the
+    environment of the run. Raises BadInput if the folder holds no finished run of a policy, or if its data is gone or
+    has changed.
+    """
     check(folder.is_dir(), f"no folder {folder}: give the folder of a run")
     check((folder / "args.json").is_file(), f"{folder} is not the folder of a run: it lacks args.json")
     for name in ("checkpoint.pt", "result.json"):
         todo = f"go on with --resume --run-dir {folder}"
         check((folder / name).is_file(), f"the run in {folder} has not finished: it lacks {name}; {todo}")
     try:
-        algorithm = json.loads((folder / "args.json").read_text())["algorithm"]
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        algorithm = str(json.loads((folder / "args.json").read_text())["algorithm"])
+        checkpoint = load_file(folder / "checkpoint.pt")  # never the one before it, which is of another policy
         learned, fingerprint = checkpoint["learner"], checkpoint["dataset_fingerprint"]
         with (folder / "metrics.csv").open(newline="") as file:
             metrics = list(csv.DictReader(file))
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"cannot read the run in {folder}: {one_line(error)}") from None
-    check(algorithm in SCRIPTS, f"{folder} is a run of {algorithm!r}, and there is no such script in algorithms/")
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
-    module: Any = importlib.import_module(algorithm)
-    args: Any = parse_args(module.Args, ["--resume", "--run-dir", str(folder)])
+    module: Any = load_script(algorithm, script)
+    environment = [] if env_id is None else ["--env-id", env_id]
+    args: Any = parse_args(module.Args, ["--resume", "--run-dir", str(folder), *environment])
     dataset, cpu = load_dataset(args.dataset_id, args.env_id), torch.device("cpu")
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
     check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")
-    learner = module.build(buffer.observation_dim, buffer.action_dim, args, cpu)
-    try:
-        for name in learned.keys() & {"actor", "critic"}:
-            getattr(learner, name).load_state_dict(learned[name])
-    except RuntimeError as error:
-        raise BadInput(f"{folder}: checkpoint.pt does not fit args.json: {one_line(error)}") from None
-    critic = getattr(learner, "critic", getattr(learner.actor, "critic", None))  # BCQ's is a part of its actor
-    for network in (learner.actor, critic):
-        if network is not None:
-            network.requires_grad_(False)
+    policy = load_policy(folder, script)
+    actor = policy.actor.requires_grad_(False).eval()
+    critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor
+    if "critic" in learned:
+        critic = module.build(buffer.observation_dim, buffer.action_dim, args, cpu, Adam).critic
+        try:
+            critic.load_state_dict(learned["critic"])
+        except RuntimeError as error:
+            raise BadInput(f"{folder}: checkpoint.pt does not fit {module.__file__}: {one_line(error)}") from None
+        critic.requires_grad_(False).eval()
     scale = module.reward_scale(args, buffer.episode_returns) if hasattr(module, "reward_scale") else 1.0
-    return Trained(args, buffer, learner.actor, critic, getattr(args, "gamma", 0.99), scale, metrics)
+    return Trained(args, buffer, policy, critic, getattr(args, "gamma", 0.99), scale, metrics)
 
 
 class Recorder(gym.Wrapper):
@@ -111,15 +109,18 @@ class Recorder(gym.Wrapper):
 def visit(run: Trained, num_episodes: int) -> Visits | None:
     """Plays the policy; None without an environment. For gamma 1, G is known of episodes that terminate alone."""
     buffer, dataset, gamma = run.buffer, run.buffer.dataset, run.gamma
-    first: Any = make_environments(dataset, 1) if num_episodes and dataset.env_id else None
-    if first is None:
+    if not num_episodes or dataset.env_id is None:
         return None
-    limit = first[0].spec.max_episode_steps
+    try:
+        recorders: list[Any] = [Recorder(environment) for environment in make_environments(dataset, num_episodes)]
+    except NoEnvironment as reason:
+        warn(f"{reason}: there are no visits")
+        return None
+    limit = recorders[0].spec.max_episode_steps
     horizon = min(10_000, math.ceil(math.log(0.01) / math.log(gamma))) if 0 < gamma < 1 else 1
-    longer = dataclasses.replace(dataset, max_episode_steps=limit + horizon)
-    recorders: list[Any] = [Recorder(environment) for environment in make_environments(longer, num_episodes) or ()]
-    low, high = dataset.action_low, dataset.action_high
-    evaluate(Policy(run.actor, buffer.observation_mean, buffer.observation_std, low, high), recorders)
+    for recorder in recorders:
+        recorder.set_wrapper_attr("_max_episode_steps", limit + horizon)  # of Gymnasium's TimeLimit
+    evaluate(run.policy, recorders)
     columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for number, episode in enumerate(recorders):
         returns = discounted_returns(torch.tensor(episode.rewards), gamma)
@@ -130,6 +131,6 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
         for column, values in zip(columns, fields, strict=True):
             column.append(values[:limit])
     observations, actions, returns, numbers = map(torch.cat, columns)
-    observations = (observations - buffer.observation_mean) / buffer.observation_std
-    actions = (actions - torch.as_tensor(high + low) / 2) / (torch.as_tensor(high - low) / 2)
-    return Visits(observations, actions, returns, numbers)
+    low, high = torch.as_tensor(dataset.action_low), torch.as_tensor(dataset.action_high)
+    actions = (actions - (high + low) / 2) / ((high - low) / 2)
+    return Visits((observations - buffer.normalization[0]) / buffer.normalization[1], actions, returns, numbers)

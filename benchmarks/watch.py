@@ -1,7 +1,7 @@
 """A trained policy as a moving picture: an episode of it, alone or beside one of the data.
 
-The policy plays in the evaluation environment of the run's dataset. With --beside-data it starts where an episode of
-the data did, the one of median return, which is shown beside it: its recorded observations, put back into the
+The policy plays in the evaluation environment of the run's dataset. With --beside-data, the data's episode of median
+return is shown beside it, and the policy starts where that episode did. Its recorded observations are put back into the
 environment as poses (Pendulum, CartPole, and MuJoCo's environments whose observations are positions and velocities).
 
 Pendulum and CartPole are drawn by pygame (`pip install -e '.[watch]'`); MuJoCo needs a GL backend, which the variable
@@ -24,9 +24,9 @@ import tyro
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import launch
-from common.datasets import BadInput, Dataset, Episode, check, flatten_observations, load_dataset, one_line
-from common.evaluation import EVALUATION_SEED, Policy, find_environments, load_policy
+from common.command_line import BadInput, check, launch, one_line
+from common.data import Dataset, Episode, flatten_observations, load_dataset
+from common.evaluation import EVALUATION_SEED, Policy, load_policy, make_environments
 
 FRAMES_PER_SECOND = 25
 
@@ -37,16 +37,18 @@ class Args:
     """folder of a run"""
     out: Path = Path("policy.gif")
     """the picture to write, .gif"""
+    script: Path | None = None
+    """path of the script that trained the policy, if it is not in algorithms/"""
+    env_id: str | None = None
+    """environment to play in; default: that of the run"""
     beside_data: bool = False
     """show an episode of the data, too, and let the policy start where it did"""
     seed: int = 0
-    """of the first state, without --beside-data: evaluations have 0 to 9"""
+    """of the first state, without --beside-data; evaluations take 0 to 9"""
     max_steps: int = 300
     """steps to show at most"""
     height: int = 240
     """of the picture, in pixels"""
-    trust_dataset_env: bool = False
-    """run the code that the dataset names as its environment, if that is other than what is installed under its id"""
 
 
 def main(args: Args) -> None:
@@ -55,11 +57,11 @@ def main(args: Args) -> None:
     check(args.seed >= 0, f"--seed {args.seed}: must not be negative")
     check(args.out.suffix.lower() == ".gif", f"--out {args.out}: must end with .gif")
     check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
-    policy, dataset, name = read_run(args.run_dir)
+    policy, dataset, name = read_run(args)
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's: it draws without a screen, too
-    (environment,) = find_environments(dataset, 1, args.trust_dataset_env, render_mode="rgb_array")
+    (environment,) = make_environments(dataset, 1, render_mode="rgb_array")
     with environment:
         step_seconds = 1 / environment.metadata.get("render_fps", FRAMES_PER_SECOND)
         every = max(1, round(1 / FRAMES_PER_SECOND / step_seconds))  # a picture needs no more frames than eyes see
@@ -80,14 +82,16 @@ def main(args: Args) -> None:
     print(f"{name} on {dataset.dataset_id}: return {total:.1f}{rest}, {args.out}")
 
 
-def read_run(folder: Path) -> tuple[Policy, Dataset, str]:
+def read_run(args: Args) -> tuple[Policy, Dataset, str]:
     """The policy, its dataset and the algorithm's name. Raises BadInput."""
-    policy = load_policy(folder)
+    policy = load_policy(args.run_dir, args.script)
     try:
-        args = json.loads((folder / "args.json").read_text())
-        dataset_id, env_id, name = args["dataset_id"], args.get("env_id"), args["algorithm"]
+        saved = json.loads((args.run_dir / "args.json").read_text())
+        dataset_id, env_id, name = saved["dataset_id"], args.env_id or saved.get("env_id"), saved["algorithm"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"cannot read {folder / 'args.json'}: {one_line(error)}") from None
+        raise BadInput(f"cannot read {args.run_dir / 'args.json'}: {one_line(error)}") from None
+    named = args.env_id is not None or ":" not in str(env_id)  # no file says what is imported
+    check(named, f"give --env-id {env_id}, or another one: its module would be run")
     return policy, load_dataset(dataset_id, env_id, discrete=policy.discrete), str(name)
 
 

@@ -1,1 +1,1 @@
-"""The plumbing that every algorithm shares: data, experiments, evaluation. Nothing here decides what is learned."""
+"""What every script shares and no algorithm decides: arguments, data, the run folder, evaluation."""

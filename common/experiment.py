@@ -1,39 +1,73 @@
-"""The course of an experiment: the run folder, logging, checkpoints and progress."""
+"""The course of an experiment: the run folder, evaluations, rows of metrics, checkpoints and progress."""
 
-import copy
+import contextlib
 import csv
 import dataclasses
-import itertools
+import io
 import json
 import math
+import os
 import platform
-import signal
 import sys
+import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import IO, Any
 
-import numpy as np
 import torch
+from filelock import FileLock
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common import files
-from common.command_line import Diverged, ExperimentArgs, Stopped, on_signals
-from common.datasets import BadInput, check, one_line, warn
-from common.evaluation import Policy, evaluate, make_environments, normalized_score, save_policy
-from common.replay_buffer import ReplayBuffer
-from common.tracking import Tracker
+from common.command_line import (
+    BadInput,
+    CannotWrite,
+    Diverged,
+    ExperimentArgs,
+    Stopped,
+    check,
+    explain,
+    interruption,
+    one_line,
+    warn,
+)
+from common.data import ReplayBuffer
+from common.evaluation import NoEnvironment, Policy, evaluate, load_file, make_environments, normalized_score
 
-PREVIOUS = "previous_checkpoint.pt"
-GRACE_SECONDS = 2  # after a signal, for the update, evaluation or epoch at work; what then remains of it is left undone
+PATIENCE_SECONDS = 100  # with W&B, at the end of a run
 
-# A critic is suspect when its mean |Q| is this many times max |r| / (1 - gamma), which no policy's return exceeds: far
-# more than an entropy, a model's penalty or conservatism adds, and far less than what is about to overflow.
-SUSPECT_FACTOR = 100
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while `path` is written into CannotWrite."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), one_line(error))
+        advice = f"make room, and go on with --resume --run-dir {path.parent}; what was saved before is kept"
+        raise CannotWrite(f"cannot write {path} ({reason}): {advice}") from None
+
+
+def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | None = None) -> None:
+    """Lets `write` fill a file beside `path` and, once the disk has it, renames it over `path`: whole or not at all.
+    With `keep_as`, the old one stays under that name. Raises CannotWrite.
+    """
+    scratch = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            with scratch.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep_as and path.exists():
+                os.replace(path, path.with_name(keep_as))
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def set_up(args: ExperimentArgs) -> torch.device:
@@ -41,422 +75,266 @@ def set_up(args: ExperimentArgs) -> torch.device:
     args.validate()
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
-    # Freed at once, so that glibc keeps later blocks of this size: their pages, handed to the system and back at every
-    # update, cost BCQ and CQL up to a tenth of their speed.
+    # freed at once, so that glibc keeps later blocks of this size: to hand them back costs BCQ and CQL up to a tenth
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-class Summary(NamedTuple):
-    """How a run went."""
-
-    result: dict[str, Any]  # what result.json says of it
-    outcome: str  # the same in words
-    plot: Callable[[Path], object] | None  # writes the learning curve, if there is one
-
-
 class Run:
-    """A run folder: args.json, metrics.csv, checkpoint.pt, policy.pt, result.json and learning_curve.png; also, should
-    checkpoint.pt be damaged, the one before it, previous_checkpoint.pt.
+    """A run folder. Its checkpoint holds the state_dict of each part of the `learner`, a NamedTuple of everything that
+    training changes, the random state and metrics.csv: a resumed run goes on to the same bits from update `first_step`.
+    The policy is the learner's `actor`, if it has one.
 
-    `learner` is a NamedTuple of everything that training changes, networks and optimiser; its `actor` is the policy. A
-    checkpoint holds their state_dicts and the random state, so that a resumed run goes on to the same bits. A script
-    that learns no policy gives the `policy` that it is about, and sums its run up itself.
-
-    Raises BadInput if the folder holds a run already or, with --resume, no checkpoint of this algorithm and dataset, or
-    if another process is at work in it; while it is open, CannotWrite if the disk is full.
+    Raises BadInput if the folder holds a run already or, with --resume, none of this algorithm and dataset, or if
+    another process is at work in it; CannotWrite if the disk is full.
     """
 
-    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any, policy: Policy | None = None) -> None:
-        self.args, self.buffer, self.learner, self.dataset = args, buffer, learner, buffer.dataset
-        self.device = buffer.storage.device
+    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
+        self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
+        self.parts: dict[str, Any] = learner._asdict()
+        self.policy, self.environments = None, None
+        if actor := self.parts.get("actor"):
+            bounds, discrete = (self.dataset.action_low, self.dataset.action_high), self.dataset.discrete
+            origin = {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
+            self.policy = Policy(actor, buffer.normalization, bounds, discrete, origin)
+            try:
+                self.environments = make_environments(self.dataset, args.eval_episodes)
+            except NoEnvironment as reason:
+                warn(f"{reason}: training goes on without evaluation")
         default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
-        actions = self.dataset.action_low, self.dataset.action_high, self.dataset.discrete
-        self.policy = policy or Policy(learner.actor, buffer.observation_mean, buffer.observation_std, *actions)
-        self.step, self.stopped_by, self.suspected, self.at = 0, 0, False, "update 0"
-        # the checkpoint from before an update with an evaluation: a signal in the evaluation goes back to it
-        self.before: dict[str, Any] = {}
-        self.evaluations: list[dict[str, float]] = []
-        self.columns: list[str] = []  # of metrics.csv
-        self.num_rows = 0
-        self.seconds_before, self.started = 0.0, time.perf_counter()
-        self.update_seconds, self.pause_seconds = 0.0, 0.0  # spent in updates, and in the evaluation after the newest
-        self.environments = None
-        if policy is None:
-            self.environments = make_environments(self.dataset, args.eval_episodes, args.trust_dataset_env)
+        self.metrics_path = self.dir / "metrics.csv"
         self._take_dir()
-        wandb_id = self._restore() if args.resume else None
-        wandb_run = {name: getattr(args, f"wandb_{name}") for name in ("project", "group", "entity")}
-        wandb_run |= {"name": self.dir.name, "dir": self.dir.resolve(), "config": _plain(args)}
-        self.tracker = Tracker(wandb_run if args.track else None, wandb_id)
-        facts = {"dataset_fingerprint": buffer.fingerprint, "versions": _versions()}
-        self._write_json("args.json", _plain(args) | facts)
-        if not args.resume:
-            (self.dir / "metrics.csv").unlink(missing_ok=True)
-            self.save_checkpoint(0)  # from here on, a run that is killed can be resumed
-
-    def steps(self) -> Iterator[int]:
-        """The numbers of the updates still to do, under a progress bar. A signal ends them, with a checkpoint."""
-        for step in self._interruptible("update", self.step, self.args.num_updates):
-            evaluating = self.environments is not None and self.is_due(step, self.args.eval_every)
-            self.before = copy.deepcopy(self._checkpoint(step - 1)) if evaluating else {}
-            began, self.pause_seconds = time.perf_counter(), 0.0
-            yield step
-            self.update_seconds += time.perf_counter() - began - self.pause_seconds
-
-    def epochs(self, name: str, done: int, total: int) -> Iterator[int]:
-        """The numbers of the epochs still to do in a phase before the updates, under a progress bar of its own.
-
-        The script saves a checkpoint after each. A signal ends them; an epoch cut short is done again.
-        """
-        yield from self._interruptible(f"{name} epoch", done, total)
-
-    def _interruptible(self, unit: str, done: int, total: int) -> Iterator[int]:
-        """The numbers after `done` up to `total`, until a signal."""
+        self.step, self.update_seconds, self.columns = 0, 0.0, list[str]()
+        self.started = self.began = time.perf_counter()
+        if args.resume:
+            self._restore()
+        self.first_step = self.step + 1
+        config = {"algorithm": args.algorithm} | dataclasses.asdict(args)
+        self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
+        self.tracked = SimpleQueue[dict[str, Any]]()  # what W&B is given
+        self.tracker = threading.Thread(target=track, args=(self.tracked, args, self.dir, config), daemon=True)
+        if args.track:
+            self.tracker.start()
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
-        name = self.args.algorithm if unit == "update" else f"{self.args.algorithm}, {unit}s"
-        bar = tqdm(total=total, initial=done, desc=name, mininterval=interval)
-        with on_signals(self._interrupt), bar as self.progress:
-            for number in range(done + 1, total + 1):
-                self.at = f"{unit} {number}"
-                yield number
-                self.progress.update()
-                if self.stopped_by:
-                    _set_alarm(0)
-                    if unit == "update":
-                        self.save_checkpoint(number)
-                    raise self._stopped()
-
-    def _interrupt(self, number: int, _: Any) -> None:
-        """At the first signal, what is at work gets some time to end; at a second or the alarm after it, none."""
-        if self.stopped_by:
-            raise self._stopped(at_once=True)
-        self.stopped_by = number
-        _set_alarm(GRACE_SECONDS, self._interrupt)
-
-    def _stopped(self, at_once: bool = False) -> Stopped:
-        self.progress.close()
-        message = f"interrupted at {self.at}; go on with --resume --run-dir {self.dir}"
-        return Stopped(self.stopped_by, message, at_once)
+        self.progress = tqdm(total=args.num_updates, initial=self.step, desc=args.algorithm, mininterval=interval)
+        interruption.close = self.progress.close
+        if not args.resume:
+            self.metrics_path.unlink(missing_ok=True)
+            self.save_checkpoint()  # from here on, a run that is killed can be resumed
+        interruption.describe = lambda: f"interrupted at update {self.step}; go on with --resume --run-dir {self.dir}"
+        interruption.waiting = True
 
     def is_due(self, step: int, every: int) -> bool:
         """True every `every` updates and after the last one."""
         return step % every == 0 or step == self.args.num_updates
 
-    def evaluate(self, step: int, gamma: float | None = None) -> dict[str, float]:
-        """Mean and standard deviation of the deterministic policy's returns, and its score; with `gamma` also the mean
-        of the returns discounted by it, of the same episodes played again. No environment, nothing.
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """What follows an update: evaluation, a row of metrics and a checkpoint, each when it is due and at the end.
+        Raises Diverged and, after a signal, Stopped, once a checkpoint is saved.
         """
+        self.step = step
+        self.update_seconds += time.perf_counter() - self.began
+        evaluating = self.is_due(step, self.args.eval_every)
+        if evaluating:
+            metrics = metrics | self._evaluate()
+        if evaluating or self.is_due(step, self.args.log_every):
+            self.log(step, metrics)
+        if interruption.number or self.is_due(step, self.args.checkpoint_every):
+            self.save_checkpoint()
+        self.progress.update()
+        if interruption.number:
+            raise Stopped(interruption.describe())
+        self.began = time.perf_counter()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Mean and standard deviation of the deterministic policy's returns, and its score."""
+        self._check_learner()  # simulators fail in ways of their own on actions that are not numbers
+        if self.policy and self.args.keep_policies:
+            replace(self.dir / f"policy-{self.step}.pt", self.policy.save)
         if self.environments is None:
             return {}
-        self._check_weights()  # simulators fail in ways of their own on actions that are not numbers
-        began = time.perf_counter()
-        try:
-            returns = evaluate(self.policy, self.environments)
-            discounted = None if gamma is None else evaluate(self.policy, self.environments, gamma)
-        except Stopped:  # this update is not over without its row: it will be done again
-            if self.before:
-                self._write_checkpoint(self.before)
-            raise
-        metrics = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
-        score = normalized_score(metrics["eval/return_mean"], self.dataset)
-        if score is not None:
-            metrics["eval/score"] = score
-        if discounted is not None:
-            metrics["eval/discounted_return"] = float(discounted.mean())
-        self.evaluations.append({"step": step} | metrics)
-        self.progress.set_postfix_str(_headline(metrics))
-        self.pause_seconds += time.perf_counter() - began
-        return metrics
+        returns = evaluate(self.policy, self.environments)
+        found = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
+        score = normalized_score(found["eval/return_mean"], self.dataset)
+        found |= {} if score is None else {"eval/score": score}
+        self.progress.set_postfix(found, refresh=False)
+        return found
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds a row to metrics.csv (and W&B). Raises Diverged if a metric or a network's weight is not finite."""
+        """Adds a row to metrics.csv (and W&B). Raises Diverged if a metric is not finite."""
         row = {"step": step, "seconds": round(self._seconds(), 2)}
         row |= {name: float(value) for name, value in metrics.items()}
-        bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            raise self._diverged(min(bad, key=lambda reason: "loss" not in reason))  # a loss before the others
-        self._check_weights()
-        self._suspect(row)
-        self._append(row)
-        self.tracker.log(row)
+        for name in sorted(row, key=lambda name: "loss" not in name):  # a loss before the others
+            self._check_finite(f"{name} is {row[name]}", math.isfinite(row[name]))
+        missing = [name for name in row if name not in self.columns]
+        rows: list[dict[str, Any]] = [*(self.rows() if missing else []), row]
+        self.columns += missing
+        writer = csv.DictWriter(text := io.StringIO(), self.columns, lineterminator="\n")
+        if missing:  # the file gets wider
+            writer.writeheader()
+            writer.writerows(rows)
+            replace(self.metrics_path, lambda file: file.write(text.getvalue().encode()))
+        else:
+            writer.writerow(row)
+            with writing(self.metrics_path), self.metrics_path.open("a", newline="") as file:
+                file.write(text.getvalue())
+        self.tracked.put(row)
 
-    def save_checkpoint(self, step: int) -> None:
+    def rows(self) -> Iterator[dict[str, str]]:
+        """Those of metrics.csv so far."""
+        if self.metrics_path.exists():
+            with self.metrics_path.open(newline="") as file:
+                yield from csv.DictReader(file)
+
+    def save_checkpoint(self) -> None:
         """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
-        checkpoint = self._checkpoint(step)
-        self._check_finite(checkpoint["learner"])
-        self._write_checkpoint(checkpoint)
-
-    def _checkpoint(self, step: int) -> dict[str, Any]:
-        return {
+        self._check_learner()
+        cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        checkpoint = {
             "algorithm": self.args.algorithm,
             "dataset_fingerprint": self.buffer.fingerprint,
-            "step": step,
-            "seconds": self._seconds(),
-            "update_seconds": self.update_seconds,
-            "num_rows": self.num_rows,
-            "evaluations": self.evaluations,
-            "learner": {name: part.state_dict() for name, part in self.learner._asdict().items()},
-            "random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "wandb_id": self.tracker.id,
+            "normalization": self.buffer.normalization,
+            "step": self.step,
+            "seconds": [self._seconds(), self.update_seconds],
+            "learner": {name: part.state_dict() for name, part in self.parts.items()},
+            "random_state": [torch.get_rng_state(), *cuda_states],
+            "metrics": self.metrics_path.read_text() if self.columns else "",
         }
+        if self.policy:  # first: a kill in between leaves the older checkpoint, which leads to this policy again
+            replace(self.dir / "policy.pt", self.policy.save)
+        path = self.dir / "checkpoint.pt"
+        replace(path, lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
 
-    def _write_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # policy.pt first: a kill in between leaves the older checkpoint, which leads to this policy again
-        self._replace("policy.pt", lambda path: save_policy(path, self.policy))
-        if self.num_rows:
-            with files.writing(self.dir / "metrics.csv"):
-                files.sync(self.dir / "metrics.csv")  # the checkpoint says how many rows it has
-        files.replace(self.dir / "checkpoint.pt", lambda path: files.save(checkpoint, path), keep_as=PREVIOUS)
-
-    def save_part(self, name: str, file: str | None = None) -> None:
-        """Writes one part of the learner to <file or name>.pt, for runs on the same data; load_part reads it."""
-        content = {name: getattr(self.learner, name).state_dict(), "dataset_fingerprint": self.buffer.fingerprint}
-        content["observation_scale"] = torch.stack([self.buffer.observation_mean, self.buffer.observation_std])
-        self._replace(f"{file or name}.pt", lambda path: files.save(content, path))
-
-    def finish(self, summary: Summary | None = None) -> None:
-        """Writes result.json and the learning curve, and says on the last line how the run went."""
-        found, outcome, plot = summary or self._summarize()
-        result = {
-            "algorithm": self.args.algorithm,
-            "dataset_id": self.args.dataset_id,
-            "seed": self.args.seed,
-            "num_updates": self.args.num_updates,
-            **found,
-            "updates_per_second": self.args.num_updates / self.update_seconds,
-            "wall_seconds": self._seconds(),
-            "device": str(self.device),
-            "versions": _versions(),
-        }
-        self._write_json("result.json", result)
+    def finish(self, result: dict[str, Any] | None = None, outcome: str = "", plot: Callable | None = None) -> None:
+        """Writes result.json and the learning curve, and says on the last line how the run went. A script that learns
+        no policy gives its own `result`, the `outcome` in words and the `plot`, which writes the curve to a file.
+        """
+        if result is None:
+            result, outcome, plot = self._summarize()
+        args, rate = self.args, self.args.num_updates / self.update_seconds
+        known = {name: getattr(args, name) for name in ("algorithm", "dataset_id", "seed", "num_updates")} | result
+        known |= {"updates_per_second": rate, "wall_seconds": self._seconds(), "device": str(self.device)}
+        self._write_json("result.json", known)
         if plot:
-            self._replace("learning_curve.png", plot)
+            replace(self.dir / "learning_curve.png", plot)
         for environment in self.environments or ():
             environment.close()
-        self.tracker.finish(result)
-        self.release()
-        print(
-            f"{self.args.algorithm} on {self.args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}",
-            flush=True,
-        )
+        self.tracked.put(known)
+        if args.track:
+            self.tracker.join(PATIENCE_SECONDS)
+            if self.tracker.is_alive():
+                warn(f"W&B failed (no answer in {PATIENCE_SECONDS} s): training goes on without it")
+        self.progress.close()
+        self.lock.release()
+        print(f"{args.algorithm} on {args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}", flush=True)
 
-    def _summarize(self) -> Summary:
+    def _summarize(self) -> tuple[dict[str, Any], str, Callable | None]:
         """The last evaluation, and all of them, beside the dataset's own returns."""
-        dataset_return = self.buffer.mean_return
-        dataset_score = normalized_score(dataset_return, self.dataset)
-        average = {"eval/return_mean": dataset_return} | (
-            {} if dataset_score is None else {"eval/score": dataset_score}
-        )
-        final = self.evaluations[-1] if self.evaluations else {}
-        scores = [evaluation["eval/score"] for evaluation in self.evaluations if "eval/score" in evaluation]
+        rows = [row for row in self.rows() if row.get("eval/return_mean")]
+        steps, means = ([float(row[name]) for row in rows] for name in ("step", "eval/return_mean"))
+        scores = [float(row["eval/score"]) for row in rows if row.get("eval/score")]
+        average, score = self.buffer.mean_return, normalized_score(self.buffer.mean_return, self.dataset)
         result = {
-            "final_return_mean": final.get("eval/return_mean"),
-            "final_return_std": final.get("eval/return_std"),
-            "final_score": final.get("eval/score"),
-            "last_5_score": float(np.mean(scores[-5:])) if scores else None,
+            "final_return_mean": means[-1] if rows else None,
+            "final_return_std": float(rows[-1]["eval/return_std"]) if rows else None,
+            "final_score": scores[-1] if scores else None,
+            "last_5_score": sum(scores[-5:]) / len(scores[-5:]) if scores else None,
             "best_score": max(scores, default=None),
-            "dataset_return_mean": dataset_return,
-            "dataset_score": dataset_score,
+            "dataset_return_mean": average,
+            "dataset_score": score,
         }
-        outcome = f"{_headline(final) if final else 'not evaluated'}, dataset average {_headline(average)}"
-        plot = (lambda path: _plot(path, self.args, self.evaluations, average)) if final else None
-        return Summary(result, outcome, plot)
+        unit, values, level = ("return", means, average) if score is None else ("score", scores, score)
+        final = f"{unit} {values[-1]:.1f}" if rows else "not evaluated"
+        plot = (lambda file: self._plot(file, steps, values, level, unit)) if rows else None
+        return result, f"{final}, dataset average {unit} {level:.1f}", plot
 
-    def _check_weights(self) -> None:
-        parts = self.learner._asdict().items()
-        self._check_finite({name: part.state_dict() for name, part in parts if isinstance(part, torch.nn.Module)})
+    def _plot(self, file: IO[bytes], steps: list[float], values: list[float], average: float, unit: str) -> None:
+        from matplotlib.figure import Figure  # slow to import, and needed once
 
-    def _check_finite(self, state: dict[str, Any]) -> None:
-        for name, part in state.items():
-            pieces = (piece for tensor in _tensors(part) for piece in tensor.flatten().split(2**22))  # spares memory
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
-                raise self._diverged(f"{name} is not finite")
+        figure, args = Figure(figsize=(6.4, 4), layout="constrained"), self.args
+        axes = figure.subplots()
+        axes.plot(steps, values, marker=".", label=f"{args.algorithm}, seed {args.seed}")
+        axes.axhline(average, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
+        axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
+        axes.legend()
+        figure.savefig(file, dpi=150, format="png")
 
-    def _diverged(self, reason: str) -> Diverged:
-        return Diverged(f"{reason} at {self.at}; the last checkpoint in {self.dir} is kept")
+    def _check_learner(self) -> None:
+        for name, part in self.parts.items():
+            tensors = (leaf for leaf in tree_leaves(part.state_dict()) if isinstance(leaf, torch.Tensor))
+            pieces = (piece for tensor in tensors for piece in tensor.flatten().split(2**22))  # spares memory
+            self._check_finite(f"{name} is not finite", all(bool(piece.isfinite().all()) for piece in pieces))
 
-    def _suspect(self, row: dict[str, float]) -> None:
-        """Warns once of a critic that says more than the rewards allow."""
-        qs = {name: value for name, value in row.items() if name.startswith("critic/q")}
-        if self.suspected or not qs:
-            return
-        gamma = self.args.gamma  # type: ignore[attr-defined]  # scripts with a critic have one
-        horizon = 1 / (1 - gamma) if gamma < 1 else int(self.buffer.episode_lengths.max())
-        bound = float(self.buffer.transitions.rewards.abs().max()) * horizon
-        for name, value in qs.items():
-            if abs(value) > SUSPECT_FACTOR * (1 + bound):  # 1: what fresh networks may say where every reward is 0
-                self.suspected = True
-                what = f"{name} is {value:.3g} at update {row['step']}, but no return exceeds {bound:.3g}"
-                advice = "the critic may be exploding: try a smaller learning rate or a stronger anchor"
-                return warn(f"{what}: {advice}")
+    def _check_finite(self, problem: str, finite: bool) -> None:
+        if not finite:
+            raise Diverged(f"{problem} at update {self.step}; the last checkpoint in {self.dir} is kept")
 
     def _take_dir(self) -> None:
         """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
-        path = self.dir / "checkpoint.pt"
-        if self.args.resume:
-            check(self.dir.is_dir(), f"--resume: no checkpoint at {path}; start the run without --resume")
-        try:
+        where, begun, resume = f"--run-dir {self.dir}", any(self.dir.glob("*checkpoint.pt")), self.args.resume
+        check(begun or not resume, f"--resume: no checkpoint at {self.dir}; start the run without --resume")
+        with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
-            release = files.lock(self.dir)
-        except OSError as error:
-            raise BadInput(f"--run-dir {self.dir}: cannot be made: {error.strerror}") from None
-        if release is None:
-            raise BadInput(
-                f"--run-dir {self.dir}: another process is at work in it; wait for it, or name another folder"
-            )
-        self.release = weakref.finalize(self, release)
-        taken = path.exists() and not self.args.resume
-        advice = "add --resume to go on with it, or name another folder"
-        check(not taken, f"--run-dir {self.dir}: holds a run already; {advice}")
+        with explain(f"{where}: another process is at work in it; wait for it, or name another folder"):
+            self.lock = FileLock(self.dir / ".lock", timeout=0)
+            self.lock.acquire()
+        check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
-    def _load_checkpoint(self) -> tuple[Path, dict[str, Any]]:
-        """The last checkpoint or, where that is damaged, the one before it."""
-        path, previous = self.dir / "checkpoint.pt", self.dir / PREVIOUS
-        check(
-            path.is_file() or previous.is_file(), f"--resume: no checkpoint at {path}; start the run without --resume"
-        )
-        try:
-            return path, files.load(path, self.device)
-        except Exception as error:  # unpickling raises many kinds
-            reason = f"cannot read {path}: {one_line(error)}"
-        try:
-            checkpoint = files.load(previous, self.device)
-            warn(f"--resume: {reason}: going on from the checkpoint before it, of update {checkpoint['step']}")
-            return previous, checkpoint
-        except Exception:
-            raise BadInput(f"--resume: {reason}") from None
-
-    def _restore(self) -> str | None:
-        """Puts learner, random state and metrics.csv back to the checkpoint; returns the id of the W&B run."""
-        path, checkpoint = self._load_checkpoint()
-        found = checkpoint.get("algorithm")
-        check(
-            found == self.args.algorithm, f"--resume: {path} is a checkpoint of {found}, not of {self.args.algorithm}"
-        )
-        same_data = checkpoint.get("dataset_fingerprint") == self.buffer.fingerprint
-        check(same_data, f"--resume: {path} was trained on other data than {self.args.dataset_id} holds")
-        try:
-            for name, part in self.learner._asdict().items():
+    def _restore(self) -> None:
+        """Puts learner, random state and metrics.csv back to the checkpoint."""
+        checkpoint = load_checkpoint(self.dir, self.device)
+        with explain(f"--resume: the checkpoint in {self.dir} does not fit this run"):
+            found = checkpoint.get("algorithm")
+            check(found == self.args.algorithm, f"it is of {found}, not of {self.args.algorithm}")
+            same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
+            check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
+            for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["learner"][name])
-            rows: list[list[str]] = []
-            if checkpoint["num_rows"]:
-                with (self.dir / "metrics.csv").open(newline="") as file:
-                    lines = itertools.islice(csv.reader(file), 1 + checkpoint["num_rows"])  # later ones come again
-                    self.columns, *rows = lines
-            check(len(rows) == checkpoint["num_rows"], "metrics.csv lacks rows")
-        except (RuntimeError, ValueError, OSError, csv.Error) as error:
-            raise BadInput(f"--resume: {path} does not fit this run: {one_line(error)}") from None
-        torch.set_rng_state(checkpoint["random_state"].cpu())
-        if self.device.type == "cuda" and checkpoint["cuda_random_state"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_random_state"]])
-        self.step, self.seconds_before = checkpoint["step"], checkpoint["seconds"]
-        self.update_seconds, self.evaluations = checkpoint["update_seconds"], checkpoint["evaluations"]
-        if rows:
-            self._rewrite(rows)
-        else:
-            (self.dir / "metrics.csv").unlink(missing_ok=True)
-        return checkpoint["wandb_id"]
-
-    def _append(self, row: dict[str, float]) -> None:
-        """Adds a row to metrics.csv, widening the file if the row has a metric that the rows before it lack."""
-        path = self.dir / "metrics.csv"
-        if missing := [name for name in row if name not in self.columns]:
-            with path.open("a+", newline="") as file:
-                file.seek(0)
-                rows = list(csv.reader(file))[1:]
-            evaluation = [] if self.environments is None else ["eval/return_mean", "eval/return_std", "eval/score"]
-            self.columns = [*dict.fromkeys([*self.columns, "step", "seconds", *evaluation, *missing])]
-            self._rewrite(rows)
-        with files.writing(path), path.open("a", newline="") as file:
-            csv.writer(file).writerow([row.get(name, "") for name in self.columns])
-        self.num_rows += 1
-
-    def _rewrite(self, rows: list[list[str]]) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                padded = [row + [""] * (len(self.columns) - len(row)) for row in rows]
-                csv.writer(file).writerows([self.columns, *padded])
-
-        self._replace("metrics.csv", write)
-        self.num_rows = len(rows)
-
-    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        files.replace(self.dir / name, write)
+        state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])
+        torch.set_rng_state(state)
+        if self.device.type == "cuda" and cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        self.step, (seconds, self.update_seconds) = checkpoint["step"], checkpoint["seconds"]
+        self.started -= seconds
+        text = checkpoint["metrics"]  # without the rows that come again
+        replace(self.metrics_path, lambda file: file.write(text.encode()))
+        self.columns = next(csv.reader(text.splitlines()), [])
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
+        content = content | {"versions": {"python": platform.python_version()} | versions}
+        replace(self.dir / name, lambda file: file.write(json.dumps(content, indent=2, default=str).encode()))
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
 
-def load_part(name: str, path: str, buffer: ReplayBuffer, learner: Any) -> None:
-    """Puts what `save_part` wrote into the learner. Raises BadInput if it is of other data or another shape."""
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The last checkpoint of a run or, where that is damaged, the one before it. Raises BadInput without either."""
     try:
-        saved = files.load(Path(path), buffer.storage.device)
-        state, fingerprint, scale = saved[name], saved["dataset_fingerprint"], saved["observation_scale"]
-    except Exception as error:  # unpickling raises many kinds
-        raise BadInput(f"--{name} {path}: cannot be read: {one_line(error)}") from None
-    same_data = fingerprint == buffer.fingerprint
-    check(same_data, f"--{name} {path}: was trained on other data than {buffer.dataset.dataset_id} holds")
-    same_scale = torch.equal(scale, torch.stack([buffer.observation_mean, buffer.observation_std]))
-    check(same_scale, f"--{name} {path}: was trained with the other setting of --normalize-observations")
+        with explain(f"cannot read {folder / 'checkpoint.pt'}"):
+            return load_file(folder / "checkpoint.pt", device)
+    except BadInput as problem:
+        with explain(str(problem)):
+            checkpoint = load_file(folder / "previous_checkpoint.pt", device)
+        warn(f"{problem}: going on from the checkpoint before it, of update {checkpoint['step']}")
+        return checkpoint
+
+
+def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:
+    """Gives rows to Weights & Biases, in a thread of its own: it may fail or hang, and training goes on."""
     try:
-        getattr(learner, name).load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise BadInput(f"--{name} {path}: does not fit the arguments of this run: {one_line(error)}") from None
+        import wandb  # slow to import, and most runs do without
 
-
-def _set_alarm(seconds: float, handler: Callable[[int, Any], None] | None = None) -> None:
-    """`handler` is called in so many seconds; never at 0. Windows has no such alarm: there, work is always ended."""
-    if hasattr(signal, "setitimer"):
-        if handler:
-            signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a state_dict."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, (dict, list, tuple)):
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(part)
-
-
-def _plain(args: ExperimentArgs) -> dict[str, Any]:
-    values = {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()
-    }
-    return {"algorithm": args.algorithm} | values
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "numpy", "gymnasium", "minari")
-    }
-
-
-def _headline(metrics: dict[str, float]) -> str:
-    return (
-        f"score {metrics['eval/score']:.1f}" if "eval/score" in metrics else f"return {metrics['eval/return_mean']:.1f}"
-    )
-
-
-def _plot(path: Path, args: ExperimentArgs, evaluations: list[dict[str, float]], average: dict[str, float]) -> None:
-    from matplotlib.figure import Figure  # slow to import, and needed once
-
-    name = "eval/score" if "eval/score" in average else "eval/return_mean"
-    label = "normalised score" if name == "eval/score" else "return"
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    steps, values = [row["step"] for row in evaluations], [row[name] for row in evaluations]
-    axes.plot(steps, values, marker=".", label=f"{args.algorithm}, seed {args.seed}")
-    axes.axhline(average[name], color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
-    axes.set(xlabel="updates", ylabel=f"{label}, {args.eval_episodes} episodes", title=args.dataset_id)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, format="png")
+        names: dict[str, Any] = {name: getattr(args, f"wandb_{name}") for name in ("project", "group", "entity")}
+        # a run that was killed goes on under the id that W&B keeps in this folder
+        run = wandb.init(**names, name=folder.name, dir=folder.resolve(), config=config, resume="auto")
+        run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
+        run.define_metric("dynamics/*", step_metric="dynamics/epoch")
+        while "algorithm" not in (row := rows.get()):  # the result is the last one
+            run.log(row)
+        run.summary.update(row)
+        run.finish()
+    except Exception as error:
+        warn(f"W&B failed ({type(error).__name__}: {one_line(error)}): training goes on without it")

@@ -1,104 +1,125 @@
-"""Adam for small networks, and as part of an update that torch.compile turns into one graph."""
+"""Adam for small networks, and --compile: a script's whole update as one graph, Adam's step in it."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from common.command_line import ExperimentArgs, warn
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Adam:
-    """Adam: PyTorch's fused kernel or, while an update is compiled, the same arithmetic in the open.
+    """torch.optim.Adam for small networks: PyTorch's fused kernel or, while an update is compiled, the same arithmetic
+    in the open. What torch.optim.Adam does around that kernel takes longer than the kernel, and ends a graph.
 
-    What torch.optim.Adam does around that kernel takes longer than the kernel itself on networks of this size, so none
-    of it is here. A group counts its steps as one: those at which any of its parameters has a gradient. A learning rate
-    is a tensor, so that filling in another needs no other graph.
-
-    Source: Kingma, Ba, 2015, arXiv 1412.6980, algorithm 1; weight decay is L2, added to the gradient.
+    A group holds `params` and may hold `lr`, here a tensor, so that filling in another needs no other graph, and
+    `weight_decay` (L2, added to the gradient). Source: Kingma, Ba, 2015, arXiv 1412.6980, algorithm 1.
     """
 
-    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
-        """Each group holds `params` and may hold `lr` and `weight_decay`."""
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
-            parameters = list(group["params"])
-            self.param_groups.append(
-                {
-                    "params": parameters,
-                    "lr": torch.tensor(float(group.get("lr", lr)), device=parameters[0].device),
-                    "weight_decay": float(group.get("weight_decay", 0)),
-                    "step": torch.zeros((), dtype=torch.float32, device=parameters[0].device),
-                    "means": [torch.zeros_like(parameter) for parameter in parameters],  # m, of the gradient
-                    "squares": [torch.zeros_like(parameter) for parameter in parameters],  # v
-                }
-            )
+            weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
+            rate = torch.tensor(float(group.get("lr", lr)), device=weights[0].device)
+            step = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+            moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
+            self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
 
     @torch.no_grad()
     def step(self) -> None:
+        constants: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON}
+        constants |= {"amsgrad": False, "maximize": False}
         for group in self.param_groups:
             columns = zip(group["params"], group["means"], group["squares"], strict=True)
-            rows = [(p, p.grad, mean, square) for p, mean, square in columns if p.grad is not None]
-            if not rows:
-                continue
-            parameters, gradients, means, squares = map(list, zip(*rows, strict=True))
-            group["step"].add_(1)
-            if torch.compiler.is_compiling():
-                self._step_in_the_open(group, parameters, gradients, means, squares)
-                continue
-            torch._fused_adam_(
-                parameters,
-                gradients,
-                means,
-                squares,
-                [],
-                [group["step"]] * len(parameters),
-                lr=group["lr"],
-                beta1=self.BETA1,
-                beta2=self.BETA2,
-                weight_decay=group["weight_decay"],
-                eps=self.EPSILON,
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def _step_in_the_open(
-        self, group: dict[str, Any], parameters: list[Any], gradients: list[Any], means: list[Any], squares: list[Any]
-    ) -> None:
-        """m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
-        weight <- weight - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon)
-        """
-        if group["weight_decay"]:
-            gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
-        torch._foreach_lerp_(means, gradients, 1 - self.BETA1)
-        torch._foreach_mul_(squares, self.BETA2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.BETA2)
-        # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
-        step, dtype = group["step"].double(), group["lr"].dtype
-        correction1, correction2 = (
-            (1 - torch.exp(step * math.log(beta))).to(dtype) for beta in (self.BETA1, self.BETA2)
-        )
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, correction2.sqrt())
-        torch._foreach_add_(scales, self.EPSILON)
-        torch._foreach_mul_(scales, -correction1 / group["lr"])
-        torch._foreach_addcdiv_(parameters, means, scales)
+            rows = [(weight, weight.grad, mean, square) for weight, mean, square in columns if weight.grad is not None]
+            if rows:
+                weights, gradients, means, squares = map(list, zip(*rows, strict=True))
+                group["step"].add_(1)
+                if torch.compiler.is_compiling():
+                    _step_in_the_open(weights, gradients, means, squares, group)
+                    continue
+                rates, steps = {name: group[name] for name in ("lr", "weight_decay")}, [group["step"]] * len(rows)
+                torch._fused_adam_(weights, gradients, means, squares, [], steps, **rates, **constants)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+            for weight in group["params"]:
+                weight.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """All but the parameters themselves and the constants, by group."""
-        names = "lr", "step", "means", "squares"
-        return {"groups": [{name: group[name] for name in names} for group in self.param_groups]}
+    def state_dict(self) -> dict[str, list[list[Tensor]]]:
+        """What changes beside the weights, always in place."""
+        parts = ([group["lr"], group["step"], *group["means"], *group["squares"]] for group in self.param_groups)
+        return {"groups": list(parts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for group, saved in zip(self.param_groups, state["groups"], strict=True):
-            for name in ("lr", "step"):
-                group[name].copy_(saved[name])
-            for name in ("means", "squares"):
-                for tensor, value in zip(group[name], saved[name], strict=True):
-                    tensor.copy_(value)
+        for tensor, value in zip(tree_leaves(self.state_dict()), tree_leaves(state), strict=True):
+            tensor.copy_(value)
+
+
+def _step_in_the_open(weights: Any, gradients: Any, means: Any, squares: Any, group: dict[str, Any]) -> None:
+    """m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
+    weight <- weight - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon)
+    """
+    if group["weight_decay"]:
+        gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+    torch._foreach_lerp_(means, gradients, 1 - BETA1)
+    torch._foreach_mul_(squares, BETA2)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETA2)
+    # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
+    step, dtype = group["step"].double(), group["lr"].dtype
+    correction1, correction2 = ((1 - torch.exp(step * math.log(beta))).to(dtype) for beta in (BETA1, BETA2))
+    scales = torch._foreach_sqrt(squares)
+    torch._foreach_div_(scales, correction2.sqrt())
+    torch._foreach_add_(scales, EPSILON)
+    torch._foreach_mul_(scales, -correction1 / group["lr"])
+    torch._foreach_addcdiv_(weights, means, scales)
+
+
+def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
+    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets.
+
+    Its first argument is the `learner`. With --precision bf16, networks round what their matrix products take in and
+    give out; weights and Adam stay float32. Without a C++ compiler, a line says so and training goes on as it is.
+    """
+    device = next(learner[0].parameters()).device
+    rounding: Any = contextlib.nullcontext()
+    if args.precision == "bf16":  # without autocast's cache of the rounded weights: they change within an update
+        rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    compilers = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    possible = any(map(shutil.which, compilers))
+    if args.compile and not possible:
+        warn(f"--compile: there is no C++ compiler {compilers[0]!r}; training goes on without")
+    if not (args.compile and possible):
+        return rounding(update) if args.precision == "bf16" else update
+    torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
+    torch.compiler.config.dynamic_sources = "L['step']"  # one graph for all of its values, where they decide nothing
+    torch.compiler.reset()  # a graph of another run in this process would fit, as far as the guards below can tell
+    if none := getattr(torch._dynamo.variables.constant, "CONSTANT_VARIABLE_NONE", None):
+        none.source = None  # PyTorch 2.13 looks for None where the last graph had one: a gradient that may not be here
+    for tensor in tree_leaves([part.state_dict() for part in learner if isinstance(part, Adam)]):
+        torch._dynamo.mark_static_address(tensor, guard=False)  # else no CUDA graph is made of what changes it
+    options: dict[str, Any] = {
+        "fallback_random": True,  # the same random numbers as without --compile
+        "triton.cudagraphs": device.type == "cuda",
+        "cpp_wrapper": device.type == "cpu",  # the calls between the kernels in C++, too
+        "size_asserts": False,
+        # Before each update only its arguments are checked, `step` and the batch. To check every layer, weight and
+        # moment takes a tenth of a small update, and they stay what they are.
+        "guard_filter_fn": lambda guards: [not any(mark in guard.name for mark in ".[") for guard in guards],
+    }
+    graph = torch.compile(update, fullgraph=True, options=options)
+
+    def compiled_update(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # until the next one, what CUDA graphs return is not overwritten
+        with rounding:
+            return graph(*arguments)
+
+    return compiled_update

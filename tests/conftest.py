@@ -25,11 +25,11 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from common.command_line import launch
-from common.datasets import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, Episode, load_dataset
-from common.datasets import _read_minari as read_minari
-from common.evaluation import Policy, save_policy
-from common.replay_buffer import Batch, ReplayBuffer
+from common.command_line import BUILT_IN_ID, launch
+from common.data import BUILT_IN_DISCRETE_ID, Batch, Episode, ReplayBuffer, load_dataset
+from common.data import _read_episodes as read_episodes
+from common.evaluation import Policy
+from common.optim import Adam
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every test sees a datasets folder of this session alone."""
+    """Every test sees a datasets folder of its own, beside the built-in datasets."""
     path = tmp_path_factory.mktemp("datasets")
     previous = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(path)
@@ -165,9 +165,9 @@ def numpy_sample(
     actor: torch.nn.Module, observations: np.ndarray, noise: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Actions of the squashed Gaussian and their log-densities, by the change of variables as textbooks have it."""
-    hidden = np.maximum(numpy_mlp(actor.net[:-2], observations), 0)  # numpy_mlp has none after its last layer
+    hidden = np.maximum(numpy_mlp(actor.trunk, observations), 0)  # numpy_mlp has none after its last layer
     mean, log_std = (
-        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.net[-2], actor.log_std)
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.mean, actor.log_std)
     )
     std = np.exp(np.clip(log_std, -5, 2))
     u = mean + std * noise.numpy()
@@ -182,13 +182,17 @@ class Outcome(NamedTuple):
 
 
 def read_once(dataset: minari.MinariDataset, known: dict[str, list[Episode]] = {}) -> Iterator[Episode]:  # noqa: B006
-    """In the place of _read_minari: the built-in datasets are read from their files by the first run alone."""
+    """In the place of _read_episodes: the built-in datasets are read from their files by the first run alone."""
     name = dataset.spec.dataset_id
     if not name.startswith("anchorl/"):
-        return read_minari(dataset)
+        return read_episodes(dataset)
     if name not in known:
-        known[name] = list(read_minari(dataset))
+        known[name] = list(read_episodes(dataset))
     return iter(known[name])
+
+
+def draw_nothing(*_: Any) -> None:
+    """In the place of a learning curve's drawing."""
 
 
 def run_script(algorithm: str, *arguments: str, plot: bool = False, **environment: str) -> Outcome:
@@ -204,8 +208,8 @@ def run_script(algorithm: str, *arguments: str, plot: bool = False, **environmen
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", [f"{algorithm}.py", *arguments]),
         mock.patch.dict(os.environ, environment),
-        mock.patch("common.datasets._read_minari", read_once),
-        contextlib.nullcontext() if plot else mock.patch("common.experiment._plot", lambda path, *_: path.touch()),
+        mock.patch("common.data._read_episodes", read_once),
+        contextlib.nullcontext() if plot else mock.patch("common.experiment.Run._plot", lambda *_: None),
     ):
         try:
             launch(module.main, module.Args)
@@ -217,16 +221,24 @@ def run_script(algorithm: str, *arguments: str, plot: bool = False, **environmen
 def write_policy(
     folder: Path, observation_dim: int = 3, action: float = 0.5, low: float = -2.0, high: float = 2.0
 ) -> str:
-    """A run folder that holds a policy alone, whose action is always `action` of its range."""
-    layer = torch.nn.Linear(observation_dim, 1)
+    """A run folder that holds a policy alone, one of bc.py, whose action is always `action` of its range."""
+    bc: Any = importlib.import_module("bc")
+    actor = bc.Actor(observation_dim, 1, bc.HyperParameters(hidden_dims=()))
     with torch.no_grad():
-        layer.weight.zero_()
-        layer.bias.fill_(float(np.arctanh(action)))
-    actor = torch.nn.Sequential(layer, torch.nn.Tanh())
-    ones, bounds = torch.ones(observation_dim), (np.array([bound], dtype=np.float32) for bound in (low, high))
+        actor.net[0].weight.zero_()
+        actor.net[0].bias.fill_(float(np.arctanh(action)))
+    origin = {"script": "bc", "hyper_parameters": {"hidden_dims": ()}}
+    bounds = np.array([[low], [high]], dtype=np.float32)
     folder.mkdir()
-    save_policy(folder / "policy.pt", Policy(actor, ones, ones, *bounds))
+    with (folder / "policy.pt").open("wb") as file:
+        Policy(actor, torch.ones(2, observation_dim), bounds, False, origin).save(file)
     return str(folder)
+
+
+def batch_of(script: Any, data: Batch) -> Any:
+    """The script's own Batch of transitions: of AWR with the rewards as returns, of ReBRAC with some actions at s'."""
+    columns = data._asdict() | {"returns": data.rewards, "next_actions": data.actions.roll(1, dims=0)}
+    return script.Batch(**{name: columns[name] for name in script.Batch._fields})
 
 
 def what_it_needs(algorithm: str, folder: Path) -> list[str]:
@@ -284,7 +296,7 @@ def networks_of(holder: Any, *names: str) -> dict[str, list[torch.nn.Parameter]]
 def sac_learner(script: Any, args: Any) -> Any:
     """For observations of 3 and actions of 2 numbers; the target differs from what it follows; temperature 0.3."""
     torch.manual_seed(0)
-    learner = script.build(3, 2, args, torch.device("cpu"))
+    learner = script.build(3, 2, args, torch.device("cpu"), Adam)
     with torch.no_grad():
         for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -343,7 +355,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 def assert_same_runs(left: Path, right: Path) -> None:
     """All but what depends on the time it took."""
-    for key in ("learner", "random_state", "evaluations", "step"):
+    for key in ("learner", "random_state", "step"):
         assert_same(checkpoint(left)[key], checkpoint(right)[key])
     assert_same(*(torch.load(folder / "policy.pt", weights_only=True) for folder in (left, right)))
     timings = dict.fromkeys(["seconds", "wall_seconds", "updates_per_second"])

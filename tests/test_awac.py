@@ -14,6 +14,8 @@ from conftest import (
     run_script,
 )
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 STD = np.exp([-0.2, -1.0])  # of the fixture's actor
 
@@ -26,7 +28,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = awac.build(3, 2, args, CPU)
+    learner = awac.build(3, 2, args, CPU, Adam)
     with torch.no_grad():  # so that the target differs from what it follows
         for parameter in learner.target_critic.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -53,9 +55,12 @@ def numpy_advantage(learner, batch, noise):
 
 def test_samples_are_clipped_to_the_range_of_actions(learner):
     observations, noise = random_batch().observations, draws()
-    actions = learner.actor.sample(observations, noise).detach().numpy()
-    np.testing.assert_allclose(actions, numpy_sample(learner, observations.numpy(), noise), atol=1e-5)
+    actions, log_prob = learner.actor.sample(observations, noise)
+    np.testing.assert_allclose(actions.detach(), numpy_sample(learner, observations.numpy(), noise), atol=1e-5)
     assert (abs(actions) == 1).any() and (abs(actions) < 1).any()
+    inside = (abs(actions) < 1).all(dim=-1)
+    assert inside.any()
+    torch.testing.assert_close(log_prob[inside], learner.actor.log_prob(observations, actions)[inside])
 
 
 def test_advantage_is_over_what_the_policy_would_do(learner):

@@ -6,11 +6,26 @@ import awr
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, random_batch, run_script
+from conftest import (
+    assert_each_trains_its_own,
+    assert_one_line,
+    assert_same,
+    checkpoint,
+    networks_of,
+    numpy_mlp,
+    random_batch,
+    run_script,
+)
 
-from common.datasets import BadInput
+from common.command_line import BadInput
+from common.optim import Adam
 
 CPU = torch.device("cpu")
+
+
+def batch_with_returns():
+    batch = random_batch()
+    return awr.Batch(batch.observations, batch.actions, batch.rewards)
 
 
 @pytest.fixture
@@ -21,7 +36,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    return awr.build(3, 2, args, CPU)
+    return awr.build(3, 2, args, CPU, Adam)
 
 
 # --- Returns ---
@@ -85,20 +100,21 @@ def test_returns_leave_their_inputs_alone():
     assert all(map(torch.equal, before, (REWARDS, TERMINATIONS, NEXT_VALUES, LENGTHS)))
 
 
-def test_returns_of_a_buffer_bootstrap_from_the_target_value(args, pendulum):
+def test_returns_of_the_data_bootstrap_from_the_target_value(args, pendulum):
     """Of 30,000 transitions, so that V' sees them in several pieces."""
     torch.manual_seed(0)
-    learner = awr.build(3, 1, args, CPU)
+    learner = awr.build(3, 1, args, CPU, Adam)
     with torch.no_grad():
         learner.target_value.net[-1].bias.fill_(100.0)  # so that it differs from V
-    _, _, rewards, next_observations, terminations = (column.numpy() for column in pendulum.transitions)
-    returns = awr.compute_returns(pendulum, pendulum.transitions.rewards, learner.target_value, args)
-    next_values = numpy_mlp(learner.target_value.net, next_observations)[:, 0]
-    expected = numpy_returns(rewards, terminations, next_values, pendulum.episode_lengths.numpy(), 0.99, 0.95)
+    _, _, rewards, next_observations, terminations = pendulum.transitions
+    lengths = pendulum.episode_lengths
+    returns = awr.compute_returns(learner.target_value, rewards, next_observations, terminations, lengths, args)
+    next_values = numpy_mlp(learner.target_value.net, next_observations.numpy())[:, 0]
+    expected = numpy_returns(rewards.numpy(), terminations.numpy(), next_values, lengths.numpy(), 0.99, 0.95)
     np.testing.assert_allclose(returns.numpy(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_the_buffer_holds_returns_of_the_datas_own_rewards(monkeypatch, tmp_path, pendulum):
+def test_a_run_learns_from_returns_of_the_datas_own_rewards(monkeypatch, tmp_path, pendulum):
     """Computed at the start and every tenth update with a newer V, each time from the rewards, never from returns."""
     compute, calls, batches = awr.td_lambda_returns, [], []
 
@@ -122,7 +138,7 @@ def test_the_buffer_holds_returns_of_the_datas_own_rewards(monkeypatch, tmp_path
         torch.testing.assert_close(rewards, 0.01 * pendulum.transitions.rewards)  # 1 - gamma
     assert not torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[1][1], calls[2][1])
     for count, batch in batches:
-        assert torch.isin(batch.rewards, calls[count - 1][2]).all()
+        assert torch.isin(batch.returns, calls[count - 1][2]).all()
 
 
 # --- Losses ---
@@ -136,16 +152,16 @@ def numpy_log_prob(actor, batch):
 
 
 def test_advantage_and_value_loss(learner):
-    batch = random_batch()
+    batch = batch_with_returns()
     u = awr.advantage(learner.value, batch)
-    expected = batch.rewards.numpy() - numpy_mlp(learner.value.net, batch.observations.numpy())[:, 0]
+    expected = batch.returns.numpy() - numpy_mlp(learner.value.net, batch.observations.numpy())[:, 0]
     np.testing.assert_allclose(u.detach().numpy(), expected, atol=1e-5)
     loss, _ = awr.value_loss(u)
     assert loss.item() == pytest.approx(np.mean(expected**2), rel=1e-5)
 
 
 def test_actor_loss_clips_the_weights(learner):
-    batch, u = random_batch(), np.array([-2.0, -1, -0.5, 0, 0.5, 1, 2, 9])
+    batch, u = batch_with_returns(), np.array([-2.0, -1, -0.5, 0, 0.5, 1, 2, 9])
     with torch.no_grad():
         learner.actor.log_std.copy_(torch.tensor([-0.5, -7.0]))  # the second is below the clamp at -5
     arguments = {"beta": 0.5, "weight_clip": 20.0, "standardize": False}
@@ -158,7 +174,7 @@ def test_actor_loss_clips_the_weights(learner):
 
 def test_actor_loss_standardizes_the_advantage(learner):
     """The same policy whatever the scale and the offset of the advantage."""
-    batch, u = random_batch(), np.array([-2.0, -1, -0.5, 0, 0.5, 1, 2, 9])
+    batch, u = batch_with_returns(), np.array([-2.0, -1, -0.5, 0, 0.5, 1, 2, 9])
     weight = np.minimum(np.exp((u - u.mean()) / u.std() / 0.5), 20)
     expected = -np.mean(weight * numpy_log_prob(learner.actor, batch))
     for scale, offset in ((1, 0), (100, -300)):
@@ -171,7 +187,7 @@ def test_actor_loss_standardizes_the_advantage(learner):
 
 
 def test_each_loss_trains_its_own_network_only(learner, args):
-    batch = random_batch()
+    batch = batch_with_returns()
     u = awr.advantage(learner.value, batch)
     losses = {
         "value": awr.value_loss(u)[0],
@@ -183,7 +199,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
 @pytest.mark.parametrize("standardize", [False, True])
 def test_update_adds_the_two_losses_and_leaves_the_target_value_to_main(learner, args, standardize):
     args.standardize_advantage = standardize
-    batch = random_batch()
+    batch = batch_with_returns()
     u = awr.advantage(learner.value, batch)
     loss_v, _ = awr.value_loss(u)
     loss_pi, _ = awr.actor_loss(learner.actor, u, batch, args.beta, args.weight_clip, standardize)
@@ -199,10 +215,6 @@ def test_update_adds_the_two_losses_and_leaves_the_target_value_to_main(learner,
 # --- Runs ---
 
 
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
 @pytest.mark.parametrize("stop", [27, 30])
 def test_a_run_resumed_between_two_computations_of_the_returns_goes_on_to_the_same_bits(stop, tmp_path, pendulum):
     """At update 27 the returns are those of V at update 20; at update 30 those of V at update 30."""
@@ -215,11 +227,8 @@ def test_a_run_resumed_between_two_computations_of_the_returns_goes_on_to_the_sa
     assert newest == (stop == 30)
     run = run_script("awr", "--resume", "--num-updates", "45", "--run-dir", str(stopped))
     assert run.returncode == 0, run.stderr
-    expected, found = checkpoint(whole), checkpoint(stopped)
-    assert torch.equal(expected["random_state"], found["random_state"])
-    for name in ("actor", "value", "target_value"):
-        for key, weight in expected["learner"][name].items():
-            assert torch.equal(weight, found["learner"][name][key]), f"{name} {key}"
+    for key in ("learner", "random_state"):
+        assert_same(checkpoint(whole)[key], checkpoint(stopped)[key])
 
 
 @pytest.mark.parametrize(
@@ -235,9 +244,7 @@ def test_a_run_resumed_between_two_computations_of_the_returns_goes_on_to_the_sa
 )
 def test_bad_arguments_are_one_line_and_exit_2(flag, value, tmp_path):
     run = run_script("awr", f"--{flag}", value, "--run-dir", str(tmp_path / "run"))
-    assert run.returncode == 2
-    assert run.stderr.startswith(f"error: --{flag.replace('_', '-')} {float(value) if flag != 'returns_every' else 0}")
-    assert run.stderr.count("\n") == 1
+    assert_one_line(run, f"error: --{flag.replace('_', '-')} {float(value) if flag != 'returns_every' else 0}")
     assert not (tmp_path / "run").exists()
 
 

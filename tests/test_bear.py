@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -20,7 +22,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = bear.build(3, 2, args, CPU)
+    learner = bear.build(3, 2, args, CPU, Adam)
     with torch.no_grad():  # so that the targets differ from what they follow, and alpha from 1
         for module in (learner.target_actor, learner.target_critic, learner.actor, learner.behaviour):
             for parameter in module.parameters():
@@ -34,9 +36,9 @@ def normal(*shape, seed=1):
 
 
 def numpy_distribution(actor, observations):
-    hidden = np.maximum(numpy_mlp(actor.net[:-2], observations), 0)  # numpy_mlp has none after its last layer
+    hidden = np.maximum(numpy_mlp(actor.trunk, observations), 0)  # numpy_mlp has none after its last layer
     mean, log_std = (
-        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.net[-2], actor.log_std)
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.mean, actor.log_std)
     )
     return mean, np.exp(np.clip(log_std, -5, 2))
 
@@ -115,7 +117,7 @@ def test_behaviour_loss(learner):
     actions = np.clip(batch.actions.numpy().astype(np.float64), -0.999, 0.999)
     density = np.exp(-0.5 * ((np.arctanh(actions) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
     expected = -np.log(density / (1 - actions**2)).sum(axis=1).mean()
-    assert bear.behaviour_loss(learner, batch)[0].item() == pytest.approx(expected, rel=1e-4)
+    assert bear.behaviour_loss(learner.behaviour, batch)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_critic_loss(learner, args):
@@ -176,7 +178,7 @@ def test_each_loss_trains_its_own_network_only(learner, args, divergence):
     args.divergence = divergence
     batch, noise = random_batch(), normal(10, 8, 2)
     losses = {
-        "behaviour": bear.behaviour_loss(learner, batch)[0],
+        "behaviour": bear.behaviour_loss(learner.behaviour, batch)[0],
         "critic": bear.critic_loss(learner, batch, noise[:4], args)[0],
         "actor alpha": bear.actor_loss(learner, batch, noise[4:].unflatten(0, (2, 3)), args)[0],
     }
@@ -226,7 +228,7 @@ def test_a_tight_threshold_is_kept_and_a_loose_one_is_not_needed(args, divergenc
     means = []
     for args.threshold in ({"mmd": 0.07, "kl": 0.1}[divergence], 1000.0):
         torch.manual_seed(0)
-        learner = bear.build(3, 1, args, CPU)
+        learner = bear.build(3, 1, args, CPU, Adam)
         for step in range(1, 201):
             metrics = bear.update(learner, batch, step, args)
         means.append(learner.actor(batch.observations).mean().item())

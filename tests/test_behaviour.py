@@ -8,9 +8,10 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from conftest import batch_of
 
-from common.datasets import Dataset, Episode
-from common.replay_buffer import ReplayBuffer
+from common.data import Dataset, Episode, ReplayBuffer
+from common.optim import Adam
 
 CPU = torch.device("cpu")
 RATES = {
@@ -39,13 +40,13 @@ def learn(algorithm, buffer, num_updates, **arguments):
     torch.manual_seed(0)
     args = module.Args(num_updates=num_updates, **(SMALL | RATES[algorithm] | arguments))
     args.validate()
-    learner = module.build(1, 1, args, CPU)
+    learner = module.build(1, 1, args, CPU, Adam)
     for step in range(1, num_updates + 1):
-        module.update(learner, buffer.sample(args.batch_size), step, args)
+        module.update(learner, batch_of(module, buffer.sample(args.batch_size)), step, args)
 
     @torch.no_grad()
     def act(*observations):
-        inputs = (torch.tensor(observations)[:, None] - buffer.observation_mean) / buffer.observation_std
+        inputs = (torch.tensor(observations)[:, None] - buffer.normalization[0]) / buffer.normalization[1]
         return learner.actor(inputs)[:, 0].numpy()
 
     return act
@@ -118,9 +119,9 @@ def test_an_action_that_never_occurs(half_tried, algorithm, arguments, expected)
     torch.manual_seed(0)
     args = module.Args(num_updates=400, critic_learning_rate=3e-3, **(SMALL | arguments))
     args.validate()
-    learner = module.build(1, 3, args, CPU)
+    learner = module.build(1, 3, args, CPU, Adam)
     for step in range(1, 401):
-        module.update(learner, half_tried.sample(64), step, args)
+        module.update(learner, batch_of(module, half_tried.sample(64)), step, args)
     with torch.no_grad():
         assert learner.actor(torch.linspace(-1, 1, 9)[:, None]).argmax(dim=1).tolist() == [expected] * 9
 

@@ -5,15 +5,15 @@ import shutil
 import minari
 import numpy as np
 import pytest
+import sac
 import torch
 from collect import Args as CollectArgs
 from collect import Play as CollectPlay
 from collect import actor_behaviour, choose_medium, random_behaviour, read_agent, roll_out
 from conftest import assert_one_line, numpy_sample, run_script
 
-from common.datasets import action_bounds, load_dataset
+from common.data import ReplayBuffer, action_bounds, load_dataset
 from common.evaluation import load_policy, make_environment
-from common.replay_buffer import ReplayBuffer
 
 CPU = torch.device("cpu")
 PREFIX = "collected/pendulum"
@@ -67,8 +67,7 @@ def test_the_replay_is_what_the_agent_saw(folder, play):
     agent = read_agent(folder, play, CollectArgs("Pendulum-v1"))
     buffer = ReplayBuffer(load_dataset(f"{PREFIX}/full-replay-v0"), CPU, normalize_observations=False)
     assert buffer.episode_lengths.tolist() == [200] * 12  # 400 random steps and 2,000 of the agent's
-    seen = agent.replay.newest(2400)
-    for ours, theirs in zip(buffer.transitions, seen, strict=True):
+    for ours, theirs in zip(buffer.transitions, agent.transitions, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -92,12 +91,12 @@ def test_choose_medium_by_hand():
 def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
     random = dataset("random")[0].infos["log_prob"]
     np.testing.assert_allclose(random[:-1], np.log(1 / 4))  # uniform on [-2, 2]
-    agent = read_agent(folder, play, CollectArgs("Pendulum-v1"))
-    episode = roll_out(actor_behaviour(agent.actor(2000), play, seed=5), play, seed=6)
+    actor = read_agent(folder, play, CollectArgs("Pendulum-v1")).policy(2000).actor
+    episode = roll_out(actor_behaviour(actor, play, seed=5), play, seed=6)
     noise = torch.cat(
         [torch.randn(1, 1, generator=generator) for generator in [torch.Generator().manual_seed(5)] * 200]
     )
-    actions, log_prob = numpy_sample(agent.actor(2000), episode.observations[:-1], noise)
+    actions, log_prob = numpy_sample(actor, episode.observations[:-1], noise)
     np.testing.assert_allclose(episode.actions, 2 * actions, atol=1e-4)
     np.testing.assert_allclose(episode.infos["log_prob"][:-1], log_prob - np.log(2), atol=1e-3)
     assert np.isnan(episode.infos["log_prob"][-1])
@@ -115,11 +114,15 @@ def test_the_behaviour_policy_lies_beside_its_data(folder, play, datasets_path):
     policy = load_policy(datasets_path / PREFIX / "expert-v0")
     step = max(agent.returns, key=agent.returns.get)
     observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    mean = agent.actor(step)(torch.as_tensor(observations)).detach().numpy()
+    np.testing.assert_array_equal(policy(observations), agent.policy(step)(observations))
+    trained = torch.load(folder / f"policy-{step}.pt", weights_only=True)["actor"]
+    actor = sac.Actor(3, 1, sac.HyperParameters(hidden_dims=(32, 32)))
+    actor.load_state_dict(trained)
+    mean = actor(torch.as_tensor(observations)).detach().numpy()
     np.testing.assert_allclose(policy(observations), 2 * mean, rtol=1e-5)
-    actor = torch.load(datasets_path / PREFIX / "expert-v0" / "actor.pt", weights_only=True)["actor"]
-    for name, weight in agent.actor(step).state_dict().items():
-        assert torch.equal(weight, actor[name])
+    noise = torch.randn(5, 1)
+    ours, theirs = (one.sample(torch.as_tensor(observations), noise) for one in (policy.actor, actor))
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_round_trip_from_an_environment_to_a_report(folder, tmp_path):
@@ -150,7 +153,6 @@ def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_p
         (["--env-id", "CarRacing-v3"], "images are not supported|cannot be made"),
         (["--medium", "1.5"], "--medium 1.5: must be between 0 and 1"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--quality", "great"], "--quality"),
         (["--prefix", "a b"], "a b/random-v0 is no Minari id"),
         (["--prefix", PREFIX], f"{PREFIX}/random-v0 exists"),
         (["--medium", "0.999", "--prefix", "collected/x"], "no evaluation reached 1.00 of the expert's return"),

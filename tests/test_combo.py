@@ -1,7 +1,5 @@
 """COMBO's critic loss against NumPy on small numbers, where it pushes Q, and whose actions its rollouts take."""
 
-from types import SimpleNamespace
-
 import combo
 import numpy as np
 import pytest
@@ -77,10 +75,8 @@ def test_a_batch_needs_both_data_and_rollouts(real_ratio, tmp_path):
 def test_rollouts_take_the_policys_actions_or_uniform_ones(learner, args, rollout_policy):
     args.rollout_policy, args.rollout_batch_size, args.rollout_length = rollout_policy, 10, 5
     with torch.no_grad():
-        learner.actor.net[-2].bias.fill_(5.0)
-    raw = {"observation_mean": 0.0, "observation_std": 1.0}
-    buffer = SimpleNamespace(sample=lambda n: random_batch(n), action_dim=2, **raw)
-    combo.rollout(learner, learner.dynamics, buffer, "never", args)
-    actions = learner.model_buffer.storage[:50, 3:5]
-    assert actions.abs().max() <= 1
+        learner.actor.mean.bias.fill_(5.0)
+    raw = torch.tensor([[0.0], [1.0]])
+    actions = combo.rollout(learner.actor, learner.dynamics, random_batch(10), raw, "Pendulum", args).actions
+    assert actions.shape == (50, 2) and actions.abs().max() <= 1
     assert (actions.mean() > 0.8) == (rollout_policy == "policy")

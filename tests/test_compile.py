@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
-from conftest import ALGORITHMS, DISCRETE, SHORT, SHORTER, run_script
+from conftest import ALGORITHMS, DISCRETE, SHORT, SHORTER, batch_of, run_script
 from torch import Tensor
 
-from common.compile import _eager_seconds, _say_when_it_pays_off, compiled
-from common.replay_buffer import Batch
+from common.data import Batch
+from common.optim import Adam, compiled
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,12 +42,12 @@ def test_compiled_updates_equal_eager_ones(algorithm, arguments, data, double_pr
     for compile in (False, True):
         args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, **arguments)
         torch.manual_seed(0)
-        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device)
+        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device, Adam)
         initial = [weight.clone() for weight in learner.actor.parameters()]
-        train = compiled(module.update, args, device)
+        train = compiled(module.update, learner, args)
         for step in range(1, 31):
             batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in data.sample(64)]
-            train(learner, Batch(*batch), step, args)
+            train(learner, batch_of(module, Batch(*batch)), step, args)
         finals.append(
             [
                 weight.detach().clone()
@@ -67,9 +67,9 @@ def test_a_graph_looks_for_nothing_where_the_graph_before_it_did(pendulum):
     for algorithm, hidden_dims in (("rebrac", (8, 8, 8)), ("bc", (8,))):
         module = importlib.import_module(algorithm)
         args = module.Args(hidden_dims=hidden_dims, compile=True, batch_size=64)
-        learner = module.build(pendulum.observation_dim, pendulum.action_dim, args, torch.device("cpu"))
-        train = compiled(module.update, args, torch.device("cpu"))
-        metrics = [train(learner, pendulum.sample(64), step, args) for step in (1, 2)]
+        learner = module.build(pendulum.observation_dim, pendulum.action_dim, args, torch.device("cpu"), Adam)
+        train = compiled(module.update, learner, args)
+        metrics = [train(learner, batch_of(module, pendulum.sample(64)), step, args) for step in (1, 2)]
         assert metrics[-1]["actor/loss"].isfinite()
 
 
@@ -93,29 +93,6 @@ def test_without_a_compiler_training_goes_on_without(tmp_path):
     assert "warning: --compile: there is no C++ compiler 'no-such-compiler'" in run.stderr
 
 
-def test_trying_eager_updates_changes_nothing(pendulum):
-    module, device = importlib.import_module("td3_bc"), torch.device("cpu")
-    args = module.Args(hidden_dims=(16, 16))
-    learner = module.build(3, 1, args, device)
-    module.update(learner, pendulum.sample(64), 2, args)
-    weights = [weight.clone() for part in learner[:4] for weight in part.parameters()]
-    steps = [group["step"].clone() for group in learner.optimizer.param_groups]
-    random_state = torch.get_rng_state()
-    assert _eager_seconds(module.update, learner, (pendulum.transitions, 3, args), device) > 0
-    assert torch.equal(random_state, torch.get_rng_state())
-    assert all(map(torch.equal, weights, [weight for part in learner[:4] for weight in part.parameters()]))
-    assert steps == [group["step"] for group in learner.optimizer.param_groups]
-
-
-def test_when_a_graph_pays_off_is_said(capsys):
-    """The first calls took 12 s, each later one saves 4 ms: 3,000 of them are needed."""
-    _say_when_it_pays_off("update", [0.006, 11.986, *[0.002] * 28])
-    expected = "update became a graph in 12 s; a call takes 2.00 ms, without 6.00 ms: pays off after 3,000 of them"
-    assert expected in capsys.readouterr().err
-    _say_when_it_pays_off("update", [0.001, 12.0, *[0.002] * 28])
-    assert "does not pay off" in capsys.readouterr().err
-
-
 # --- Precision ---
 
 
@@ -127,9 +104,10 @@ def test_bf16_rounds_the_products_alone(algorithm, data):
     for precision in ("float32", "bf16"):
         args = module.Args(hidden_dims=(16, 16), precision=precision, batch_size=64)
         torch.manual_seed(0)
-        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device)
+        learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device, Adam)
         before = torch.cat([weight.detach().flatten() for weight in learner.actor.parameters()])
-        metrics = compiled(module.update, args, device)(learner, data.sample(64), 2, args)
+        batch = batch_of(module, data.sample(64))
+        metrics = compiled(module.update, learner, args)(learner, batch, 2, args)
         weights = list(learner.actor.parameters())
         assert all(weight.dtype == torch.float32 for weight in weights)
         assert all(value.isfinite() for value in metrics.values())
@@ -155,14 +133,14 @@ def train_on_cuda(algorithm: str, compile: bool, num_updates: int, sync_debug_mo
     module = importlib.import_module(algorithm)
     args = module.Args(hidden_dims=(32, 32), compile=compile, batch_size=64, device="cuda")
     torch.manual_seed(0)
-    learner = module.build(3, 2 if algorithm in DISCRETE else 1, args, CUDA)
-    update = compiled(module.update, args, CUDA)
+    learner = module.build(3, 2 if algorithm in DISCRETE else 1, args, CUDA, Adam)
+    update = compiled(module.update, learner, args)
     for step in range(1, num_updates + 1):
         x = torch.randn(64, 9, device=CUDA)
         actions = (x[:, 3] > 0).long() if algorithm in DISCRETE else x[:, 3:4].tanh()
         batch = Batch(x[:, :3], actions, x[:, 4], x[:, 5:8], (x[:, 8] > 1).to(x.dtype))
         torch.cuda.set_sync_debug_mode(sync_debug_mode if step > 2 else "default")
-        update(learner, batch, step, args)
+        update(learner, batch_of(module, batch), step, args)
     torch.cuda.set_sync_debug_mode("default")
     networks = [part for part in learner if isinstance(part, torch.nn.Module)]
     return [weight.detach().clone() for network in networks for weight in network.parameters()]
@@ -181,8 +159,8 @@ def test_what_an_update_changes_is_known_to_stay_where_it_is(algorithm, data, mo
     monkeypatch.setattr(torch, "compile", lambda update, **_: compile(update, fullgraph=True, backend=remember))
     module = importlib.import_module(algorithm)
     args = module.Args(hidden_dims=(8,), batch_size=4, compile=True)
-    learner = module.build(data.observation_dim, data.action_dim, args, torch.device("cpu"))
-    compiled(module.update, args, torch.device("cpu"))(learner, data.sample(4), 1, args)
+    learner = module.build(data.observation_dim, data.action_dim, args, torch.device("cpu"), Adam)
+    compiled(module.update, learner, args)(learner, batch_of(module, data.sample(4)), 1, args)
     changed = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor._version > 0]
     assert len(changed) > 10
     assert all(hasattr(tensor, "_dynamo_static_input_type") for tensor in changed)

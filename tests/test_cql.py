@@ -6,7 +6,16 @@ import cql
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch, sac_networks
+from conftest import (
+    assert_each_trains_its_own,
+    networks_of,
+    numpy_sample,
+    numpy_twins,
+    random_batch,
+    sac_networks,
+)
+
+from common.optim import Adam
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 3
@@ -20,7 +29,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = cql.build(3, 2, args, CPU)
+    learner = cql.build(3, 2, args, CPU, Adam)
     with torch.no_grad():  # so that the target differs from what it follows, and the policy's heads from zero
         for module in (learner.target_critic, learner.actor):
             for parameter in module.parameters():
@@ -35,21 +44,14 @@ def draws(num_samples=NUM_SAMPLES, batch_size=8, action_dim=2):
 
 
 def critic_loss(learner, batch, args):
-    mean, std = learner.actor.distribution(batch.observations)
-    return cql.critic_loss(learner, (mean.detach(), std.detach()), batch, *draws(args.num_samples), args)
+    uniform, noise = draws(args.num_samples)
+    policy = learner.actor.sample(batch.observations, noise[0])
+    return cql.critic_loss(learner, policy, batch, uniform, noise[1], args)
 
 
-def numpy_samples(actor, observations, noise):
-    """Actions and log-densities of the squashed Gaussian, by the change of variables as it is written in textbooks."""
-    hidden = numpy_mlp(actor.net[:-2], observations)
-    hidden = np.maximum(hidden, 0)  # numpy_mlp has none after its last layer
-    head = actor.net[-2]
-    mean = hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy()
-    log_std = hidden @ actor.log_std.weight.detach().numpy().T + actor.log_std.bias.detach().numpy()
-    std = np.exp(np.clip(log_std, -5, 2))
-    u = mean + std * noise.numpy()
-    density = np.exp(-0.5 * ((u - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
-    return np.tanh(u), np.log(density / (1 - np.tanh(u) ** 2)).sum(axis=-1)
+def squashed(mean, std, noise):
+    u = mean + std * noise
+    return u.tanh(), cql.squashed_log_prob(noise, std, u)
 
 
 def numpy_q(critic, observations, actions):
@@ -61,8 +63,8 @@ def numpy_terms(learner, batch, args):
     """By hand: q [2, ...] at data, uniform and both policies' actions, their log-densities, and the Bellman target."""
     uniform, noise = draws()
     observations, next_observations = batch.observations.numpy(), batch.next_observations.numpy()
-    actions, log_prob = numpy_samples(learner.actor, observations, noise[0])
-    next_actions, next_log_prob = numpy_samples(learner.actor, next_observations, noise[1])
+    actions, log_prob = numpy_sample(learner.actor, observations, noise[0])
+    next_actions, next_log_prob = numpy_sample(learner.actor, next_observations, noise[1])
     next_q = numpy_twins(learner.target_critic, next_observations, next_actions[0]).min(axis=0)
     target = batch.rewards.numpy() + args.gamma * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q_data = numpy_twins(learner.critic, observations, batch.actions.numpy())
@@ -123,7 +125,7 @@ def test_logsumexp_estimate_meets_the_exact_integral():
     exact = math.log(math.sqrt(math.pi / c) / 2 * (math.erf(math.sqrt(c) * (1 - m)) + math.erf(math.sqrt(c) * (1 + m))))
     torch.manual_seed(0)
     uniform = torch.rand(n, 1) * 2 - 1
-    policy, log_prob = cql.squashed_sample(torch.tensor([[0.2]]), torch.tensor([[0.8]]), torch.randn(n, 1, 1))
+    policy, log_prob = squashed(torch.tensor([[0.2]]), torch.tensor([[0.8]]), torch.randn(n, 1, 1))
     for actions, log_density in (
         (uniform, torch.full((n, 1), -math.log(2))),
         (policy.squeeze(-1), log_prob),
@@ -162,7 +164,7 @@ def test_log_probability_against_a_numerical_change_of_variables(mean):
     """The density of tanh(u) by a difference quotient of the distribution function, in double precision."""
     std = 0.5
     noise = torch.tensor([[-1.5], [0.0], [2.0]], dtype=torch.float64)
-    _, log_prob = cql.squashed_sample(torch.tensor([mean], dtype=torch.float64), torch.tensor([std]).double(), noise)
+    _, log_prob = squashed(torch.tensor([mean], dtype=torch.float64), torch.tensor([std]).double(), noise)
     u, step = mean + std * noise[:, 0].numpy(), 1e-5
     probability = [
         0.5 * (math.erf((x + step - mean) / std / 2**0.5) - math.erf((x - step - mean) / std / 2**0.5)) for x in u
@@ -175,16 +177,16 @@ def test_log_probability_against_a_numerical_change_of_variables(mean):
 @pytest.mark.parametrize("mean", [-50.0, 50.0])
 def test_log_probability_is_finite_where_tanh_is_flat(mean):
     """log(1 - tanh(u)^2) = -2 |u| + log 4 there; the naive form is log 0."""
-    action, log_prob = cql.squashed_sample(torch.tensor([mean]), torch.tensor([1.0]), torch.zeros(1, 1))
+    action, log_prob = squashed(torch.tensor([mean]), torch.tensor([1.0]), torch.zeros(1, 1))
     assert abs(action.item()) == 1.0
     assert log_prob.item() == pytest.approx(-0.5 * math.log(2 * math.pi) + 2 * 50 - math.log(4), rel=1e-6)
 
 
 def test_actor_and_temperature_losses(learner):
     batch, (_, noise) = random_batch(), draws()
-    actions, log_prob = numpy_samples(learner.actor, batch.observations.numpy(), noise[0, 0])
+    actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise[0, 0])
     q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
-    ours = cql.squashed_sample(*learner.actor.distribution(batch.observations), noise[0, 0])
+    ours = learner.actor.sample(batch.observations, noise[0, 0])
     loss, _ = cql.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
     assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
     loss, _ = cql.temperature_loss(torch.tensor(0.3), ours[1], target_entropy=-2.0)
@@ -203,7 +205,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     args.lagrange = True
     batch, (_, noise) = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = cql.squashed_sample(*learner.actor.distribution(batch.observations), noise[0, 0])
+    actions, log_prob = learner.actor.sample(batch.observations, noise[0, 0])
     losses = {
         "critic multiplier": critic_loss(learner, batch, args)[0],
         "actor": cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
@@ -215,7 +217,7 @@ def test_each_loss_trains_its_own_network_only(learner, args):
 def test_update_adds_the_three_losses(learner, args):
     batch, (uniform, noise) = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
-    actions, log_prob = cql.squashed_sample(*learner.actor.distribution(batch.observations), noise[0, 0])
+    actions, log_prob = learner.actor.sample(batch.observations, noise[0, 0])
     losses = [
         critic_loss(learner, batch, args)[0],
         cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
@@ -231,7 +233,7 @@ def test_update_adds_the_three_losses(learner, args):
 
 def test_the_actor_runs_once_for_each_set_of_states(learner, args):
     rows = []
-    learner.actor.net[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    learner.actor.trunk[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     cql.update(learner, random_batch(), 1, args)
     assert rows == [8, 8]
 

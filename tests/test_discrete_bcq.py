@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import assert_each_trains_its_own, discrete_batch, networks_of, numpy_mlp
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -17,7 +19,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = discrete_bcq.build(3, 3, args, CPU)
+    learner = discrete_bcq.build(3, 3, args, CPU, Adam)
     with torch.no_grad():
         for network in (learner.target_critic, learner.actor.behaviour):
             for parameter in network.parameters():

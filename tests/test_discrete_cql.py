@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import assert_each_trains_its_own, discrete_batch, networks_of, numpy_mlp
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -17,7 +19,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = discrete_cql.build(3, 3, args, CPU)
+    learner = discrete_cql.build(3, 3, args, CPU, Adam)
     with torch.no_grad():
         for network in (learner.target_critic, learner.actor.behaviour):
             for parameter in network.parameters():
@@ -80,7 +82,7 @@ def test_the_policy_weighs_q_against_the_behaviour(learner):
 
 def test_without_weight_there_is_no_behaviour_model(args):
     args.bc_weight = 0.0
-    learner = discrete_cql.build(3, 3, args, CPU)
+    learner = discrete_cql.build(3, 3, args, CPU, Adam)
     assert learner.actor.behaviour is None and len(learner.optimizer.param_groups) == 1
     observations = discrete_batch().observations
     torch.testing.assert_close(learner.actor(observations), learner.actor.critic(observations))

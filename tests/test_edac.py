@@ -10,8 +10,8 @@ import torch
 from conftest import draws, numpy_sample, random_batch, sac_learner
 from torch import nn
 
-from common.compile import compiled
-from common.replay_buffer import Batch
+from common.data import Batch
+from common.optim import Adam, compiled
 
 CPU = torch.device("cpu")
 
@@ -150,7 +150,7 @@ def test_diversity_turns_slopes_away_from_each_other():
 
 def test_gradient_of_the_diversity_against_difference_quotients():
     torch.manual_seed(0)
-    critic = edac.Critic(3, 3, 2, (5, 4)).double()
+    critic = edac.Critic(3, 2, edac.HyperParameters(num_critics=3, hidden_dims=(5, 4))).double()
     batch = random_batch()
     inputs = batch.observations.double(), batch.actions.double()
     value = diversity_of(critic, *inputs)
@@ -173,7 +173,7 @@ def test_an_action_of_one_dimension_has_no_diversity_to_gain(args):
     finals = []
     for args.eta in (0.0, 100.0):
         torch.manual_seed(0)
-        learner = edac.build(3, 1, args, CPU)
+        learner = edac.build(3, 1, args, CPU, Adam)
         for step in range(1, 6):
             edac.update(learner, random_batch(action_dim=1), step, args)
         finals.append([*learner.critic.parameters(), *learner.actor.parameters()])
@@ -189,7 +189,7 @@ def test_training_makes_the_slopes_diverse(args):
     args.critic_learning_rate = 3e-3
     for args.eta in (0.0, 5.0):
         torch.manual_seed(0)
-        learner = edac.build(3, 2, args, CPU)
+        learner = edac.build(3, 2, args, CPU, Adam)
         batch = random_batch(64)._replace(rewards=random_batch(64).actions.sum(dim=-1))
         for step in range(1, 101):
             edac.update(learner, batch, step, args)
@@ -208,8 +208,8 @@ def test_the_gradient_through_a_gradient_is_compiled_too(args):
     try:
         for args.compile in (False, True):
             torch.manual_seed(0)
-            learner = edac.build(3, 2, args, CPU)
-            train = compiled(edac.update, args, CPU)
+            learner = edac.build(3, 2, args, CPU, Adam)
+            train = compiled(edac.update, learner, args)
             for step in range(1, 31):
                 train(learner, Batch(*(tensor.double() for tensor in random_batch())), step, args)
             finals.append([weight.detach().clone() for part in learner[:3] for weight in part.parameters()])

@@ -1,9 +1,11 @@
 """Evaluation counts one episode per environment copy; a saved policy acts as the trained one did."""
 
+import dataclasses
 import subprocess
 import sys
 from typing import ClassVar
 
+import bc
 import bcq
 import discrete_bcq
 import discrete_cql
@@ -12,12 +14,13 @@ import gymnasium as gym
 import iql
 import numpy as np
 import pytest
+import sac
 import torch
 from conftest import ROOT, random_episode
 
-from common.datasets import BadInput, load_dataset
-from common.evaluation import Policy, evaluate, load_policy, make_environments, normalized_score, save_policy
-from common.replay_buffer import ReplayBuffer
+from common.command_line import BadInput
+from common.data import ReplayBuffer, load_dataset
+from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, make_environments, normalized_score
 
 
 class Countdown(gym.Env):
@@ -68,28 +71,26 @@ def environments():
     del gym.registry["Countdown-v0"], gym.registry["Goal-v0"]
 
 
-def make_policy(actor):
-    return Policy(
-        actor,
-        torch.tensor([0.5, 0.0, 1.0]),
-        torch.tensor([1.0, 2.0, 3.0]),
-        np.array([-2.0], np.float32),
-        np.array([2.0], np.float32),
-    )
+NORMALIZATION = torch.tensor([[0.5, 0.0, 1.0], [1.0, 2.0, 3.0]])
+
+
+def make_policy(script, args, low=-2.0, high=2.0):
+    torch.manual_seed(0)
+    origin = {"script": script.__name__, "hyper_parameters": dataclasses.asdict(args)}
+    bounds = np.array([[low], [high]], dtype=np.int64 if script in (fqi, discrete_bcq, discrete_cql) else np.float32)
+    actor = script.Actor(3, int(high - low) + 1 if bounds.dtype == np.int64 else 1, args)
+    return Policy(actor, NORMALIZATION, bounds, bounds.dtype == np.int64, origin)
 
 
 @pytest.fixture
 def policy():
-    torch.manual_seed(0)
-    return make_policy(iql.Actor(3, 1, (16, 16)))
+    return make_policy(iql, iql.HyperParameters(hidden_dims=(16, 16)))
 
 
-@pytest.fixture(params=["an MLP", "candidates"])
-def any_policy(request, policy):
-    """Of each form that policy.pt knows."""
-    if request.param == "an MLP":
-        return policy
-    return make_policy(bcq.Actor(3, 1, bcq.Args(hidden_dims=(16, 8), vae_hidden_dims=(12,))))
+@pytest.fixture(params=[iql, bcq, sac, bc], ids=lambda script: script.__name__)
+def any_policy(request):
+    more = {"vae_hidden_dims": (12,), "num_acting_actions": 7} if request.param is bcq else {}
+    return make_policy(request.param, request.param.HyperParameters(hidden_dims=(16, 8), **more))
 
 
 def test_counts_exactly_one_episode_per_copy(make_dataset, policy):
@@ -124,38 +125,55 @@ def test_policy_normalises_observations_and_scales_actions(policy):
         policy(observations[0])
 
 
+def save(policy, folder):
+    folder.mkdir(exist_ok=True)
+    with (folder / "policy.pt").open("wb") as file:
+        policy.save(file)
+    return folder
+
+
 def test_load_policy_equals_the_saved_one(any_policy, tmp_path):
-    save_policy(tmp_path / "policy.pt", any_policy)
     observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    np.testing.assert_array_equal(load_policy(tmp_path)(observations), any_policy(observations))
+    first = load_policy(save(any_policy, tmp_path / "first"))
+    second = load_policy(save(first, tmp_path / "second"))  # saved again
+    for loaded in (first, second):
+        np.testing.assert_array_equal(loaded(observations), any_policy(observations))
+    assert type(first.actor).__module__ == f"script_{any_policy.origin['script']}"
 
 
-def test_load_policy_needs_neither_scripts_nor_dataset(any_policy, tmp_path):
-    save_policy(tmp_path / "policy.pt", any_policy)
+def test_load_policy_needs_neither_run_nor_dataset(any_policy, tmp_path):
+    save(any_policy, tmp_path)
     code = "import sys, numpy; from common.evaluation import *; print(load_policy(sys.argv[1])(numpy.zeros((1, 3))))"
     run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout.strip(" []\n")) == pytest.approx(any_policy(np.zeros((1, 3)))[0, 0], rel=1e-5)
 
 
-PREFERENCES = [
-    fqi.Args(hidden_dims=(16, 8)),
-    discrete_cql.Args(hidden_dims=(16, 8), bc_weight=2.0),
-    discrete_bcq.Args(hidden_dims=(16, 8), threshold=0.9),
-]
+@pytest.mark.parametrize("script", [iql, sac], ids=lambda script: script.__name__)
+def test_a_loaded_actor_samples_and_gives_densities(script, tmp_path):
+    """Of a stochastic policy, the file holds the standard deviation, too."""
+    policy = make_policy(script, script.HyperParameters(hidden_dims=(16,)))
+    loaded = load_policy(save(policy, tmp_path))
+    observations, noise = torch.randn(9, 3), torch.randn(9, 1)
+    with torch.no_grad():
+        (ours, log_prob), (theirs, expected) = (p.actor.sample(observations, noise) for p in (loaded, policy))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(log_prob, expected)
+    assert not torch.allclose(ours, loaded.act(observations))
 
 
-@pytest.fixture(params=PREFERENCES, ids=lambda args: args.algorithm)
+PREFERENCES = [(fqi, {}), (discrete_cql, {"bc_weight": 2.0}), (discrete_bcq, {"threshold": 0.9})]
+
+
+@pytest.fixture(params=PREFERENCES, ids=lambda param: param[0].__name__)
 def discrete_policy(request):
     """Of four actions, numbered from 5."""
-    torch.manual_seed(0)
-    actor = sys.modules[request.param.algorithm].Actor(3, 4, request.param)
+    script, more = request.param
+    policy = make_policy(script, script.HyperParameters(hidden_dims=(16, 8), **more), 5, 8)
     with torch.no_grad():
-        for weight in actor.parameters():
+        for weight in policy.actor.parameters():
             weight.mul_(3)  # so that actions, and those that are likely, differ from state to state
-    return Policy(
-        actor, torch.tensor([0.5, 0.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]), np.array([5]), np.array([8]), True
-    )
+    return policy
 
 
 def test_a_policy_of_discrete_actions_takes_the_highest_preference(discrete_policy):
@@ -172,9 +190,7 @@ def test_a_policy_of_discrete_actions_takes_the_highest_preference(discrete_poli
 def test_a_policy_of_discrete_actions_goes_through_its_file(discrete_policy, tmp_path):
     observations = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
     for folder in (tmp_path / "first", tmp_path / "second"):  # the second of what was loaded from the first
-        folder.mkdir()
-        save_policy(folder / "policy.pt", discrete_policy)
-        loaded = load_policy(folder)
+        loaded = load_policy(save(discrete_policy, folder))
         np.testing.assert_array_equal(loaded(observations), discrete_policy(observations))
         assert loaded.actor is not discrete_policy.actor
         discrete_policy = loaded
@@ -182,9 +198,9 @@ def test_a_policy_of_discrete_actions_goes_through_its_file(discrete_policy, tmp
 
 def test_discrete_evaluation_is_the_episode_played_by_hand(cartpole):
     torch.manual_seed(1)
-    actor = fqi.Actor(4, 2, fqi.Args(hidden_dims=(16, 8)))
+    actor = fqi.Actor(4, 2, fqi.HyperParameters(hidden_dims=(16, 8)))
     bounds = cartpole.dataset.action_low, cartpole.dataset.action_high
-    policy = Policy(actor, torch.zeros(4), torch.ones(4), *bounds, discrete=True)
+    policy = Policy(actor, torch.tensor([[0.0] * 4, [1.0] * 4]), bounds, True, {})
     returns = evaluate(policy, make_environments(cartpole.dataset, 2))
     for index in range(2):
         env = gym.make("CartPole-v1")
@@ -232,10 +248,9 @@ def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_datas
 
 
 @pytest.mark.parametrize("env_id", [None, "NotInstalled-v0", "module:Env-v0"])
-def test_no_environment_is_one_warning(make_dataset, env_id, capsys):
-    assert make_environments(load_dataset(make_dataset(), env_id), 2) is None
-    error = capsys.readouterr().err
-    assert error.startswith("warning: ") and error.count("\n") == 1 and "without evaluation" in error
+def test_no_environment(make_dataset, env_id):
+    with pytest.raises(NoEnvironment, match=r"names no environment|is not installed|cannot be made"):
+        make_environments(load_dataset(make_dataset(), env_id), 2)
 
 
 def test_environment_of_another_size_is_refused(make_dataset):

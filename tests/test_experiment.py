@@ -3,9 +3,9 @@
 import csv
 import dataclasses
 import importlib
-import io
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -31,10 +31,10 @@ from conftest import (
 )
 from wandb.proto import wandb_internal_pb2
 
-from common.command_line import Diverged, parse_args
-from common.datasets import BUILT_IN_ID, BadInput
+from common.command_line import BUILT_IN_ID, BadInput, Diverged, parse_args
 from common.evaluation import evaluate, load_policy, make_environments
 from common.experiment import Run
+from common.optim import Adam
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
@@ -61,17 +61,12 @@ def test_underscores_and_switches_are_read_as_sweeps_write_them(algorithm):
     assert (args.batch_size, args.hidden_dims, args.compile, args.track) == (64, (8, 8), True, False)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_command_line_that_cannot_be_read_says_so_without_its_frame(encoding, monkeypatch):
-    """tyro draws frames around its errors, other ones where the terminal is not one of Unicode."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    for arguments, expected in (
-        (["--lr", "3"], "Unrecognized options: --lr, 3 (--help lists the arguments)"),
-        (["--device", "tpu"], "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
-    ):
-        with pytest.raises(BadInput) as error:
-            parse_args(importlib.import_module("iql").Args, arguments)
-        assert str(error.value).startswith(expected)
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["--lr", "3"], "--lr"), (["--device", "tpu"], "--device"), (["--gamma"], "--gamma")]
+)
+def test_a_command_line_that_tyro_cannot_read_ends_with_its_own_message(arguments, expected):
+    run = run_script("iql", *arguments)
+    assert run.returncode == 2 and expected in run.stderr and "Traceback" not in run.stderr
 
 
 # --- The run folder ---
@@ -95,7 +90,7 @@ def test_run_folder(algorithm, tmp_path, data):
     run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()), plot=True)
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
-    assert {path.name for path in folder.iterdir()} - {"dynamics.pt", "previous_checkpoint.pt"} == expected
+    assert {path.name for path in folder.iterdir()} - {"previous_checkpoint.pt", ".lock"} == expected
 
     args = json.loads((folder / "args.json").read_text())
     assert args["algorithm"] == algorithm and args["seed"] == 3 and args["dataset_fingerprint"] == data.fingerprint
@@ -105,6 +100,7 @@ def test_run_folder(algorithm, tmp_path, data):
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert next(iter(rows[0])) == "step"
     rows = [row for row in rows if int(row["step"]) > 1]  # before it, a model's own rows
+    rows = [row for row in rows if row["critic/loss" if algorithm in DISCRETE else "actor/loss"]]
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
     assert [bool(row["eval/score"]) for row in rows] == [False, True, False, True, True]
     loss = "critic/loss" if algorithm in DISCRETE else "actor/loss"
@@ -151,6 +147,17 @@ def test_default_run_folder_and_a_taken_one(tmp_path, monkeypatch):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("algorithm", ["iql", "fqi"])
+def test_the_policy_of_each_evaluation_can_be_kept(algorithm, tmp_path):
+    arguments = ["--num-updates", "5", "--eval-every", "2", "--keep-policies", "--run-dir", str(tmp_path), *SHORT]
+    assert run_script(algorithm, *arguments).returncode == 0
+    kept = {name: load_policy(tmp_path, file=f"policy-{name}.pt") for name in ("2", "4", "5")}
+    assert {path.name for path in tmp_path.glob("policy*")} == {"policy.pt", *(f"policy-{name}.pt" for name in kept)}
+    assert_same(kept["5"].actor.state_dict(), load_policy(tmp_path).actor.state_dict())
+    first, second = (torch.cat([weight.flatten() for weight in kept[name].actor.parameters()]) for name in ("2", "4"))
+    assert not torch.equal(first, second)
+
+
 def test_logged_data_without_environment_trains_and_says_so(make_dataset, tmp_path):
     run = run_script(
         "iql", "--dataset-id", make_dataset(), "--num-updates", "20", "--run-dir", str(tmp_path / "run"), *SHORT
@@ -164,7 +171,7 @@ def test_logged_data_without_environment_trains_and_says_so(make_dataset, tmp_pa
     assert "not evaluated" in run.stdout
 
 
-def test_a_dataset_whose_environment_is_not_installed_trains_with_one_warning(make_dataset, tmp_path):
+def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, tmp_path):
     dataset_id = make_dataset()
     arguments = ["--dataset-id", dataset_id, "--env-id", "NotInstalled-v0", "--num-updates", "5"]
     run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"), *SHORT)
@@ -174,10 +181,9 @@ def test_a_dataset_whose_environment_is_not_installed_trains_with_one_warning(ma
 
 def test_a_script_and_common_are_a_working_program(tmp_path):
     """What a user copies out of the repository runs alone."""
-    for name in ("algorithms/iql.py", *(str(path.relative_to(ROOT)) for path in (ROOT / "common").glob("*.py"))):
-        target = tmp_path / name
-        target.parent.mkdir(exist_ok=True)
-        target.write_text((ROOT / name).read_text())
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    (tmp_path / "algorithms").mkdir()
+    shutil.copy(ROOT / "algorithms" / "iql.py", tmp_path / "algorithms" / "iql.py")
     command = [sys.executable, "algorithms/iql.py", "--num-updates", "3", "--run-dir", "run", *SHORT]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -248,15 +254,17 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     assert_one_line(run_script("iql", "--resume", "--run-dir", folder, *other), f"--dataset-id .* has {BUILT_IN_ID}")
     text = (tmp_path / "run" / "args.json").read_text()
     (tmp_path / "run" / "args.json").write_text(text.replace('"batch_size": 256', '"batch_size": "many"'))
-    assert_one_line(run_script("iql", "--resume", "--run-dir", folder), "args.json is damaged: batch_size: str is not")
+    assert_one_line(
+        run_script("iql", "--resume", "--run-dir", folder), "cannot read .*args.json: batch_size: str is not"
+    )
     (tmp_path / "run" / "args.json").unlink()  # the checkpoint itself tells, too
     arguments = ["--num-updates", "3", *SHORT, "--resume", "--run-dir", folder]
-    assert_one_line(run_script("td3_bc", *arguments), "checkpoint of iql, not of td3_bc")
+    assert_one_line(run_script("td3_bc", *arguments), "checkpoint in .* is of iql, not of td3_bc")
     assert_one_line(run_script("iql", *arguments, *other), "trained on other data")
     other_sizes = ["--num-updates", "3", "--hidden-dims", "8", "8", "--resume", "--run-dir", folder]
     assert_one_line(run_script("iql", *other_sizes), "does not fit this run")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "run" / "checkpoint.pt")
-    assert_one_line(run_script("iql", *arguments), "is a checkpoint of None, not of iql")
+    assert_one_line(run_script("iql", *arguments), "checkpoint in .* is of None, not of iql")
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 
@@ -278,17 +286,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(m
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path, pendulum):
     iql = importlib.import_module("iql")
-    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9)
-    learner = iql.build(3, 1, args, torch.device("cpu"))
+    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9, checkpoint_every=1, eval_every=3)
+    learner = iql.build(3, 1, args, torch.device("cpu"), Adam)
     run = Run(args, pendulum, learner)
-    steps = run.steps()
-    run.save_checkpoint(next(steps))
+    run.record(1, {})
     with torch.no_grad():
         learner.critic.layers[0].weight[0, 0] = torch.nan
-    next(steps)
-    for attempt in (run.save_checkpoint, run.evaluate, lambda step: run.log(step, {"critic/loss": 1.0})):
-        with pytest.raises(Diverged, match=r"critic is not finite at update 2; the last checkpoint in .*run is kept"):
-            attempt(2)
+    for step in (2, 3):  # a checkpoint, and an evaluation
+        with pytest.raises(
+            Diverged, match=rf"critic is not finite at update {step}; the last checkpoint in .*run is kept"
+        ):
+            run.record(step, {"critic/loss": 1.0})
     assert checkpoint(tmp_path / "run")["step"] == 1
 
 
@@ -309,21 +317,6 @@ def test_a_loss_that_is_not_finite_is_named_within_one_log_interval(algorithm, t
     assert re.search(r"^error: \w+/loss is nan at update 20; the last checkpoint", run.stderr.splitlines()[-1])
     assert checkpoint(tmp_path)["step"] == 15
     assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())][-1] == "10"
-
-
-@pytest.mark.parametrize(("gamma", "horizon"), [(0.99, 100), (1.0, 200)])  # the data's episodes have 200 steps
-def test_a_q_beyond_what_the_rewards_allow_is_one_warning(gamma, horizon, tmp_path, pendulum, capsys):
-    iql = importlib.import_module("iql")
-    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=(4,), num_updates=9, gamma=gamma)
-    run = Run(args, pendulum, iql.build(3, 1, args, torch.device("cpu")))
-    bound = horizon * max(abs(reward) for reward in pendulum.transitions.rewards.tolist())
-    run.log(1, {"critic/q": -99 * bound, "critic/loss": 1e30})
-    assert "warning" not in capsys.readouterr().err
-    run.log(2, {"critic/q": -101 * bound - 100, "critic/loss": 1.0})
-    run.log(3, {"critic/q": 1e9 * bound, "critic/loss": 1.0})
-    warning = capsys.readouterr().err
-    assert warning.count("warning") == 1
-    assert re.search(r"warning: critic/q is -\S+ at update 2, but no return exceeds \S+: the critic may be", warning)
 
 
 # --- Tracking ---
@@ -381,9 +374,9 @@ def test_an_outage_of_the_tracker_is_one_warning(where, how, tmp_path, monkeypat
 
     over, summary = threading.Event(), {}
     calls = {name: lambda *_, **__: None for name in ("define_metric", "log", "finish")}
-    run = SimpleNamespace(id="x", summary=summary, **calls | {where: fail})
+    run = SimpleNamespace(summary=summary, **calls | {where: fail})
     monkeypatch.setattr("wandb.init", fail if where == "init" else lambda **_: run)
-    monkeypatch.setattr("common.tracking.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("common.experiment.PATIENCE_SECONDS", 0.3)
     arguments = ["--num-updates", "30", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
     began = time.monotonic()
     run = run_script("bc", *arguments, *SHORT)
@@ -392,7 +385,7 @@ def test_an_outage_of_the_tracker_is_one_warning(where, how, tmp_path, monkeypat
     reason = "ConnectionError: no server" if how == "raises" else "no answer in 0.3 s"
     assert run.stderr.count("warning: ") == run.stderr.count(f"warning: W&B failed ({reason}): training goes on") == 1
     assert (tmp_path / "run" / "result.json").exists() and time.monotonic() - began < 30
-    assert bool(summary) == (where == "finish")
+    assert how == "hangs" or bool(summary) == (where == "finish")
 
 
 # --- Bad input ---
@@ -465,7 +458,7 @@ NONSENSE = {
 }
 
 
-CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_run_dir"}
+CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_run_dir", "policy_script"}
 
 
 @every_script
@@ -488,8 +481,6 @@ def test_cuda_without_cuda():
     [
         (["--batch-size", "0"], "error: --batch-size 0: must be at least 1"),
         (["--expectile", "1.5"], r"error: --expectile 1.5: must be in \(0, 1\)"),
-        (["--batch-size", "many"], "--batch-size.*many"),
-        (["--no-such-flag"], "no-such-flag"),
         (["--dataset-id", "anchorl/none-v0"], "unknown built-in dataset"),
         (["--dataset-id", "none"], "no dataset 'none'"),
         (["--env-id", "MountainCarContinuous-v0"], "MountainCarContinuous-v0 has"),
@@ -505,7 +496,7 @@ def test_bad_data_is_one_line_and_exit_2(make_dataset, tmp_path):
     broken["rewards"][4] = np.nan
     dataset_id = make_dataset(episodes=[broken], env="Pendulum-v1")
     run = run_script("bc", "--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run"))
-    assert_one_line(run, "test/data-v0, episode 0, step 4: rewards hold nan")
+    assert_one_line(run, "test/data-v0, episode 0: step 4: rewards hold nan")
     assert not (tmp_path / "run").exists()
 
 

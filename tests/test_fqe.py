@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import fqe
 import fqi
@@ -9,13 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, assert_one_line, random_batch, random_episode, run_script, write_policy
+from conftest import ROOT, SHORT, assert_one_line, random_batch, random_episode, run_script, write_policy
 from torch import nn
 
-from common.compile import compiled
-from common.datasets import load_dataset
-from common.evaluation import Policy, evaluate, load_policy, save_policy
-from common.replay_buffer import Batch, ReplayBuffer
+from common.data import ReplayBuffer, load_dataset
+from common.evaluation import Policy, evaluate, load_policy
+from common.optim import Adam, compiled
 
 CPU = torch.device("cpu")
 SIZES = {"observation_space": gym.spaces.Box(-9, 9, (5,)), "action_space": gym.spaces.Box(-1, 1, (1,))}
@@ -29,13 +29,14 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    return fqe.build(3, 2, args, CPU)
+    return fqe.build(3, 2, args, CPU, Adam)
 
 
 def member_batch(num_members=3):
-    """A batch for each member, and the policy's actions."""
+    """A batch for each member."""
     batches = [random_batch()._replace(rewards=torch.arange(8.0) + 10 * member) for member in range(num_members)]
-    return Batch(*map(torch.stack, zip(*batches, strict=True))), torch.linspace(-1, 1, num_members * 16).view(-1, 8, 2)
+    next_actions = torch.linspace(-1, 1, num_members * 16).view(-1, 8, 2)
+    return fqe.Batch(*map(torch.stack, zip(*batches, strict=True)), next_actions)
 
 
 def numpy_member(critic, member, observations, actions):
@@ -56,24 +57,25 @@ def test_critic_loss(learner):
     with torch.no_grad():
         for parameter in learner.target_critic.parameters():  # so that it differs from the critic
             parameter.add_(torch.randn_like(parameter))
-    batch, next_actions = member_batch()
-    loss, _ = fqe.critic_loss(learner, batch, next_actions, gamma=0.9)
+    batch = member_batch()
+    loss, _ = fqe.critic_loss(learner, batch, gamma=0.9)
     expected = 0.0
     for member in range(3):
-        observations, actions, rewards, next_observations, terminations = (part[member].numpy() for part in batch)
-        next_q = numpy_member(learner.target_critic, member, next_observations, next_actions[member].numpy())
+        parts = (part[member].numpy() for part in batch)
+        observations, actions, rewards, next_observations, terminations, next_actions = parts
+        next_q = numpy_member(learner.target_critic, member, next_observations, next_actions)
         target = rewards + 0.9 * np.where(terminations == 1, 0, next_q)
         expected += np.mean((target - numpy_member(learner.critic, member, observations, actions)) ** 2)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_member_sees_anothers_data(learner):
-    batch, next_actions = member_batch()
+    batch = member_batch()
     gradients = []
     for bonus in (0, 100):  # for the last member
         batch.rewards[2] += bonus
         learner.optimizer.zero_grad()
-        fqe.critic_loss(learner, batch, next_actions, gamma=0.9)[0].backward()
+        fqe.critic_loss(learner, batch, gamma=0.9)[0].backward()
         gradients.append(learner.critic.layers[0].weight.grad)
     changed = (gradients[0] != gradients[1]).flatten(1).any(dim=1)
     assert changed.tolist() == [False, False, True]
@@ -81,7 +83,7 @@ def test_no_member_sees_anothers_data(learner):
 
 def test_update_moves_the_targets_by_tau(learner, args):
     before = [parameter.clone() for parameter in learner.target_critic.parameters()]
-    fqe.update(learner, *member_batch(), 1, args)
+    fqe.update(learner, member_batch(), 1, args)
     after, online = learner.target_critic.parameters(), learner.critic.parameters()
     for old, new, target in zip(before, after, online, strict=True):
         assert not torch.equal(target, old)
@@ -96,12 +98,11 @@ def test_compiled_updates_equal_eager_ones():
         for compile in (False, True):
             args = fqe.Args(hidden_dims=(16, 16), compile=compile, num_members=3)
             torch.manual_seed(0)
-            learner = fqe.build(3, 2, args, CPU)
-            train = compiled(fqe.update, args, CPU)
-            batch, next_actions = member_batch()
-            batch = Batch(*(part.double() for part in batch))
+            learner = fqe.build(3, 2, args, CPU, Adam)
+            train = compiled(fqe.update, learner, args)
+            batch = fqe.Batch(*(part.double() for part in member_batch()))
             for step in range(1, 31):
-                train(learner, batch, next_actions.double(), step, args)
+                train(learner, batch, step, args)
             finals.append(list(learner.target_critic.parameters()))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -128,7 +129,7 @@ def uneven(make_dataset):
 
 def test_members_sample_the_transitions_of_their_own_episodes_uniformly(uneven):
     torch.manual_seed(1)
-    bootstrap = fqe.Bootstrap(uneven, num_members=4)
+    bootstrap = fqe.Bootstrap(uneven.episode_starts, uneven.episode_lengths, num_members=4)
     rows = bootstrap.sample(40_000)
     assert bootstrap.counts.sum(dim=1).tolist() == [5] * 4
     assert len({tuple(counts.tolist()) for counts in bootstrap.counts}) > 1
@@ -141,15 +142,15 @@ def test_members_sample_the_transitions_of_their_own_episodes_uniformly(uneven):
 
 def test_estimates_are_means_over_each_members_initial_states(uneven):
     torch.manual_seed(0)
-    critic = fqe.Critic(3, 5, 1, (4,))
-    bootstrap = fqe.Bootstrap(uneven, 3)
+    critic = fqe.Critic(5, 1, fqe.HyperParameters(num_members=3, hidden_dims=(4,)))
+    bootstrap = fqe.Bootstrap(uneven.episode_starts, uneven.episode_lengths, 3)
     observations = uneven.transitions.observations[uneven.episode_starts]
     actions = torch.linspace(-1, 1, 5).unsqueeze(1)
     found = fqe.estimates(critic, observations, actions, bootstrap.counts)
     for member in range(3):
         q = numpy_member(critic, member, observations.numpy(), actions.numpy())
         drawn = np.repeat(np.arange(5), bootstrap.counts[member].long().numpy())
-        assert found[member] == pytest.approx(q[drawn].mean(), rel=1e-5)
+        assert float(found[member]) == pytest.approx(q[drawn].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("degrees", "tabulated"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (99, 1.984)])
@@ -160,14 +161,14 @@ def test_students_quantile(degrees, tabulated):
 @pytest.mark.parametrize("num_members", [2, 5])
 def test_the_interval_covers_as_often_as_it_says(num_members):
     """Where the data's estimate is off the truth, 0, as far as the members are off that estimate."""
-    rng = np.random.default_rng(0)
-    found = [fqe.interval(rng.normal() + rng.normal(size=num_members)) for _ in range(2000)]
+    torch.manual_seed(0)
+    found = [fqe.interval(torch.randn(1) + torch.randn(num_members)) for _ in range(2000)]
     covered = [point["fqe/low"] <= 0 <= point["fqe/high"] for point in found]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.015)  # three standard errors
 
 
 def test_the_interval_by_hand():
-    found = fqe.interval([1.0, 2.0, 3.0])  # std 1, t 4.303
+    found = fqe.interval(torch.tensor([1.0, 2.0, 3.0]))  # std 1, t 4.303
     half_width = 4.303 * np.sqrt(4 / 3)
     assert list(found.values()) == pytest.approx([2, 2 - half_width, 2 + half_width], abs=1e-3)
 
@@ -178,8 +179,8 @@ def test_the_interval_by_hand():
 def test_the_policy_acts_in_the_buffers_units(pendulum):
     torch.manual_seed(0)
     actor = nn.Sequential(nn.Linear(3, 1), nn.Tanh())
-    bounds = np.array([-2.0], dtype=np.float32), np.array([2.0], dtype=np.float32)
-    policy = Policy(actor, torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6]), *bounds)
+    bounds = np.array([[-2.0], [2.0]], dtype=np.float32)
+    policy = Policy(actor, torch.tensor([[1.0, 2, 3], [4.0, 5, 6]]), bounds, False, {})
     episode = next(pendulum.dataset.read_episodes())
     found = fqe.act(policy, pendulum.transitions.observations[: len(episode.rewards)], pendulum)
     np.testing.assert_allclose(2 * found.numpy(), policy(episode.observations), atol=1e-5)
@@ -190,7 +191,8 @@ def test_the_copy_of_a_policy_is_the_policy(tmp_path):
         run_script(algorithm, "--num-updates", "2", "--run-dir", str(tmp_path / algorithm), *SHORT)
         policy = load_policy(tmp_path / algorithm)
         (tmp_path / f"{algorithm}-copy").mkdir()
-        save_policy(tmp_path / f"{algorithm}-copy" / "policy.pt", policy)
+        with (tmp_path / f"{algorithm}-copy" / "policy.pt").open("wb") as file:
+            policy.save(file)
         observations = np.random.default_rng(0).normal(size=(20, 3))
         np.testing.assert_array_equal(load_policy(tmp_path / f"{algorithm}-copy")(observations), policy(observations))
 
@@ -303,7 +305,7 @@ def test_run_folder(tmp_path):
     run = run_script("fqe", *arguments, "--run-dir", str(folder), plot=True)
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
-    assert {path.name for path in folder.iterdir()} == expected | {"previous_checkpoint.pt"}
+    assert {path.name for path in folder.iterdir()} == expected | {"previous_checkpoint.pt", ".lock"}
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
     assert [bool(row["fqe/estimate"]) for row in rows] == [False, True, False, True, True]
@@ -317,7 +319,7 @@ def test_run_folder(tmp_path):
     assert (result["true_return_mean"], result["true_return_std"]) == pytest.approx((returns.mean(), returns.std()))
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert run.stderr.count("warning: --num-updates 50: ") == 1 and "ask for 6,000 or more" in run.stderr
-    assert "estimate" in run.stdout and "in the environment" in run.stdout and "estimate" in run.stderr
+    assert "estimate" in run.stdout and "in the environment" in run.stdout
 
 
 def test_a_resumed_run_has_the_policy_it_started_with(tmp_path):
@@ -336,6 +338,35 @@ def test_a_resumed_run_has_the_policy_it_started_with(tmp_path):
     assert_one_line(run, "--policy-run-dir other")
 
 
+def test_a_run_that_was_killed_before_it_copied_the_policy_can_be_resumed(tmp_path):
+    arguments = ["--policy-run-dir", write_policy(tmp_path / "policy"), *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("fqe", "--num-updates", "10", *arguments).returncode == 0
+    (tmp_path / "run" / "policy.pt").unlink()
+    run = run_script("fqe", "--resume", "--num-updates", "20", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "policy.pt").is_file()
+
+
+def test_no_run_folder_names_a_script_that_is_run(tmp_path, monkeypatch):
+    """To resume a run whose policy is of a user's own script, the script is named again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    script = shutil.copy(ROOT / "algorithms" / "bc.py", tmp_path / "my_bc.py")
+    few = ["--num-updates", "2", *SHORT, "--run-dir"]
+    assert run_script("my_bc", *few, str(tmp_path / "policy")).returncode == 0
+    arguments = ["--policy-run-dir", str(tmp_path / "policy"), "--policy-script", str(script)]
+    run = run_script("fqe", *arguments, *few, str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    resume = ["--resume", "--num-updates", "4", "--run-dir", str(tmp_path / "run")]
+    refused = run_script("fqe", *resume)
+    assert_one_line(refused, r"error: --resume: there is no script my_bc in .*: give its path \(--policy-script\)")
+    shutil.move(script, tmp_path / "moved.py")  # it may be elsewhere by now
+    run = run_script("fqe", *resume, "--policy-script", str(tmp_path / "moved.py"))
+    assert run.returncode == 0, run.stderr
+    path = tmp_path / "run" / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"policy_script": str(tmp_path / "moved.py")}))
+    assert_one_line(run_script("fqe", *resume), "cannot read .*args.json: policy_script")
+
+
 def test_discounted_returns():
     class Ones(gym.Env):
         observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
@@ -352,16 +383,9 @@ def test_discounted_returns():
 
 
 def test_an_environment_that_is_not_installed_is_one_warning(tmp_path):
-    arguments = [
-        "--policy-run-dir",
-        write_policy(tmp_path / "policy"),
-        "--gamma",
-        "0.1",
-        "--num-updates",
-        "100",
-        *SHORT,
-    ]
-    run = run_script("fqe", *arguments, "--env-id", "NotInstalled-v0", "--run-dir", str(tmp_path / "run"))
+    arguments = ["--policy-run-dir", write_policy(tmp_path / "policy"), "--gamma", "0.1", "--num-updates", "100"]
+    arguments += [*SHORT, "--env-id", "NotInstalled-v0", "--run-dir", str(tmp_path / "run")]
+    run = run_script("fqe", *arguments)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
     assert "no environment to compare with" in run.stdout
@@ -390,8 +414,10 @@ def test_a_policy_that_cannot_be_evaluated(policy, pattern, tmp_path):
     write_policy(tmp_path / "wide", observation_dim=7)
     write_policy(tmp_path / "range", high=1.0)
     (tmp_path / "discrete").mkdir()
-    actor, ones = fqi.Actor(3, 2, fqi.Args(hidden_dims=(4,))), torch.ones(3)
-    save_policy(tmp_path / "discrete" / "policy.pt", Policy(actor, ones, ones, np.array([0]), np.array([1]), True))
+    actor = fqi.Actor(3, 2, fqi.HyperParameters(hidden_dims=(4,)))
+    origin = {"script": "fqi", "hyper_parameters": {"hidden_dims": (4,)}}
+    with (tmp_path / "discrete" / "policy.pt").open("wb") as file:
+        Policy(actor, torch.ones(2, 3), np.array([[0], [1]]), True, origin).save(file)
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "policy.pt").write_bytes(b"junk")
     assert_refused(tmp_path, pattern, *([] if policy is None else ["--policy-run-dir", str(tmp_path / policy)]))

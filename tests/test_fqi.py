@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import SHORT, assert_one_line, discrete_batch, numpy_mlp, random_episode, run_script
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -20,7 +22,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = fqi.build(3, 3, args, CPU)
+    learner = fqi.build(3, 3, args, CPU, Adam)
     with torch.no_grad():
         for parameter in learner.target_critic.parameters():
             parameter.add_(torch.randn_like(parameter))  # so that it differs from the critic
@@ -64,9 +66,10 @@ def test_update_trains_the_critic_and_moves_the_target_by_tau(learner, args):
 def test_overestimate_is_the_promise_less_what_came(learner):
     observations = discrete_batch().observations
     promise = numpy_mlp(learner.actor.critic.net, observations.numpy()).max(axis=1).mean()
-    found = fqi.overestimate(learner, observations, {"eval/discounted_return": 2.0})
-    assert found == pytest.approx({"critic/q_initial": promise, "critic/overestimate": promise - 2.0}, rel=1e-5)
-    assert fqi.overestimate(learner, observations, {}).keys() == {"critic/q_initial"}
+    found = fqi.overestimate(learner.actor.critic, observations, np.array([1.0, 3.0]))
+    expected = {"critic/q_initial": promise, "eval/discounted_return": 2.0, "critic/overestimate": promise - 2.0}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert fqi.overestimate(learner.actor.critic, observations, None).keys() == {"critic/q_initial"}
 
 
 def test_the_discounted_return_is_that_of_the_evaluated_episodes(tmp_path, cartpole):

@@ -16,8 +16,7 @@ import torch
 from conftest import ROOT, run_script
 from minari.namespace import create_namespace
 
-from common.datasets import load_dataset
-from common.replay_buffer import ReplayBuffer
+from common.data import ReplayBuffer, load_dataset
 
 ID = "test/imported-v0"
 
@@ -192,6 +191,43 @@ def test_a_constant_action_is_the_middle_of_narrow_bounds(tmp_path):
     assert "constant, with bounds just around it: action_1\n" in said
 
 
+def test_an_environment_and_its_reference_returns(tmp_path):
+    options = ["--env-id", "Pendulum-v1", "--reference-returns", "-1200", "-150.5"]
+    buffer, said = imported(table(obs_11=0.0), tmp_path, *options)
+    assert (buffer.dataset.env_id, buffer.dataset.reference_returns) == ("Pendulum-v1", (-1200, -150.5))
+    assert buffer.transitions.actions[:, 0].tolist() == pytest.approx([-0.75, 0.15, 0.25, 0.3, 1])
+    assert said.splitlines()[-4:] == [
+        "actions: action_0 from -2 to 2",
+        "1 rows have actions beyond the bounds: the dataset keeps them, training clips them",
+        "scores: 0 for a return of -1200, 100 for -150.5",
+        f"{ID}: 5 transitions in 2 episodes",
+    ]
+    spec = minari.load_dataset(ID).recover_environment(eval_env=True).spec
+    assert (spec.id, spec.max_episode_steps) == ("Pendulum-v1", 200)
+
+
+def test_bounds_that_are_given_come_before_the_environments(tmp_path):
+    options = ["--env-id", "Pendulum-v1", "--action-high", "3"]
+    buffer, said = imported(table(obs_11=0.0), tmp_path, *options)
+    assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-2], [3])
+    assert "no scores: D4RL has no reference returns for Pendulum-v1 (--reference-returns" in said
+    assert buffer.dataset.reference_returns is None
+
+
+def test_an_environment_that_cannot_be_made_is_recorded(tmp_path):
+    buffer, said = imported(table(), tmp_path, "--env-id", "Hopper-v2")  # its bindings are gone
+    assert said.startswith("environment 'Hopper-v2' cannot be made (") and "): it gives no bounds of actions\n" in said
+    assert (buffer.dataset.env_id, buffer.dataset.action_high.tolist()) == ("Hopper-v2", [2.5])
+    assert buffer.dataset.reference_returns == (-20.272305, 3234.3)
+
+
+def test_reference_returns_without_an_environment(tmp_path):
+    path = write(table(), tmp_path / "door-human-v1.csv")  # a table's name is the user's own
+    assert import_logs(path).returncode == 0 and load().dataset.reference_returns is None
+    assert import_logs(path, "--reference-returns", "1", "2", dataset_id="test/other-v0").returncode == 0
+    assert load("test/other-v0").dataset.reference_returns == (1, 2)
+
+
 def test_training_on_an_imported_dataset(tmp_path):
     imported(table(), tmp_path)
     run = run_script("bc", "--dataset-id", ID, "--num-updates", "2", "--run-dir", str(tmp_path / "run"))
@@ -293,7 +329,16 @@ ARGUMENTS = {
     "bounds in disorder": (["--action-low", "3"], "action_0: the bounds 3 and 2.5 do not make"),
     "one column twice": (["--reward", "episode"], "name one column twice"),
     "empty prefix": (["--action-prefix", ""], "three prefixes must differ"),
-    "unknown argument": (["--rewards", "x"], "--help"),
+    "no environment": (
+        ["--env-id", "Pendulum-v99"],
+        "--env-id: environment 'Pendulum-v99' is not installed: check the",
+    ),
+    "code": (["--env-id", "conftest:Pendulum-v1"], "--env-id: environment 'conftest:Pendulum-v1' is not installed"),
+    "size": (["--env-id", "Pendulum-v1"], "--env-id Pendulum-v1 has observations of size 3, the file of size 2: name"),
+    "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
+    "one return": (["--reference-returns", "1", "1"], "--reference-returns 1.0 1.0: give two, the lower first"),
+    "infinite return": (["--reference-returns", "1", "inf"], "give two, the lower first"),
+    "robomimic": (["--observation-keys", "object"], "are for robomimic's HDF5 files, which "),
 }
 
 
@@ -301,6 +346,11 @@ ARGUMENTS = {
 def test_refuses_arguments(name, tmp_path, folder):
     arguments, message = ARGUMENTS[name]
     assert_refused(import_logs(write(table(), tmp_path / "logs.csv"), *arguments), message, folder)
+
+
+def test_refuses_an_unknown_argument(tmp_path, folder):
+    outcome = import_logs(write(table(), tmp_path / "logs.csv"), "--rewards", "x")
+    assert outcome.returncode == 2 and "--help" in outcome.stderr and not folder.exists()
 
 
 @pytest.mark.parametrize("module", ["pandas", "pyarrow"])

@@ -8,7 +8,6 @@ from gymnasium import spaces
 from matplotlib.image import imread
 
 from benchmarks.inspect_dataset import (
-    Args,
     collect,
     count_duplicates,
     open_dataset,
@@ -17,7 +16,7 @@ from benchmarks.inspect_dataset import (
     returns_to_go,
     share_beyond,
 )
-from common.datasets import BUILT_IN_ID
+from common.data import BUILT_IN_ID
 
 SCRIPT = "benchmarks.inspect_dataset"
 
@@ -29,7 +28,7 @@ def inspect(*arguments):
 
 
 def read(dataset_id):
-    dataset = open_dataset(Args(dataset_id))
+    dataset = open_dataset(dataset_id)
     return collect(dataset), dataset
 
 
@@ -240,50 +239,6 @@ def test_more_steps_than_the_metadata_says(make_dataset, datasets_path):
     assert "120 steps, of which its metadata says 100" in inspect("test/data-v0")
 
 
-def write_d4rl(path, **changes):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "observations": rng.normal(size=(20, 3)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, size=(20, 1)).astype(np.float32),
-        "rewards": rng.normal(size=20).astype(np.float32),
-        "terminals": np.arange(20) == 9,
-        "timeouts": np.arange(20) == 19,
-    }
-    with h5py.File(path, "w") as file:
-        for name, values in (arrays | changes).items():
-            if values is not None:
-                file[name] = values
-    return arrays
-
-
-def test_d4rl_file(tmp_path):
-    path = tmp_path / "logs.hdf5"
-    write_d4rl(path)
-    text = inspect(path)
-    assert "19 transitions in 2 episodes" in text  # what followed the time limit is not known
-    assert "environment: none" in text and "terminations: 1; truncations: 1;" in text
-    assert "neither timeouts nor next_observations" not in text and "do not begin" not in text
-    write_d4rl(path, timeouts=None)
-    assert "the file has neither timeouts nor next_observations" in inspect(path)
-
-
-def test_d4rl_file_whose_boundaries_are_missing(tmp_path):
-    path = tmp_path / "logs.hdf5"
-    following = np.roll(write_d4rl(path)["observations"], -1, axis=0)
-    following[4] = 7  # row 4 led elsewhere than row 5 begins
-    write_d4rl(path, timeouts=None, next_observations=following)
-    text = inspect(path)
-    assert "1 steps inside episodes do not begin where the step before ended" in text
-
-
-def test_d4rl_file_with_actions_beyond_the_bounds_of_its_environment(tmp_path):
-    path = tmp_path / "logs.hdf5"
-    write_d4rl(path, actions=np.full((20, 1), 2.5))
-    assert "action 0: up to 100.00%" in inspect(path, "--env-id", "Pendulum-v1")
-    run = run_script(SCRIPT, str(path))
-    assert run.returncode == 2 and "--env-id" in run.stderr
-
-
 # --- The picture ---
 
 
@@ -313,8 +268,7 @@ def test_picture(make_dataset, tmp_path):
 BAD = {
     "unknown built-in id": (["anchorl/none-v0"], BUILT_IN_ID),
     "no id": (["nonsense"], "no dataset 'nonsense'"),
-    "no file": (["absent.hdf5"], "no file absent.hdf5"),
-    "no dataset named": ([], "--help"),
+    "a file": (["absent.hdf5"], "python -m benchmarks.import_logs absent.hdf5"),
     "a suffix": ([BUILT_IN_ID, "--out", "page.jpg"], "--out page.jpg: must end with .png"),
     "no folder": ([BUILT_IN_ID, "--out", "absent/page.png"], "there is no folder absent"),
     "discount": ([BUILT_IN_ID, "--gamma", "1.5"], "--gamma 1.5: must be in [0, 1]"),
@@ -331,6 +285,11 @@ def test_bad_input_is_one_line(name, pendulum, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_dataset_named():
+    run = run_script(SCRIPT)
+    assert (run.returncode, run.stdout) == (2, "") and "--help" in run.stderr
+
+
 def test_data_that_leaves_nothing_to_report(make_dataset, datasets_path, tmp_path):
     out = tmp_path / "page.png"
     images = {"observation_space": spaces.Box(0, 255, (8, 8, 3), np.uint8)}
@@ -341,7 +300,7 @@ def test_data_that_leaves_nothing_to_report(make_dataset, datasets_path, tmp_pat
     ]
     with h5py.File(datasets_path / "test/damaged-v0" / "data" / "main_data.hdf5", "a") as file:
         del file["episode_2"]["rewards"]
-    messages = "empty; episode 0: rewards hold nan", "images are not supported", "cannot read dataset test/damaged-v0"
+    messages = "empty; episode 0: rewards hold nan", "no images", "cannot read dataset test/damaged-v0"
     for dataset_id, message in zip(dataset_ids, messages, strict=True):
         run = run_script(SCRIPT, dataset_id, "--out", str(out))
         assert (run.returncode, run.stderr.count("\n"), out.exists()) == (2, 1, False)

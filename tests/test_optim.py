@@ -1,4 +1,4 @@
-"""Adam as the scripts use it. That a compiled update trains to eager's weights is in test_experiment.py."""
+"""Adam as the scripts use it. That a compiled update trains to eager's weights is in test_compile.py."""
 
 import copy
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_episode
 
-from common.datasets import BUILT_IN_ID, load_dataset
+from common.command_line import BUILT_IN_ID
+from common.data import load_dataset
 from common.evaluation import evaluate, make_environments, normalized_score
 
 PATH = ROOT / "benchmarks" / "peers" / "d3rlpy_scores.py"

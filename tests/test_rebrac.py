@@ -9,9 +9,7 @@ import rebrac
 import torch
 from conftest import assert_one_line, numpy_mlp, random_batch, run_script
 
-from common.compile import compiled
-from common.datasets import Dataset, Episode
-from common.replay_buffer import ReplayBuffer
+from common.optim import Adam
 
 CPU = torch.device("cpu")
 
@@ -24,7 +22,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = rebrac.build(3, 2, args, CPU)
+    learner = rebrac.build(3, 2, args, CPU, Adam)
     with torch.no_grad():  # so that the targets differ from what they follow, and the norms from doing nothing
         for parameter in (*learner.target_actor.parameters(), *learner.target_critic.parameters()):
             parameter.add_(torch.randn_like(parameter))
@@ -47,22 +45,23 @@ def numpy_normed_twins(critic, observations, actions):
     return np.stack(values)
 
 
-def next_actions_of_the_data():
+def batch_of_the_data():
     actions = torch.randn(8, 2, generator=torch.Generator().manual_seed(2)).tanh()
     actions[[2, 5]] = math.nan  # 2 ends an episode by its time limit; 5 is anywhere
-    return actions
+    return rebrac.Batch(*random_batch(), actions)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_critic_loss(learner, args, known):
-    batch, noise = random_batch(), torch.linspace(-2, 2, 16).reshape(8, 2)
-    data_actions = next_actions_of_the_data() if known else torch.full((8, 2), math.nan)
-    loss, metrics = rebrac.critic_loss(learner, batch, data_actions, noise, args)
+    batch, noise = batch_of_the_data(), torch.linspace(-2, 2, 16).reshape(8, 2)
+    if not known:
+        batch = batch._replace(next_actions=torch.full((8, 2), math.nan))
+    loss, metrics = rebrac.critic_loss(learner, batch, noise, args)
     next_observations, smoothing = batch.next_observations.numpy(), np.clip(0.4 * noise.numpy(), -0.3, 0.3)
     next_actions = np.clip(np.tanh(numpy_mlp(learner.target_actor.net, next_observations)) + smoothing, -1, 1)
     penalty = np.zeros(8)
     for row in set(range(8)) - {2, 5} if known else ():
-        penalty[row] = sum((next_actions[row, i] - data_actions[row, i].item()) ** 2 for i in range(2))
+        penalty[row] = sum((next_actions[row, i] - batch.next_actions[row, i].item()) ** 2 for i in range(2))
     next_value = numpy_normed_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.7 * penalty
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_value)
     q = numpy_normed_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
@@ -71,7 +70,7 @@ def test_critic_loss(learner, args, known):
 
 
 def test_actor_loss(learner, args):
-    batch = random_batch()
+    batch = batch_of_the_data()
     loss, _ = rebrac.actor_loss(learner, batch, args)
     actions = np.tanh(numpy_mlp(learner.actor.net, batch.observations.numpy()))
     q = numpy_normed_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
@@ -81,7 +80,7 @@ def test_actor_loss(learner, args):
 
 def test_actor_gradient_treats_lambda_as_a_constant(learner, args):
     """Were lambda part of the gradient, Q's share would vanish wherever Q has one sign: d(-Q / |Q|) = 0."""
-    batch, parameters = random_batch(), list(learner.actor.parameters())
+    batch, parameters = batch_of_the_data(), list(learner.actor.parameters())
     gradients = torch.autograd.grad(rebrac.actor_loss(learner, batch, args)[0], parameters)
     actions = learner.actor(batch.observations)
     q = learner.critic(batch.observations, actions).min(dim=0).values
@@ -91,14 +90,10 @@ def test_actor_gradient_treats_lambda_as_a_constant(learner, args):
 
 
 def test_the_data_act_at_s_prime_as_in_the_next_row_of_the_episode():
-    def episode(actions):
-        states, zeros = np.zeros((len(actions), 1)), np.zeros(len(actions))
-        return Episode(states, np.array(actions)[:, None], zeros, states, zeros)
-
-    ones, episodes = np.ones(1, np.float32), [episode([0.1, 0.2, 0.3]), episode([0.4]), episode([0.5, 0.6])]
-    buffer = ReplayBuffer(Dataset("test", 6, 1, -ones, ones, lambda: iter(episodes)), CPU)
+    actions = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).unsqueeze(1)
+    found = rebrac.following_actions(actions, torch.tensor([3, 1, 2]))
     expected = [0.2, 0.3, math.nan, math.nan, 0.6, math.nan]
-    np.testing.assert_allclose(rebrac.following_actions(buffer)[:, 0].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=1e-6)
 
 
 def test_a_run_hands_the_next_actions_to_its_updates(pendulum, tmp_path):
@@ -110,12 +105,12 @@ def test_a_run_hands_the_next_actions_to_its_updates(pendulum, tmp_path):
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner, args):
-    batch = random_batch()._replace(rewards=torch.zeros(8))
+    batch = batch_of_the_data()._replace(rewards=torch.zeros(8))
     with torch.no_grad():
         learner.target_critic.layers[-1].bias.fill_(1000.0)
     for terminated, expected in ((1.0, 0.0), (0.0, 900.0)):  # a truncated step is stored as not terminated
         step = batch._replace(terminations=torch.full((8,), terminated))
-        _, metrics = rebrac.critic_loss(learner, step, next_actions_of_the_data(), torch.zeros(8, 2), args)
+        _, metrics = rebrac.critic_loss(learner, step, torch.zeros(8, 2), args)
         assert metrics["critic/target"].item() == pytest.approx(expected, abs=20)
 
 
@@ -124,7 +119,7 @@ def test_actor_and_targets_move_every_second_update(learner, args):
     for step in (1, 2, 3):
         before = {name: [weight.clone() for weight in module.parameters()] for name, module in moving.items()}
         critic = [weight.clone() for weight in learner.critic.parameters()]
-        rebrac.update(learner, random_batch(), step, args, next_actions_of_the_data())
+        rebrac.update(learner, batch_of_the_data(), step, args)
         assert not all(map(torch.equal, critic, learner.critic.parameters()))
         for name, module in moving.items():
             still = all(map(torch.equal, before[name], module.parameters()))
@@ -136,34 +131,16 @@ def test_the_actors_update_leaves_the_critic_alone(learner, args):
     twins = [copy.deepcopy(learner) for _ in range(2)]
     for step, twin in enumerate(twins, start=1):
         torch.manual_seed(1)
-        rebrac.update(twin, random_batch(), step, args, next_actions_of_the_data())
+        rebrac.update(twin, batch_of_the_data(), step, args)
     assert all(map(torch.equal, twins[0].critic.parameters(), twins[1].critic.parameters()))
     assert not all(map(torch.equal, twins[0].actor.parameters(), twins[1].actor.parameters()))
 
 
 def test_targets_move_by_tau(learner, args):
     before = [parameter.clone() for parameter in learner.target_critic.parameters()]
-    rebrac.update(learner, random_batch(), 2, args)
+    rebrac.update(learner, batch_of_the_data(), 2, args)
     for old, new, online in zip(before, learner.target_critic.parameters(), learner.critic.parameters(), strict=True):
         torch.testing.assert_close(new, old + args.tau * (online - old))
-
-
-@pytest.mark.slow
-def test_compiled_updates_with_next_actions_equal_eager_ones():
-    """test_compile.py does this without them."""
-    torch.set_default_dtype(torch.float64)
-    finals = []
-    for compile in (False, True):
-        args = rebrac.Args(hidden_dims=(16, 16), compile=compile, critic_beta=0.5)
-        torch.manual_seed(0)
-        learner = rebrac.build(3, 2, args, CPU)
-        train = compiled(rebrac.update, args, CPU)
-        batch = random_batch()
-        for step in range(1, 21):
-            train(learner, type(batch)(*(part.double() for part in batch)), step, args, next_actions_of_the_data())
-        finals.append([weight.detach() for network in learner[:4] for weight in network.parameters()])
-    torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(*finals, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("flag", ["--actor-beta", "--critic-beta"])

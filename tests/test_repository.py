@@ -4,13 +4,17 @@ import ast
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS
 
-SECTIONS = ["# --- Networks", "# --- Losses", "# --- Update", "# --- Main"]
+SECTIONS = ["class HyperParameters", "class Batch", "# --- Networks", "class Learner", "def build(", "# --- Losses"]
+SECTIONS += ["# --- Update", "def update(", "# === The copy line", "class Args(HyperParameters, ExperimentArgs)"]
+SECTIONS += ["def main(args: Args)", "    launch(main, Args)"]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
@@ -43,10 +47,8 @@ def test_scripts_are_short_and_keep_their_sections(algorithm):
     path = ROOT / "algorithms" / f"{algorithm}.py"
     text = path.read_text()
     assert len(text.splitlines()) < 500
-    places = [text.index(section) for section in ["class Args(", *SECTIONS]]
+    places = [text.index(section) for section in SECTIONS]
     assert all(before < after for before, after in pairwise(places))
-    for name in ("class Learner", "def build(", "def update(", "def main(", "    launch(main, Args)"):
-        assert name in text
     assert ("class Actor" in text) == (algorithm != "fqe")  # which learns no policy
 
 
@@ -56,6 +58,15 @@ def test_scripts_import_common_alone(algorithm):
         name for name in imports(ROOT / "algorithms" / f"{algorithm}.py") if name.split(".")[0] in ("common", *SCRIPTS)
     }
     assert ours and all(name.startswith("common.") for name in ours)
+
+
+def test_common_is_thin():
+    files = list((ROOT / "common").glob("**/*.py"))
+    assert len(files) <= 7 and sum(len(path.read_text().splitlines()) for path in files) <= 1000
+
+
+def test_the_tools_are_short():
+    assert all(len(path.read_text().splitlines()) <= 400 for path in (ROOT / "benchmarks").glob("**/*.py"))
 
 
 def test_common_imports_no_algorithm():
@@ -79,8 +90,13 @@ def test_the_readme_has_commands():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where all that the README has to run runs, one after the other."""
-    return tmp_path_factory.mktemp("home")
+    """Where all that the README runs is run, in its order: it looks like a clone, with a script of a user's own."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("algorithms", "common"):
+        (home / name).symlink_to(ROOT / name)
+    (home / "projects").mkdir()
+    shutil.copy(ROOT / "algorithms" / "iql.py", home / "projects" / "my_iql.py")
+    return home
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
@@ -94,7 +110,7 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     while re.match(r"[A-Z_]+=", words[0]):
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     words.pop(0)  # python
-    if words[0].startswith("algorithms/"):
+    if words[0].startswith(("algorithms/", "projects/")):
         dataset_id = words[words.index("--dataset-id") + 1] if "--dataset-id" in words else ""
         if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
@@ -115,7 +131,9 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
 def execute(words, monkeypatch):
     """What `python *words` does, in this process, which spares the seconds that a fresh one takes to import torch."""
     start = runpy.run_path if words[0] != "-m" else runpy.run_module
-    program = str(ROOT / words[0]) if words[0] != "-m" else words.pop(1)
+    program = (
+        words.pop(1) if words[0] == "-m" else str(ROOT / words[0] if (ROOT / words[0]).exists() else Path(words[0]))
+    )
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.delitem(sys.modules, program, raising=False)  # so that a module which a test imported runs afresh
     try:
@@ -127,7 +145,7 @@ def execute(words, monkeypatch):
 BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
-    "throughput.py": [
+    "measurements/throughput.py": [
         "--algorithms",
         "iql",
         "mopo:dynamics",
@@ -139,22 +157,23 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read wh
         "--csv",
         "x.csv",
     ],
-    "returns.py": ["--num-episodes", "3", "--rounds", "1"],
-    "loading.py": ["--num-steps", "2000"],
-    "evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
-    "memory.py": ["--num-steps", "2000"],
-    "estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
+    "measurements/returns.py": ["--num-episodes", "3", "--rounds", "1"],
+    "measurements/loading.py": ["--num-steps", "2000"],
+    "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
+    "measurements/memory.py": ["--num-steps", "2000"],
+    "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
     "shift_report.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", *FEW_SHIFTED],
     "watch.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", "--max-steps", "3"],
+    "built_in.py": ["--out", "built_in"],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
-    "soak.py": ["--num-updates", "300", "--max-growth", "1"],
+    "measurements/soak.py": ["--num-updates", "300", "--max-growth", "1"],
 }
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 
-SLOW = ("collect.py", "estimates.py", "loading.py", "memory.py")
+SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("estimates", "loading", "memory")))
 
 
 @pytest.mark.parametrize(
@@ -172,11 +191,14 @@ def test_the_peers_speed_is_asked_for_by_lines(tmp_path, monkeypatch, capsys):
     python.write_text("#!/bin/sh\nwhile read seconds; do echo 12.5; done\n")
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    words = [*BENCHMARKS["throughput.py"], "--algorithms", "bc", "--peers", str(python)]
-    execute(["benchmarks/throughput.py", *words], monkeypatch)
+    words = [*BENCHMARKS["measurements/throughput.py"], "--algorithms", "bc", "--peers", str(python)]
+    execute(["benchmarks/measurements/throughput.py", *words], monkeypatch)
     assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", capsys.readouterr().out)
 
 
 def test_every_benchmark_is_tested():
-    tried_with_others = {"shift_measures.py", "trained_run.py"}
-    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == BENCHMARKS.keys() | tried_with_others
+    tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
+    tried_with_others |= {"log_hdf5.py", "log_steps.py", "log_tables.py"}
+    folder = ROOT / "benchmarks"
+    names = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("measurements/*.py")]}
+    assert names == BENCHMARKS.keys() | tried_with_others

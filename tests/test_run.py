@@ -16,8 +16,6 @@ import pytest
 import run
 from conftest import ROOT, assert_one_line, run_script
 
-from common import files
-
 FEW = ["--num-updates", "6", "--eval-every", "3", "--eval-episodes", "1", "--hidden-dims", "8"]
 
 
@@ -235,11 +233,10 @@ def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
 
 
 def test_two_commands_at_once_do_not_share_a_folder(tmp_path, pendulum):
-    release = files.lock(tmp_path)
     command = ["--algorithms", "bc", "--seeds", "1", "--out", str(tmp_path), "--", *FEW]
-    assert_one_line(run_script("run", *command), f"--out {tmp_path}: another command is at work in it; wait")
-    assert not list(tmp_path.iterdir())
-    release()
+    with run.alone_in(tmp_path):
+        assert_one_line(run_script("run", *command), f"--out {tmp_path}: another command is at work in it; wait")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert run_script("run", *command).returncode == 0
 
 
@@ -381,12 +378,17 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
         (["--datasets", "a/b-v0", "a/b-v0"], "--datasets: two would share a folder: a-b-v0 a-b-v0"),
         (["--", "--device", "cuda"], "--device: cells get GPUs by --gpus"),
         (["--algorithms", "bc --device=auto"], "--device: cells get GPUs by --gpus"),
-        (["--num-updates", "3"], r"--num-updates, 3 \(--help .*those of the scripts come after `--`"),
         (["--datasets", "anchorl/unknown-v0"], "unknown built-in dataset"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert_one_line(run_script("run", *arguments, "--out", str(tmp_path / "grid")), message)
+    assert not (tmp_path / "grid").exists()
+
+
+def test_an_argument_of_the_scripts_before_the_two_hyphens_is_refused(tmp_path):
+    ran = run_script("run", "--num-updates", "3", "--out", str(tmp_path / "grid"))
+    assert ran.returncode == 2 and "--num-updates, 3" in ran.stderr
     assert not (tmp_path / "grid").exists()
 
 

@@ -1,4 +1,4 @@
-"""SAC's losses against NumPy on small numbers, its way through the environment, and that it learns."""
+"""SAC's way through the environment, and that it learns; test_sac_family.py has its losses."""
 
 import json
 
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import assert_one_line, random_batch, run_script, sac_learner
+from conftest import assert_one_line, random_batch, run_script
 
+from common.data import ReplayBuffer
 from common.evaluation import load_policy, make_environment
-from common.replay_buffer import ReplayBuffer
+from common.optim import Adam
 
 CPU = torch.device("cpu")
 
@@ -18,14 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def args():
     return sac.Args(hidden_dims=(5, 4), gamma=0.9, random_steps=250, replay_size=1000, seed=3)
-
-
-@pytest.fixture
-def learner(args):
-    return sac_learner(sac, args)
-
-
-# --- Losses ---
 
 
 # --- Environment ---
@@ -52,7 +45,7 @@ def play(environment, args, learner, count):
 
 def test_the_player_records_what_happened(args):
     torch.manual_seed(0)
-    learner = sac.build(3, 1, args, CPU)
+    learner = sac.build(3, 1, args, CPU, Adam)
     with make_environment("Pendulum-v1") as environment:
         play(environment, args, learner, 203)
         assert learner.episodes.lengths == [200, 3]
@@ -85,8 +78,8 @@ class Counter(gym.Env):
 
 
 def test_a_termination_is_one_and_a_time_limit_is_none(args):
-    learner = sac.build(2, 1, args, CPU)
-    with make_environment("Counter-v0", 8, Counter) as environment:
+    learner = sac.build(2, 1, args, CPU, Adam)
+    with gym.wrappers.TimeLimit(Counter(), 8) as environment:
         play(environment, args, learner, 44)
     assert learner.episodes.lengths == [8, 8, 5, 8, 8, 5, 2]
     expected = np.isin(np.arange(44), [20, 41]).astype(np.float32)
@@ -95,7 +88,7 @@ def test_a_termination_is_one_and_a_time_limit_is_none(args):
 
 def test_a_resumed_player_is_where_the_episode_was(args):
     torch.manual_seed(0)
-    learner = sac.build(3, 1, args, CPU)
+    learner = sac.build(3, 1, args, CPU, Adam)
     with make_environment("Pendulum-v1") as environment, make_environment("Pendulum-v1") as fresh:
         player = play(environment, args, learner, 217)
         resumed = sac.Player(fresh, learner, args)
@@ -107,7 +100,7 @@ def test_a_resumed_player_is_where_the_episode_was(args):
 
 
 def test_the_newest_of_a_full_ring_come_in_order(args):
-    learner = sac.build(3, 2, args, CPU)
+    learner = sac.build(3, 2, args, CPU, Adam)
     for start in (0, 600):
         batch = random_batch(600)
         learner.replay.add(batch._replace(rewards=torch.arange(start, start + 600.0)))
@@ -116,44 +109,39 @@ def test_the_newest_of_a_full_ring_come_in_order(args):
 
 # --- Runs ---
 
-SMALL = [
-    "--hidden-dims",
-    "64",
-    "64",
-    "--tau",
-    "0.02",
-    "--actor-learning-rate",
-    "1e-3",
-    "--critic-learning-rate",
-    "1e-3",
-]
+SMALL = ["--hidden-dims", "64", "64", "--tau", "0.02"]
+SMALL += ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3"]
 
 
 def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
-    arguments = ["--num-updates", "3000", "--eval-every", "1500", "--gamma", "0.95", "--keep-actors"]
+    arguments = ["--num-updates", "3000", "--eval-every", "1500", "--gamma", "0.95", "--keep-policies"]
     run = run_script("sac", *arguments, *SMALL, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["dataset_id"] == "Pendulum-v1"
     assert result["dataset_return_mean"] < -900 and result["final_return_mean"] > -300
-    policy, actor = load_policy(tmp_path / "run").actor, torch.load(tmp_path / "run" / "actor-3000.pt")["actor"]
-    assert (tmp_path / "run" / "actor-1500.pt").exists()
-    for name, weight in policy.state_dict().items():
-        assert torch.equal(weight, actor[f"net.{name}"])
+    last, kept, earlier = (load_policy(tmp_path / "run", file=f"policy{end}.pt") for end in ("", "-3000", "-1500"))
+    for name, weight in last.actor.state_dict().items():
+        assert torch.equal(weight, kept.actor.state_dict()[name])
+        assert not torch.equal(weight, earlier.actor.state_dict()[name])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
-        (["--env-id", "json:NoSuch-v0"], "environment 'json:NoSuch-v0' is not installed"),
+        (["--env-id", "json:NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
         (["--env-id", "CartPole-v1"], r"actions must be vectors of real numbers \(a Box\), not Discrete"),
         (["--random-steps", "0"], "--random-steps 0: must be at least 1"),
         (["--replay-size", "1100"], "--replay-size 1100: must hold the random steps and an episode: 1200"),
         (["--tau", "2"], r"--tau 2.0: must be in \(0, 1\]"),
-        (["--dataset-id", "anchorl/pendulum/mixed-v0"], "[Uu]nrecognized"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert_one_line(run_script("sac", *arguments, "--run-dir", str(tmp_path / "run")), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_there_is_no_dataset_to_choose(tmp_path):
+    run = run_script("sac", "--dataset-id", "anchorl/pendulum/mixed-v0", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 2 and "Unrecognized options: --dataset-id" in run.stderr

@@ -30,10 +30,10 @@ def learner(args):
 
 def numpy_imitation(learner, batch):
     """By the change of variables: the density of a = tanh(u) is that of u over da/du = 1 - a^2."""
-    hidden = np.maximum(numpy_mlp(learner.actor.net[:-2], batch.observations.numpy()), 0)
+    actor = learner.actor
+    hidden = np.maximum(numpy_mlp(actor.trunk, batch.observations.numpy()), 0)
     mean, log_std = (
-        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy()
-        for head in (learner.actor.net[-2], learner.actor.log_std)
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.mean, actor.log_std)
     )
     std = np.exp(np.clip(log_std, -5, 2))
     actions = np.clip(batch.actions.numpy().astype(np.float64), -0.999, 0.999)
@@ -62,8 +62,7 @@ def test_imitation_loss(learner, batch):
 
 def test_actor_and_temperature_losses(learner):
     batch, noise = random_batch(), draws()[0]
-    policy = learner.actor.distribution(batch.observations)
-    actions, log_prob = sac_bc.squashed_sample(*policy, noise)
+    actions, log_prob = learner.actor.sample(batch.observations, noise)
     loss, _ = sac_bc.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, actions, log_prob)
     assert loss.item() == pytest.approx(numpy_actor_critic(learner, batch, noise), rel=1e-4)
     loss, _ = sac_bc.temperature_loss(torch.tensor(0.3), log_prob, target_entropy=-2.0)
@@ -73,7 +72,7 @@ def test_actor_and_temperature_losses(learner):
 
 def test_actor_gradient_treats_lambda_as_a_constant(learner):
     batch, parameters = random_batch(), sac_networks(learner)["actor"]
-    actions, log_prob = sac_bc.squashed_sample(*learner.actor.distribution(batch.observations), draws()[0])
+    actions, log_prob = learner.actor.sample(batch.observations, draws()[0])
     loss, _ = sac_bc.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, actions, log_prob)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
     q = learner.critic(batch.observations, actions).min(dim=0).values
@@ -96,15 +95,15 @@ def test_alpha_weighs_imitation_and_nothing_else(learner, args):
 
 def test_each_loss_trains_its_own_network_only(learner, args):
     batch, noise = random_batch(), draws()
-    policy, temperature = learner.actor.distribution(batch.observations), learner.actor.log_temperature.exp()
-    actions, log_prob = sac_bc.squashed_sample(*policy, noise[1])
+    temperature = learner.actor.log_temperature.exp()
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
     losses = {
         "critic": sac_bc.critic_loss(learner, batch, noise[0], args)[0],
         "actor": sac_bc.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": sac_bc.temperature_loss(temperature, log_prob, -2.0)[0],
     }
     assert_each_trains_its_own(losses, sac_networks(learner))
-    imitation, _ = sac_bc.imitation_loss(*policy, batch.actions)
+    imitation, _ = sac_bc.imitation_loss(*learner.actor.distribution(batch.observations), batch.actions)
     assert_each_trains_its_own({"actor": imitation}, sac_networks(learner))
 
 

@@ -8,6 +8,8 @@ import td3_bc
 import torch
 from conftest import numpy_mlp, numpy_twins, random_batch
 
+from common.optim import Adam
+
 CPU = torch.device("cpu")
 
 
@@ -19,7 +21,7 @@ def args():
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    learner = td3_bc.build(3, 2, args, CPU)
+    learner = td3_bc.build(3, 2, args, CPU, Adam)
     with torch.no_grad():  # so that the targets differ from what they follow
         for module in (learner.target_actor, learner.target_critic):
             for parameter in module.parameters():

@@ -1,5 +1,7 @@
 """watch.py: a picture that moves, of the policy alone or beside the data, from where they started."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from conftest import SHORT, assert_one_line, random_episode, run_script, write_p
 from PIL import Image
 from watch import median_episode, set_pose
 
-from common.datasets import load_dataset
+from common.data import load_dataset
 
 FEW = ["--num-updates", "3", *SHORT]
 
@@ -82,6 +84,18 @@ def test_bad_input_is_one_line(arguments, message):
 
 def test_a_folder_with_a_policy_alone(tmp_path):
     assert_one_line(run_script("watch", write_policy(tmp_path / "run")), "cannot read .*args.json")
+
+
+def test_the_environment_of_a_run_is_no_code_that_is_run(tmp_path):
+    """A module of the user's own is named again."""
+    assert run_script("bc", *FEW, "--run-dir", str(tmp_path / "run")).returncode == 0
+    path = tmp_path / "run" / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"env_id": "antigravity:Pendulum-v1"}))
+    words = [str(tmp_path / "run"), "--out", str(tmp_path / "policy.gif"), "--max-steps", "3"]
+    assert_one_line(run_script("watch", *words), "give --env-id antigravity:Pendulum-v1, or another one")
+    pytest.importorskip("pygame")
+    run = run_script("watch", *words, "--env-id", "gymnasium:Pendulum-v1")
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_environment_is_one_line(tmp_path, make_dataset):

@@ -78,7 +78,9 @@ class Args:
 
 def read(dataset_id: str) -> tuple[d3rlpy.dataset.MDPDataset, dict[str, Any]]:
     """The transitions, and what the dataset says of itself."""
-    folder = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")) / dataset_id / "data"
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    built_in = Path(__file__).resolve().parents[2] / "common" / "built_in"
+    folder = next((root for root in (root, built_in) if (root / dataset_id).exists()), root) / dataset_id / "data"
     metadata = json.loads((folder / "metadata.json").read_text())
     fields: dict[str, list[np.ndarray]] = {
         name: [] for name in ("observations", "actions", "rewards", "terminations", "truncations")

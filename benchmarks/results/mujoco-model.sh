@@ -15,7 +15,7 @@ for seed in 0 1 2; do
         python algorithms/combo.py $data --run-dir "$folder/combo" --beta 5 $rollouts $combo $shared
         for lambda in $penalties; do
             # shellcheck disable=SC2086
-            python algorithms/mopo.py $data --run-dir "$folder/mopo-$lambda" --dynamics "$folder/combo/dynamics.pt" \
+            python algorithms/mopo.py $data --run-dir "$folder/mopo-$lambda" --dynamics "$folder/combo" \
                 --penalty ensemble_std --penalty-coefficient $lambda $rollouts $mopo $shared
         done
     done

@@ -3,7 +3,7 @@
 The run has all that takes memory: the data, an epoch of the model, the model's buffer full, and a checkpoint of it.
 Linux only.
 
-Run: python benchmarks/memory.py
+Run: python -m benchmarks.measurements.memory
 """
 
 import os
@@ -14,9 +14,11 @@ import tempfile
 from pathlib import Path
 
 import tyro
+
+sys.path.append(str(Path(__file__).resolve().parent))
 from loading import DATASET_ID, Args, make_dataset
 
-SCRIPT = str(Path(__file__).resolve().parents[1] / "algorithms" / "mopo.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "algorithms" / "mopo.py")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 The policies are those of iql.py, of bc.py, and of a network with random weights (bc.py after one update). A run that is
 finished is not repeated: stop the command, and give it again. Arguments after `--` go to fqe.py.
 
-Run: python benchmarks/estimates.py
+Run: python -m benchmarks.measurements.estimates
 """
 
 import csv
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import run
 
 from common.command_line import launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Makes a dataset of the given size in a temporary folder (1,000 steps an episode, float64 as MuJoCo's observations are),
 and measures each of the two in a process of its own: the peak is what its resident memory grew by at most. Linux only.
 
-Run: python benchmarks/loading.py
+Run: python -m benchmarks.measurements.loading
 """
 
 import os
@@ -23,9 +23,8 @@ import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.datasets import load_dataset
-from common.replay_buffer import ReplayBuffer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.data import ReplayBuffer, load_dataset
 
 DATASET_ID = "benchmark/loading-v0"
 

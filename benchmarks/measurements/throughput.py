@@ -6,9 +6,9 @@ The products of one update are recorded on their way to the kernels and replayed
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
---peers adds d3rlpy's rows, measured by peers/d3rlpy_speed.py.
+--peers adds d3rlpy's rows, measured by benchmarks/peers/d3rlpy_speed.py.
 
-Run: python benchmarks/throughput.py --compile --csv benchmarks/results/throughput.csv
+Run: python -m benchmarks.measurements.throughput --compile --csv benchmarks/results/throughput.csv
 """
 
 import csv
@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
-from common.command_line import launch
-from common.compile import compiled
-from common.datasets import Dataset, Episode, check
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
+from common.command_line import check, launch
+from common.data import Batch, Dataset, Episode, ReplayBuffer
 from common.experiment import set_up
-from common.replay_buffer import ReplayBuffer
+from common.optim import Adam, compiled
 
 DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # as many actions as there are dimensions for the others
 PEERS = "bc", "td3_bc", "iql", "bcq", "cql"  # the algorithms that d3rlpy has, too
@@ -120,6 +119,12 @@ def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes
     return ReplayBuffer(dataset, device)
 
 
+def as_batch_of(module: Any, batch: Batch) -> Any:
+    """The script's own Batch; what AWR and ReBRAC add to the columns is of the same shape as one that is here."""
+    columns = batch._asdict() | {"returns": batch.rewards, "next_actions": batch.actions}
+    return module.Batch(**{name: columns[name] for name in module.Batch._fields})
+
+
 def make_trainer(
     args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool, precision: str = "float32"
 ) -> tuple[Callable[[], None], Any]:
@@ -128,23 +133,28 @@ def make_trainer(
     module = importlib.import_module(name)
     script_args = module.Args(compile=compile, precision=precision, device=args.device)
     device = set_up(script_args)
-    learner = module.build(args.observation_dim, args.action_dim, script_args, device)
+    learner = module.build(args.observation_dim, args.action_dim, script_args, device, Adam)
     if part == "rollout":
         elites = learner.dynamics.elites(script_args.num_elites)
-        return lambda: module.rollout(learner, elites, buffer, "never", script_args), learner
+        rules = buffer.normalization, "HalfCheetah", script_args
+
+        def roll_out() -> None:
+            module.rollout(learner.actor, elites, buffer.sample(script_args.rollout_batch_size), *rules)
+
+        return roll_out, learner
     if part == "dynamics":
         shape = script_args.num_models, script_args.dynamics_batch_size
         x = torch.randn(*shape, args.observation_dim + args.action_dim, device=device)
         z, ends = torch.randn(*shape, args.observation_dim + 1, device=device), torch.zeros(shape, device=device)
-        train_dynamics = compiled(module.dynamics_update, script_args, device)
+        train_dynamics = compiled(module.dynamics_update, learner, script_args)
         return lambda: train_dynamics(learner, x, z, ends), learner
-    update = compiled(module.update, script_args, device)
+    update = compiled(module.update, learner, script_args)
     step = 0
 
     def train() -> None:
         nonlocal step
         step += 1
-        update(learner, buffer.sample(script_args.batch_size), step, script_args)
+        update(learner, as_batch_of(module, buffer.sample(script_args.batch_size)), step, script_args)
 
     return train, learner
 
@@ -198,7 +208,7 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
 
 def start_peer(args: Args, algorithm: str) -> Callable[[], float]:
     """A function that has d3rlpy measure itself, in a process of its own environment that waits in between."""
-    script = Path(__file__).with_name("peers") / "d3rlpy_speed.py"
+    script = Path(__file__).resolve().parents[1] / "peers" / "d3rlpy_speed.py"
     command = [args.peers, script, algorithm, args.observation_dim, args.action_dim, args.threads]
     peer = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -2,7 +2,7 @@
 
 Memory is what is resident, in the last tenth of the run against the second: what comes before is warm-up. Linux only.
 
-Run: python benchmarks/soak.py
+Run: python -m benchmarks.measurements.soak
 """
 
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A policy of 256 x 256 with random weights, ten episodes at once. Both take turns; the ratio is the median over rounds.
 
-Run: python benchmarks/evaluation.py
+Run: python -m benchmarks.measurements.evaluation
 """
 
 import statistics
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 import td3_bc
 
-from common.datasets import Dataset
+from common.data import Dataset
 from common.evaluation import EVALUATION_SEED, Policy, evaluate, make_environments
 
 
@@ -43,17 +43,17 @@ def main() -> None:
     low, high = action_space.low, action_space.high
     dataset = Dataset("random", 0, observation_dim, low, high, lambda: iter(()), env_id=args.env_id)
     environments = make_environments(dataset, args.num_episodes)
-    assert environments is not None
     torch.manual_seed(0)
-    actor = td3_bc.Actor(observation_dim, action_dim, (256, 256))
-    policy = Policy(actor, torch.zeros(observation_dim), torch.ones(observation_dim), low, high)
+    actor = td3_bc.Actor(observation_dim, action_dim, td3_bc.HyperParameters(hidden_dims=(256, 256)))
+    normalization = torch.stack([torch.zeros(observation_dim), torch.ones(observation_dim)])
+    policy = Policy(actor, normalization, (low, high), discrete=False, origin={})
     actions: list[np.ndarray] = []
 
     def recorded(observations: np.ndarray) -> np.ndarray:
         actions.append(policy(observations))
         return actions[-1]
 
-    evaluate(recorded, environments)  # type: ignore[arg-type]
+    evaluate(recorded, environments)
     rows = []
     for _ in range(args.rounds):
         began = time.perf_counter()

@@ -3,7 +3,7 @@
 The loop takes all episodes at once, one time step after the other, which asks for episodes of one length, as here, or
 for padding. The three take turns, and each time is the median over rounds.
 
-Run: python benchmarks/returns.py
+Run: python -m benchmarks.measurements.returns
 """
 
 import statistics
@@ -17,8 +17,8 @@ import torch
 import tyro
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 import awr
 
 
@@ -48,23 +48,29 @@ def loop_over_time(
     return returns
 
 
+@torch.no_grad()
+def all_values(value: awr.Value, observations: Tensor) -> Tensor:
+    """V of every state, in pieces as awr.compute_returns has it."""
+    return torch.cat([value(rows) for rows in observations.split(4096)])
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    shape, defaults = (args.num_episodes, args.episode_length), awr.Args()
+    shape, defaults = (args.num_episodes, args.episode_length), awr.HyperParameters()
     lengths = torch.full((args.num_episodes,), args.episode_length)
     rewards, terminations = torch.randn(shape), torch.zeros(shape)
     terminations[::2, -1] = 1  # every second episode ends, the others are cut
     observations = torch.randn(rewards.numel(), args.observation_dim)
-    value = awr.Value(args.observation_dim, defaults.hidden_dims)
-    next_values = awr.all_values(value, observations)
+    value = awr.Value(args.observation_dim, defaults)
+    next_values = all_values(value, observations)
     columns = rewards.flatten(), terminations.flatten(), next_values
     matrices = rewards, terminations, next_values.view(shape)
     measured: dict[str, Callable[[], Tensor]] = {
         "td_lambda_returns": lambda: awr.td_lambda_returns(*columns, lengths, defaults.gamma, defaults.td_lambda),
         "loop over time": lambda: loop_over_time(*matrices, defaults.gamma, defaults.td_lambda).flatten(),
-        "V of every state": lambda: awr.all_values(value, observations),
+        "V of every state": lambda: all_values(value, observations),
     }
     torch.testing.assert_close(measured["td_lambda_returns"](), measured["loop over time"](), atol=1e-4, rtol=1e-4)
 

@@ -1,0 +1,81 @@
+"""The steps of a log, whatever file they come from, and the episodes that Minari makes of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+from minari.data_collector import EpisodeBuffer
+
+
+class Steps(NamedTuple):
+    """The rows of a log, of which each is a step; an episode's rows follow each other."""
+
+    observations: np.ndarray  # [rows, observation_dim], float32
+    actions: np.ndarray  # [rows, action_dim], float32
+    rewards: np.ndarray  # [rows]
+    terminations: np.ndarray  # [rows], as are truncations; true where an episode ends so
+    truncations: np.ndarray
+    next_observations: np.ndarray | None  # [rows, observation_dim], float32
+    ends: np.ndarray  # [episodes], where each episode's rows end
+
+
+class Log(NamedTuple):
+    """What a file holds."""
+
+    steps: Steps
+    observations: str  # what the numbers of an observation are, in their order
+    actions: list[str]  # a name for each number of an action
+    unused: list[str]  # what else the file holds
+    unit_actions: bool = False  # they should be in [-1, 1], wherever the file's lowest and highest are
+    reference_returns: tuple[float, float] | None = None  # of score 0 and score 100, for what the file's name says
+
+
+def find_gaps(steps: Steps) -> np.ndarray:
+    """Rows [gaps], within episodes, whose next observation is not the next row's observation, to four digits."""
+    if steps.next_observations is None:
+        return np.empty(0, int)
+    following, next_rows = steps.next_observations[:-1], steps.observations[1:]
+    unequal = (following != next_rows).any(axis=1)
+    unequal[steps.ends[:-1] - 1] = False
+    rows = np.flatnonzero(unequal)
+    return rows[~np.isclose(following[rows], next_rows[rows], rtol=1e-4, atol=1e-6).all(axis=1)]
+
+
+def cut_gaps(steps: Steps) -> Steps:
+    """The steps with an episode's end, a truncation, at each gap: an episode's next observations are its own rows'."""
+    gaps = find_gaps(steps)
+    if len(gaps) == 0:
+        return steps
+    print(
+        f"{len(gaps)} cuts inside episodes, each after a row whose next observation is not the next row's observation"
+    )
+    truncations = steps.truncations.copy()
+    truncations[gaps] = True
+    return steps._replace(truncations=truncations, ends=np.union1d(steps.ends, gaps + 1))
+
+
+def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
+    """The episodes as Minari has them, with one observation more than steps; those of no transition are left out."""
+    buffers, start = [], 0
+    for end in steps.ends.tolist():
+        observations, last = steps.observations[start:end], end - 1
+        if steps.next_observations is not None:
+            observations = np.concatenate([observations, steps.next_observations[last:end]])
+        elif steps.terminations[last]:
+            observations = np.concatenate([observations, observations[-1:]])  # no value is asked of it
+        else:
+            end = last  # the last row's observation is all that is known of what the row before led to
+        rows = slice(start, end)
+        if end > start:
+            truncations = steps.truncations[rows].copy()
+            truncations[-1] |= not steps.terminations[end - 1]
+            buffers.append(
+                EpisodeBuffer(
+                    observations=observations,
+                    actions=steps.actions[rows],
+                    rewards=steps.rewards[rows],
+                    terminations=steps.terminations[rows],
+                    truncations=truncations,
+                )
+            )
+        start = last + 1
+    return buffers

@@ -1,0 +1,248 @@
+"""From a dataset's id to batches: the built-in datasets and Minari's, checked, in a replay buffer on the device.
+
+`load_dataset` turns an id into a `Dataset`: metadata and an iterator over episodes, one at a time, so that a
+`ReplayBuffer` holds the training tensors and one episode, no more. Nothing that a dataset says is run as code.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_storage import MinariStorage
+from minari.storage.datasets_root_dir import get_dataset_path
+from torch import Tensor
+
+from common.command_line import BUILT_IN_ID, BadInput, check, explain
+
+BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
+BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
+
+
+class Episode(NamedTuple):
+    """One episode of T steps, in the environment's own units."""
+
+    observations: np.ndarray  # [T, observation_dim]
+    actions: np.ndarray  # [T, action_dim], or [T] where they are discrete
+    rewards: np.ndarray  # [T]
+    next_observations: np.ndarray  # [T, observation_dim]
+    terminations: np.ndarray  # [T], true where the environment ended the episode; a time limit does not
+
+
+class Batch(NamedTuple):
+    """Transitions, float32 (but for discrete actions), on the buffer's device."""
+
+    observations: Tensor  # [batch, observation_dim], normalised as the buffer is
+    actions: Tensor  # [batch, action_dim], scaled to [-1, 1]; discrete ones [batch], int64, counted from 0
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim]
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a dataset before its transitions are read."""
+
+    dataset_id: str
+    num_steps: int  # of the transitions that `read_episodes` yields, or more
+    observation_dim: int
+    action_low: np.ndarray  # [action_dim], as is action_high; of discrete actions [1], the first and the last number
+    action_high: np.ndarray
+    read_episodes: Callable[[], Iterator[Episode]] = field(repr=False)
+    env_id: str | None = None  # of the evaluation environment
+    env_spec: dict[str, Any] | None = None  # what the dataset says of it; None where the user named it
+    reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
+    discrete: bool = False  # actions are whole numbers
+
+
+def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | None = False) -> Dataset:
+    """Finds a Minari dataset: a local one, a built-in one, or else one to download. `env_id` overrides the evaluation
+    environment that it names. Raises BadInput if there is none, or if its observations are not vectors or its actions
+    not bounded vectors or, with `discrete`, not those of a Discrete space; None takes either.
+    """
+    path = _find(dataset_id)
+    with explain(f"cannot read dataset {dataset_id} in {path}"):
+        metadata = MinariStorage.read_raw_metadata(path)
+        # lacking a space, Minari would make the environment from the entry point that the dataset names
+        check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
+        dataset = minari.MinariDataset(path)
+        num_steps = int(dataset.total_steps)
+        spec = dict(json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"))
+        spec["kwargs"] = dict(spec.get("kwargs") or {})
+        low, high = (float(metadata.get(f"ref_{end}_score", math.nan)) for end in ("min", "max"))
+    with explain(dataset_id):
+        discrete = isinstance(dataset.action_space, gym.spaces.Discrete) if discrete is None else discrete
+        bounds = action_bounds(dataset.action_space, discrete)
+        dim = flat_observation_dim(dataset.observation_space)
+    same_task = env_id in (None, spec.get("id")) or "id" not in spec
+    scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
+    episodes, own_spec = partial(_read_episodes, dataset), None if env_id else spec
+    env_id = env_id or spec.get("id")
+    return Dataset(dataset_id, num_steps, dim, *bounds, episodes, env_id, own_spec, scale, discrete)
+
+
+def _find(dataset_id: str) -> Path:
+    """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
+    known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
+    maker = "of a file, python -m benchmarks.import_logs makes a dataset"
+    with explain(f"no dataset {dataset_id!r}: give {known}; {maker}"):
+        parse_dataset_id(dataset_id)
+    with explain("no datasets folder: point MINARI_DATASETS_PATH to one"):
+        path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
+    if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off
+        return path if path.exists() else built_in
+    check(not dataset_id.startswith("anchorl/"), f"unknown built-in dataset {dataset_id!r}: give {known}")
+    print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
+    advice = "check the id (`minari list remote` has them), the network and MINARI_DATASETS_PATH"
+    with explain(f"{dataset_id} is not local, and its download failed; {advice}"):
+        minari.download_dataset(dataset_id)
+    return path
+
+
+def _read_episodes(dataset: minari.MinariDataset) -> Iterator[Episode]:
+    with explain(f"cannot read dataset {dataset.spec.dataset_id}"):
+        for episode in dataset.iterate_episodes():
+            states = flatten_observations(episode.observations, dataset.observation_space)  # one more than steps
+            yield Episode(states[:-1], episode.actions, episode.rewards, states[1:], episode.terminations)
+
+
+def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
+    """[N, dim]: of a Box itself; of a Dict its entries side by side, in goal-conditioned tasks not achieved_goal."""
+    return np.concatenate(_parts(observations, space), axis=-1)
+
+
+def flat_observation_dim(space: gym.Space) -> int:
+    """Length of a flattened observation. Raises BadInput unless the space is a vector Box or a Dict of such."""
+    boxes = _parts(space, space)
+    for box in boxes:
+        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
+        check(fits, f"observations must be vectors of real numbers (a Box, or a Dict of such), no images, not {box}")
+    return sum(box.shape[0] for box in boxes)
+
+
+def _parts(whole: Any, space: gym.Space) -> list[Any]:
+    """The entries of `whole`, which is observations of the `space` or the space itself."""
+    if not isinstance(space, gym.spaces.Dict):
+        return [whole]
+    if set(space) == {"observation", "achieved_goal", "desired_goal"}:  # the second repeats what the first says
+        return [whole["observation"], whole["desired_goal"]]
+    return [whole[key] for key in sorted(space)]  # the order in which Minari stores them
+
+
+def action_bounds(space: gym.Space, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent or, with
+    `discrete`, a Discrete one, whose first and last number are given as [1] each.
+    """
+    if discrete:
+        if not isinstance(space, gym.spaces.Discrete):
+            raise BadInput(f"actions must be numbered (a Discrete), not {space}: the other scripts take these")
+        check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
+        return np.array([space.start]), np.array([space.start + space.n - 1])
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        others = ": fqi, discrete_cql and discrete_bcq take these" if isinstance(space, gym.spaces.Discrete) else ""
+        raise BadInput(f"actions must be vectors of real numbers (a Box), not {space}{others}")
+    with np.errstate(over="ignore"):
+        bounded = bool(np.isfinite(space.high - space.low).all() and (space.low < space.high).all())
+    check(bounded, f"actions need finite bounds, to be scaled to [-1, 1] by them, not {space.low} to {space.high}")
+    return space.low, space.high
+
+
+class ReplayBuffer:
+    """All transitions of a dataset. A row of `storage` is one transition, so that a batch is a single gather.
+
+    Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
+    `episode_starts` and `episode_lengths` [E], in rows; `episode_returns` [E], undiscounted, in the environment's
+    units; `normalization` [2, observation_dim], mean and standard deviation; `fingerprint`, a hash of the data;
+    `num_actions`, 0 unless they are discrete. Raises BadInput for data that cannot be trained on.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
+        self.dataset = dataset
+        self.observation_dim, self.action_dim = dataset.observation_dim, len(dataset.action_low)
+        self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
+        storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
+        lengths, returns = self._fill(storage)
+        self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
+        self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
+        self.episode_returns = torch.tensor(returns, dtype=torch.float64)
+        self.mean_return = float(self.episode_returns.mean())
+        storage = storage[: sum(lengths)]  # a view
+        self.fingerprint = hashlib.blake2b(storage.numpy().data, digest_size=16).hexdigest()
+
+        self.storage = storage.to(device)
+        self.transitions = self._batch(self.storage)
+        self.normalization = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
+        if normalize_observations:
+            std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
+            self.normalization = torch.stack([mean, std + 1e-3])  # a constant entry stays near zero
+            for observations in (self.transitions.observations, self.transitions.next_observations):
+                observations.sub_(self.normalization[0]).div_(self.normalization[1])
+
+    def draw(self, batch_size: int) -> Tensor:
+        """Rows [batch], drawn uniformly with replacement."""
+        return torch.randint(len(self.storage), (batch_size,), device=self.storage.device)
+
+    def take(self, rows: Tensor) -> Batch:
+        return self._batch(self.storage.index_select(0, rows))
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of transitions drawn uniformly with replacement."""
+        return self.take(self.draw(batch_size))
+
+    def _batch(self, rows: Tensor) -> Batch:
+        columns = self._columns(rows)
+        return columns._replace(actions=columns.actions.long()) if self.num_actions else columns
+
+    def _columns(self, rows: Tensor) -> Batch:
+        """Views of rows [N, observation | action | reward | next observation | termination], all float32."""
+        parts = rows.split([self.observation_dim, self.action_dim, 1, self.observation_dim, 1], dim=1)
+        actions = parts[1].squeeze(1) if self.num_actions else parts[1]
+        return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
+
+    def _fill(self, storage: Tensor) -> tuple[list[int], list[float]]:
+        """Copies the episodes, one by one, into `storage`. Gives their lengths and returns."""
+        dataset, lengths, returns, end = self.dataset, [], [], 0
+        for index, episode in enumerate(dataset.read_episodes()):
+            with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):  # refused as infinite
+                start, end = end, end + len(episode.rewards)
+                check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
+                for name, values, column in zip(Batch._fields, episode, self._columns(storage[start:end]), strict=True):
+                    shapes = f"of shape {np.shape(values)} where its rewards ask for {tuple(column.shape)}"
+                    check(np.shape(values) == column.shape, f"{name} {shapes}")
+                    column.copy_(torch.from_numpy(self._checked(name, np.asarray(values))))
+                lengths.append(end - start)
+                returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
+        check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
+        return lengths, returns
+
+    def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
+        """An episode's `values` in float32, actions mapped from the environment's range to [-1, 1] or, if they are
+        discrete, counted from 0. Raises BadInput for what is no finite number, or no action.
+        """
+        low, high, numbered = self.dataset.action_low, self.dataset.action_high, name == "actions" and self.num_actions
+        check(not np.iscomplexobj(values), f"{name} are complex numbers")
+        if numbered:  # subtracted before the rounding to float32
+            values = values.astype(np.float64) - int(low[0])
+        values = values.astype(np.float32, copy=False)
+        wrong = ~np.isfinite(values)
+        if numbered:
+            wrong |= (values < 0) | (values >= self.num_actions) | (values % 1 != 0)
+        if wrong.any():
+            value = values[wrong][0] + (low[0] if numbered else 0)
+            rule = f", which is not a whole number from {low[0]} to {high[0]}" if numbered else ""
+            what = f"step {np.argwhere(wrong)[0, 0]}: {name} hold {value:g}{rule}"
+            raise BadInput(f"{what}; repair or remove that episode")
+        if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
+            values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)
+        return values

@@ -1,0 +1,107 @@
+"""The datasets that the repository brings along: what benchmarks/built_in.py makes, and what their names say."""
+
+import json
+import tomllib
+
+import built_in
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, run_script
+
+from common.data import BUILT_IN, BUILT_IN_DISCRETE_ID, BUILT_IN_ID
+from common.evaluation import normalized_score
+
+SHIPPED = BUILT_IN_ID, BUILT_IN_DISCRETE_ID
+FINGERPRINTS = {  # of what every result in benchmarks/results was learned from
+    BUILT_IN_ID: "ee453ecd28e4e8285089cb9636b320da",
+    BUILT_IN_DISCRETE_ID: "ebfbbcf2d3679deca94abb5c3e6dac37",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("built_in") / "out"
+    built_in.main(built_in.Args(out))
+    return out
+
+
+@pytest.mark.parametrize("dataset_id", SHIPPED)
+def test_the_maker_makes_the_shipped_episodes(dataset_id, made):
+    shipped, again = (minari.MinariDataset(root / dataset_id / "data") for root in (BUILT_IN, made))
+    assert shipped.total_episodes > 0
+    for before, after in zip(shipped.iterate_episodes(), again.iterate_episodes(), strict=True):
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            expected, found = getattr(before, name), getattr(after, name)
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected, err_msg=f"{name} of episode {before.id}")
+    ids = range(shipped.total_episodes)
+    assert list(again.storage.get_episode_metadata(ids)) == list(shipped.storage.get_episode_metadata(ids))
+
+
+@pytest.mark.parametrize("dataset_id", SHIPPED)
+def test_the_maker_makes_the_shipped_metadata(dataset_id, made):
+    shipped, again = (json.loads((root / dataset_id / "data/metadata.json").read_text()) for root in (BUILT_IN, made))
+    for metadata in (shipped, again):  # what a version of Gymnasium adds to the description of its environment
+        spec = json.loads(metadata.pop("env_spec"))
+        metadata["environment"] = {name: spec[name] for name in ("id", "entry_point", "max_episode_steps", "kwargs")}
+    assert again == shipped
+
+
+def test_the_maker_overwrites_nothing(made):
+    before = sorted(made.rglob("*"))
+    assert_one_line(run_script("built_in", "--out", str(made)), f"--out: {made / BUILT_IN_ID / 'data'} exists: remove")
+    assert sorted(made.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dataset_id", SHIPPED)
+def test_the_shipped_files_are_small_and_belong_to_the_package(dataset_id):
+    files = {path for path in (BUILT_IN / dataset_id).rglob("*") if path.is_file()}
+    assert sum(path.stat().st_size for path in files) < 1e6
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["common"]
+    assert files <= {path for pattern in package for path in (ROOT / "common").glob(pattern)}
+
+
+@pytest.mark.parametrize("dataset_id", SHIPPED)
+def test_every_allowed_version_of_minari_reads_the_shipped_files(dataset_id):
+    """It refuses those of versions newer than itself."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = next(line for line in dependencies if line.startswith("minari")).partition(">=")[2].partition(",")[0]
+    metadata = json.loads((BUILT_IN / dataset_id / "data/metadata.json").read_text())
+    assert metadata["minari_version"] == oldest == built_in.MINARI_VERSION
+
+
+def test_pendulum_has_good_weak_and_random_episodes(pendulum):
+    dataset = minari.MinariDataset(BUILT_IN / BUILT_IN_ID / "data")
+    assert (dataset.total_episodes, dataset.total_steps) == (150, 30_000)
+    assert dataset.env_spec.id == pendulum.dataset.env_id == "Pendulum-v1"
+    assert pendulum.fingerprint == FINGERPRINTS[BUILT_IN_ID]
+    assert pendulum.dataset.reference_returns == (-1194.4265790451009, -148.03347392831145)
+    scores = [normalized_score(float(value), pendulum.dataset) for value in pendulum.episode_returns]
+    good, weak, random = np.mean(scores[:30]), np.mean(scores[30:90]), np.mean(scores[90:])
+    assert good == pytest.approx(100, abs=10)
+    assert random == pytest.approx(0, abs=10)
+    assert 25 < weak < 75
+
+
+def test_cartpole_has_good_weak_short_sighted_and_random_episodes(cartpole):
+    dataset = minari.MinariDataset(BUILT_IN / BUILT_IN_DISCRETE_ID / "data")
+    assert dataset.total_episodes == 200 and dataset.action_space == gym.spaces.Discrete(2)
+    assert dataset.env_spec.id == cartpole.dataset.env_id == "CartPole-v1"
+    assert cartpole.fingerprint == FINGERPRINTS[BUILT_IN_DISCRETE_ID]
+    assert cartpole.dataset.reference_returns == (22.18, 500)
+    assert [normalized_score(value, cartpole.dataset) for value in cartpole.dataset.reference_returns] == [0, 100]
+    scores = [normalized_score(float(value), cartpole.dataset) for value in cartpole.episode_returns]
+    good, weak, short_sighted, random = (np.mean(scores[a:b]) for a, b in ((0, 20), (20, 80), (80, 140), (140, 200)))
+    assert good == 100
+    assert 0 < random + 3 < 6 and 3 < weak < 15 and 1 < short_sighted < 10
+
+
+def test_cartpole_ends_and_actions(cartpole):
+    data = cartpole.transitions
+    ends = cartpole.episode_starts + cartpole.episode_lengths - 1
+    np.testing.assert_array_equal(data.terminations[ends], cartpole.episode_lengths < 500)  # the time limit is no end
+    assert data.terminations.sum() == 180
+    assert (data.actions.dtype, data.actions.unique().tolist()) == (torch.int64, [0, 1])
