@@ -308,7 +308,7 @@ TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
     "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
     "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
-    **dict.fromkeys(("HalfCheetah", "Pendulum"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+    **dict.fromkeys(("HalfCheetah", "Pendulum", "never"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
 }
 
 
@@ -421,7 +421,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import BadInput, ExperimentArgs, Stopped, check, check_argument, interruption, launch
+from common.command_line import ExperimentArgs, check, check_argument, explain, launch
 from common.data import ReplayBuffer, load_dataset
 from common.experiment import Run, load_checkpoint, set_up
 from common.optim import Adam, compiled
@@ -429,6 +429,7 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
+    termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule if known
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
@@ -441,16 +442,14 @@ class Args(HyperParameters, ExperimentArgs):
 
 def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     """Takes the model of the run in --dynamics. Raises BadInput if it does not suit this one."""
-    try:
+    with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
         same_scale = torch.equal(saved["normalization"], buffer.normalization)
         check(same_scale, "was trained with the other setting of --normalize-observations")
+        check("dynamics" in saved["learner"], "is a run without a model")
         check(saved["step"] > 0, "was stopped before its model was done; go on with that run first")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
-    except (BadInput, KeyError, RuntimeError) as error:
-        reason = error if isinstance(error, BadInput) else "does not fit the arguments of this run"
-        raise BadInput(f"--dynamics {args.dynamics}: {reason}") from None
 
 
 def main(args: Args) -> None:
@@ -458,7 +457,9 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     name = (buffer.dataset.env_id or "").split("-")[0]  # Hopper of Hopper-v5
-    ending = name if name in TERMINATION_RULES else "learned"
+    known = name in TERMINATION_RULES
+    check_argument(args, "termination", known or args.termination != "rule", "none is known; take learned or never")
+    ending = args.termination if args.termination in ("learned", "never") else name if known else "learned"
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
@@ -472,8 +473,6 @@ def main(args: Args) -> None:
             run.log(0, {"dynamics/epoch": learner.dynamics.epoch} | metrics)
             run.save_checkpoint()
             run.progress.set_postfix_str(f"dynamics epoch {int(learner.dynamics.epoch)}")
-            if interruption.number:
-                raise Stopped(interruption.describe())
     elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
     for step in range(run.first_step, args.num_updates + 1):

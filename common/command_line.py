@@ -125,22 +125,23 @@ def parse_args(args_class: type[ArgsT], command_line: list[str] | None = None) -
 
     Raises BadInput for a --resume that would change what is learned; tyro ends the program (2) for what it cannot read.
     """
-    args, before = _parse(args_class, command_line), args_class()
+    args = _parse(args_class, command_line)
     if not args.resume:
         return args
     check(args.run_dir is not None, "--resume needs --run-dir: the folder of the run to go on with")
     path = Path(args.run_dir or "", "args.json")
     if not path.is_file():  # Run says what is missing
         return args
-    with explain(f"cannot read {path}"):
-        saved = json.loads(path.read_text())
-        algorithm = saved["algorithm"]
-    check(algorithm == args.algorithm, f"--resume: {args.run_dir} is a run of {algorithm}, not of {args.algorithm}")
-    for name, kind in get_type_hints(args_class).items():
-        if name in saved and name != "run_dir":
-            with explain(f"cannot read {path}: {name}"):
-                value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
-                setattr(before, name, check_type(value, kind))
+    kinds = get_type_hints(args_class)
+    with explain(f"--resume: cannot read {path}"):
+        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(path.read_text()).items()}
+        values: dict[str, Any] = {name: saved[name] for name in kinds.keys() & saved.keys() - {"run_dir"}}
+    other = f"--resume: {args.run_dir} is a run of {saved.get('algorithm')}, not of {args.algorithm}"
+    check(saved.get("algorithm") == args.algorithm, other)
+    for name, value in values.items():
+        with explain(f"--resume: cannot read {path}: {name}"):
+            check_type(value, kinds[name])
+    before = args_class(**values)
     named = args.env_id != args_class().env_id or ":" not in (before.env_id or "")  # no file says what is imported
     check(named, f"--resume: give --env-id {before.env_id} again, or another one: its module would be run")
     args = _parse(args_class, command_line, default=before)

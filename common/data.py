@@ -29,24 +29,17 @@ BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
 
-class Episode(NamedTuple):
-    """One episode of T steps, in the environment's own units."""
-
-    observations: np.ndarray  # [T, observation_dim]
-    actions: np.ndarray  # [T, action_dim], or [T] where they are discrete
-    rewards: np.ndarray  # [T]
-    next_observations: np.ndarray  # [T, observation_dim]
-    terminations: np.ndarray  # [T], true where the environment ended the episode; a time limit does not
-
-
 class Batch(NamedTuple):
-    """Transitions, float32 (but for discrete actions), on the buffer's device."""
+    """N transitions: float32 tensors on the buffer's device."""
 
-    observations: Tensor  # [batch, observation_dim], normalised as the buffer is
-    actions: Tensor  # [batch, action_dim], scaled to [-1, 1]; discrete ones [batch], int64, counted from 0
-    rewards: Tensor  # [batch]
-    next_observations: Tensor  # [batch, observation_dim]
-    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
+    observations: Any  # [N, observation_dim], normalised as the buffer is
+    actions: Any  # [N, action_dim], scaled to [-1, 1]; discrete ones [N], int64, counted from 0
+    rewards: Any  # [N]
+    next_observations: Any  # [N, observation_dim]
+    terminations: Any  # [N], 1 where the environment ended the episode; a truncation does not, it bootstraps
+
+
+Episode = Batch  # the N transitions of one episode, as NumPy arrays in the environment's own units
 
 
 @dataclass(frozen=True)

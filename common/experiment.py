@@ -23,18 +23,7 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import (
-    BadInput,
-    CannotWrite,
-    Diverged,
-    ExperimentArgs,
-    Stopped,
-    check,
-    explain,
-    interruption,
-    one_line,
-    warn,
-)
+from common.command_line import CannotWrite, Diverged, ExperimentArgs, Stopped, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, make_environments, normalized_score
 
@@ -47,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
-        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), one_line(error))
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
         advice = f"make room, and go on with --resume --run-dir {path.parent}; what was saved before is kept"
         raise CannotWrite(f"cannot write {path} ({reason}): {advice}") from None
 
@@ -125,14 +114,11 @@ class Run:
         interruption.describe = lambda: f"interrupted at update {self.step}; go on with --resume --run-dir {self.dir}"
         interruption.waiting = True
 
-    def is_due(self, step: int, every: int) -> bool:
-        """True every `every` updates and after the last one."""
+    def is_due(self, step: int, every: int) -> bool:  # after the last update, too
         return step % every == 0 or step == self.args.num_updates
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """What follows an update: evaluation, a row of metrics and a checkpoint, each when it is due and at the end.
-        Raises Diverged and, after a signal, Stopped, once a checkpoint is saved.
-        """
+        """What follows an update: evaluation, a row of metrics and a checkpoint, each when it is due and at the end."""
         self.step = step
         self.update_seconds += time.perf_counter() - self.began
         evaluating = self.is_due(step, self.args.eval_every)
@@ -140,11 +126,9 @@ class Run:
             metrics = metrics | self._evaluate()
         if evaluating or self.is_due(step, self.args.log_every):
             self.log(step, metrics)
+        self.progress.update()
         if interruption.number or self.is_due(step, self.args.checkpoint_every):
             self.save_checkpoint()
-        self.progress.update()
-        if interruption.number:
-            raise Stopped(interruption.describe())
         self.began = time.perf_counter()
 
     def _evaluate(self) -> dict[str, float]:
@@ -188,7 +172,7 @@ class Run:
                 yield from csv.DictReader(file)
 
     def save_checkpoint(self) -> None:
-        """Writes checkpoint.pt and policy.pt, each renamed over the old; raises Diverged if any of it is not finite."""
+        """Writes policy.pt and checkpoint.pt. Raises Diverged if a number is not finite; after a signal, Stopped."""
         self._check_learner()
         cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
@@ -205,6 +189,9 @@ class Run:
             replace(self.dir / "policy.pt", self.policy.save)
         path = self.dir / "checkpoint.pt"
         replace(path, lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
+        self.began = time.perf_counter()
+        if interruption.number:
+            raise Stopped(interruption.describe())
 
     def finish(self, result: dict[str, Any] | None = None, outcome: str = "", plot: Callable | None = None) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went. A script that learns
@@ -272,7 +259,8 @@ class Run:
 
     def _take_dir(self) -> None:
         """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
-        where, begun, resume = f"--run-dir {self.dir}", any(self.dir.glob("*checkpoint.pt")), self.args.resume
+        where, resume = f"--run-dir {self.dir}", self.args.resume
+        begun = any((self.dir / name).exists() for name in ("checkpoint.pt", "previous_checkpoint.pt"))
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; start the run without --resume")
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -312,14 +300,13 @@ class Run:
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The last checkpoint of a run or, where that is damaged, the one before it. Raises BadInput without either."""
-    try:
-        with explain(f"cannot read {folder / 'checkpoint.pt'}"):
-            return load_file(folder / "checkpoint.pt", device)
-    except BadInput as problem:
-        with explain(str(problem)):
-            checkpoint = load_file(folder / "previous_checkpoint.pt", device)
-        warn(f"{problem}: going on from the checkpoint before it, of update {checkpoint['step']}")
-        return checkpoint
+    path = folder / "checkpoint.pt"
+    with contextlib.suppress(Exception):  # unpickling raises many kinds
+        return load_file(path, device)
+    with explain(f"cannot read {path}, nor the checkpoint before it"):
+        checkpoint = load_file(folder / "previous_checkpoint.pt", device)
+    warn(f"cannot read {path}: going on from the checkpoint before it, of update {checkpoint['step']}")
+    return checkpoint
 
 
 def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:
@@ -337,4 +324,4 @@ def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[st
         run.summary.update(row)
         run.finish()
     except Exception as error:
-        warn(f"W&B failed ({type(error).__name__}: {one_line(error)}): training goes on without it")
+        warn(f"W&B failed ({error!r}): training goes on without it")

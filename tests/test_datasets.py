@@ -1,6 +1,7 @@
 """Where data comes from, and what is said when it cannot be had."""
 
 import json
+import shutil
 
 import gymnasium as gym
 import h5py
@@ -74,6 +75,7 @@ def test_an_id_that_is_not_local_reaches_minaris_download(dataset_id, monkeypatc
     with pytest.raises(BadInput, match="download failed"):  # the half of it that is there is not taken for a dataset
         load_dataset(dataset_id)
     assert asked == [dataset_id] * 2
+    shutil.rmtree(datasets_path / dataset_id)
 
 
 def test_a_downloaded_dataset_is_used(make_dataset, monkeypatch, datasets_path):

@@ -462,8 +462,8 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     for folder, wrong, reason in (
         (elsewhere, ["--dataset-id", other], f"was trained on other data than {other}"),
         (elsewhere, ["--no-normalize-observations"], "was trained with the other setting of --normalize-observations"),
-        (elsewhere, ["--num-models", "3"], "does not fit the arguments of this run"),
-        (cloned, [], "does not fit the arguments of this run"),
+        (elsewhere, ["--num-models", "3"], r"Error.* size mismatch for "),
+        (cloned, [], "is a run without a model"),
         (stopped, [], "was stopped before its model was done; go on with that run first"),
         (tmp_path / "none", [], "cannot read "),
     ):
@@ -480,16 +480,25 @@ def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * 3 / 4)), 0.5])
 
 
-@pytest.mark.parametrize(("env_id", "said"), [("Pendulum-v1", "Pendulum"), (None, "learned")])
-def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, said, tmp_path, make_dataset):
+@pytest.mark.parametrize(
+    ("env_id", "termination", "said"),
+    [
+        ("Pendulum-v1", "auto", "Pendulum"),
+        ("Pendulum-v1", "rule", "Pendulum"),
+        ("Pendulum-v1", "learned", "learned"),
+        ("Pendulum-v1", "never", "never"),
+        (None, "auto", "learned"),
+    ],
+)
+def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said, tmp_path, make_dataset):
     dataset_id = make_dataset(**({} if env_id is None else {"env": env_id}))
     arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
-    run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(tmp_path / "run"))
+    words = [*SMALL, *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
+    run = run_script(algorithm, *words)
     assert run.returncode == 0, run.stderr
     assert f"terminations in the model: {said}\n" in run.stdout
 
 
-def test_one_transition_is_too_few(algorithm, tmp_path, make_dataset):
-    dataset_id = make_dataset(episodes=[random_episode(0, length=1)], env="Pendulum-v1")
-    run = run_script(algorithm, "--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run"))
-    assert_one_line(run, f"error: {dataset_id}: one transition is too few")
+def test_a_rule_that_is_not_known_is_refused(algorithm, tmp_path, make_dataset):
+    words = ["--dataset-id", make_dataset(), "--termination", "rule", "--run-dir", str(tmp_path / "run")]
+    assert_one_line(run_script(algorithm, *words), "--termination rule: none is known; take learned or never")

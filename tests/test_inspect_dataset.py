@@ -268,7 +268,7 @@ def test_picture(make_dataset, tmp_path):
 BAD = {
     "unknown built-in id": (["anchorl/none-v0"], BUILT_IN_ID),
     "no id": (["nonsense"], "no dataset 'nonsense'"),
-    "a file": (["absent.hdf5"], "python -m benchmarks.import_logs absent.hdf5"),
+    "a file": (["absent.hdf5"], "python -m benchmarks.import_logs makes a dataset"),
     "a suffix": ([BUILT_IN_ID, "--out", "page.jpg"], "--out page.jpg: must end with .png"),
     "no folder": ([BUILT_IN_ID, "--out", "absent/page.png"], "there is no folder absent"),
     "discount": ([BUILT_IN_ID, "--gamma", "1.5"], "--gamma 1.5: must be in [0, 1]"),

@@ -6,7 +6,16 @@ import iql
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch
+from conftest import (
+    SHORT,
+    assert_each_trains_its_own,
+    checkpoint,
+    networks_of,
+    numpy_mlp,
+    numpy_twins,
+    random_batch,
+    run_script,
+)
 
 CPU = torch.device("cpu")
 
@@ -112,7 +121,8 @@ def test_update_moves_the_target_by_tau(learner, args):
         torch.testing.assert_close(new, old + args.tau * (target - old))
 
 
-def test_the_actors_learning_rate_decays(learner, args):
-    iql.decay_learning_rate(learner, 51, args)
-    rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
-    assert rates == pytest.approx([args.actor_learning_rate / 2, args.critic_learning_rate, args.value_learning_rate])
+def test_the_actors_learning_rate_decays(tmp_path):
+    """Half a cosine: the fourth of four updates has what is left after three quarters of the way."""
+    assert run_script("iql", "--num-updates", "4", *SHORT, "--run-dir", str(tmp_path / "run")).returncode == 0
+    rates = [float(group[0]) for group in checkpoint(tmp_path / "run")["learner"]["optimizer"]["groups"]]
+    assert rates == pytest.approx([3e-4 * 0.5 * (1 + np.cos(np.pi * 3 / 4)), 3e-4, 3e-4])

@@ -394,7 +394,7 @@ def test_folders_that_hold_no_finished_run(runs, tmp_path):
     [
         ({"algorithm": "os"}, "there is no script os in "),
         ({"dataset_id": "nonsense"}, "no dataset 'nonsense'"),
-        ({"dataset_id": "absent.hdf5"}, "training reads Minari datasets, and absent.hdf5 is a file"),
+        ({"dataset_id": "absent.hdf5"}, "no dataset 'absent.hdf5'"),
         ({"env_id": "antigravity:Pendulum-v1"}, "give --env-id antigravity:Pendulum-v1 again"),
         ({"dataset_id": "anchorl/none-v0"}, "unknown built-in dataset"),
     ],
