@@ -183,16 +183,21 @@ class Dynamics(nn.Module):
 
 
 class ModelBuffer(dict[str, Tensor]):
-    """The newest transitions of the model: the columns of a Batch, by name."""
+    """The newest transitions of the model: the columns of a Batch, by name, and how many were ever "added"."""
 
     def add(self, transitions: Batch, capacity: int) -> None:
+        added = int(self.get("added", 0))
+        rows = torch.arange(added, added + len(transitions.rewards), device=transitions.rewards.device) % capacity
         for name, new in transitions._asdict().items():
-            self[name] = torch.cat([self.get(name, new[:0]), new])[-capacity:]
+            if name not in self:
+                self[name] = new.new_zeros(capacity, *new.shape[1:])
+            self[name][rows] = new
+        self["added"] = torch.tensor(added + len(rows))
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch drawn uniformly with replacement."""
-        rows = torch.randint(len(self["rewards"]), (batch_size,), device=self["rewards"].device)
-        return Batch(**{name: column[rows] for name, column in self.items()})
+        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
+        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
+        return Batch(*(self[name][rows] for name in Batch._fields))
 
     state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
@@ -282,9 +287,7 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
 def fit_dynamics(
     learner: Learner, data: Batch, args: HyperParameters, train: Callable = dynamics_update
 ) -> Iterator[Metrics]:
-    """Trains the model until every member is done, and yields the metrics of each epoch. A fifth of the data, at most
-    1,000 transitions, is held out: the same in a resumed run. An epoch has as many batches as the others fill.
-    """
+    """Trains until every member is done; yields each epoch's metrics. Held out: a fifth, at most 1,000 transitions."""
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
@@ -445,8 +448,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        same_scale = torch.equal(saved["normalization"], buffer.normalization)
-        check(same_scale, "was trained with the other setting of --normalize-observations")
+        check(torch.equal(saved["normalization"], buffer.normalization), "has the other --normalize-observations")
         check("dynamics" in saved["learner"], "is a run without a model")
         check(saved["step"] > 0, "was stopped before its model was done; go on with that run first")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
@@ -483,8 +485,7 @@ def main(args: Args) -> None:
             starts = Batch(*buffer.sample(args.rollout_batch_size))
             transitions, u = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
             learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
-            data = buffer.sample(10_000)
-            u_data = uncertainty(*elites.predict(data.observations, data.actions)[:2], args.penalty)
+            u_data = uncertainty(*elites.predict(*buffer.sample(10_000)[:2])[:2], args.penalty)
             found = {"model/rewards": transitions.rewards.mean(), "model/terminations": transitions.terminations.mean()}
             run.log(step, found | {"u/data_mean": u_data.mean(), "u/rollouts_mean": u.mean()})
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)

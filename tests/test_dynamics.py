@@ -310,7 +310,7 @@ def test_the_newest_transitions_are_kept(script, climb):
     buffer, transitions = script.ModelBuffer(), climb("Pendulum")
     for call in range(7):
         buffer.add(transitions._replace(rewards=torch.full((100,), float(call))), capacity=250)
-    assert buffer["rewards"].tolist() == [4.0] * 50 + [5.0] * 100 + [6.0] * 100
+    assert sorted(buffer["rewards"].tolist()) == [4.0] * 50 + [5.0] * 100 + [6.0] * 100
     torch.manual_seed(0)
     drawn = buffer.sample(10_000)
     shares = [(drawn.rewards == call).float().mean().item() for call in range(7)]
@@ -461,7 +461,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     other = make_dataset(episodes=[random_episode(0)], env="Pendulum-v1")
     for folder, wrong, reason in (
         (elsewhere, ["--dataset-id", other], f"was trained on other data than {other}"),
-        (elsewhere, ["--no-normalize-observations"], "was trained with the other setting of --normalize-observations"),
+        (elsewhere, ["--no-normalize-observations"], "has the other --normalize-observations"),
         (elsewhere, ["--num-models", "3"], r"Error.* size mismatch for "),
         (cloned, [], "is a run without a model"),
         (stopped, [], "was stopped before its model was done; go on with that run first"),
