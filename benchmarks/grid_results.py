@@ -48,7 +48,7 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
     columns = {"num_updates": "step", "score": "eval/score", "return_mean": "eval/return_mean"}
-    evaluations = [key | {name: row[column] for name, column in columns.items()} for row in rows]
+    evaluations = [key | {name: row.get(column, "") for name, column in columns.items()} for row in rows]
     return result | key | protocol | {"versions": versions, "run_dir": str(folder)}, evaluations
 
 

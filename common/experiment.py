@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import threading
 import time
@@ -53,7 +54,12 @@ def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | Non
                 file.flush()
                 os.fsync(file.fileno())
             if keep_as and path.exists():
-                os.replace(path, path.with_name(keep_as))
+                kept = path.with_name(keep_as)
+                kept.unlink(missing_ok=True)
+                try:
+                    os.link(path, kept)  # so that `path` is there at any time
+                except OSError:  # some file systems have no links
+                    shutil.copyfile(path, kept)
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)

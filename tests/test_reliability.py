@@ -33,7 +33,7 @@ from conftest import (
 )
 
 from common.command_line import BadInput, parse_args
-from common.evaluation import load_policy
+from common.evaluation import load_file, load_policy
 from common.experiment import Run
 from common.optim import Adam
 
@@ -282,6 +282,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path, pendulum
     assert (tmp_path / "metrics.csv").read_text() == rows
     (tmp_path / "args.json").write_text('{"algorithm": ')
     assert_one_line(run_script("bc", "--resume", "--run-dir", str(tmp_path)), "cannot read .*args.json")
+
+
+def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
+    """One bit in the list of a file's parts: of such a part PyTorch reads nothing, and checksums do not tell."""
+    torch.save({"weight": torch.ones(3)}, tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    places = [match.start() + 38 for match in re.finditer(b"PK\x01\x02", good)]
+    assert len(places) > 2 and load_file(tmp_path / "good.pt")["weight"].sum() == 3
+    for place in places:
+        (tmp_path / "bad.pt").write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
+        with pytest.raises(BadInput, match="a part of it is damaged"):
+            load_file(tmp_path / "bad.pt")
 
 
 # --- Disks ---
