@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import minari
 import numpy as np
 import tyro
-from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import BadInput, check, launch, one_line
-from common.data import BUILT_IN, Dataset, Episode, flat_observation_dim, flatten_observations, load_dataset
+from common.data import Dataset, Episode, find_dataset, flat_observation_dim, flatten_observations, load_dataset
 
 PICTURED_STATES = 5_000
 AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it
@@ -69,21 +68,15 @@ def open_dataset(dataset_id: str) -> Dataset:
     except BadInput as refusal:
         if "finite bounds" not in str(refusal):
             raise
-    stored: Any = open_minari(dataset_id)
+    stored: Any = minari.MinariDataset(find_dataset(dataset_id))
     dim, space = flat_observation_dim(stored.observation_space), stored.action_space
     return Dataset(dataset_id, int(stored.total_steps), dim, space.low, space.high, lambda: iter(()))
-
-
-def open_minari(dataset_id: str) -> minari.MinariDataset:
-    """What load_dataset has found, and checked the metadata of."""
-    local = get_dataset_path(dataset_id) / "data"
-    return minari.MinariDataset(local if local.exists() else BUILT_IN / dataset_id / "data")
 
 
 def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
     """Each with its truncations [T]. Raises BadInput where a file is damaged."""
     try:
-        source = open_minari(dataset.dataset_id)
+        source = minari.MinariDataset(find_dataset(dataset.dataset_id))
         for stored in source.iterate_episodes():
             observations = flatten_observations(stored.observations, source.observation_space)
             fields = observations[:-1], stored.actions, stored.rewards, observations[1:], stored.terminations

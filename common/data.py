@@ -63,7 +63,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
     environment that it names. Raises BadInput if there is none, or if its observations are not vectors or its actions
     not bounded vectors or, with `discrete`, not those of a Discrete space; None takes either.
     """
-    path = _find(dataset_id)
+    path = find_dataset(dataset_id)
     with explain(f"cannot read dataset {dataset_id} in {path}"):
         metadata = MinariStorage.read_raw_metadata(path)
         # lacking a space, Minari would make the environment from the entry point that the dataset names
@@ -84,7 +84,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
     return Dataset(dataset_id, num_steps, dim, *bounds, episodes, env_id, own_spec, scale, discrete)
 
 
-def _find(dataset_id: str) -> Path:
+def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
     known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
     maker = "of a file, python -m benchmarks.import_logs makes a dataset"
