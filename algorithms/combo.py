@@ -298,10 +298,11 @@ def fit_dynamics(
         losses = []
         for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
-            losses.append(train(learner, x[chosen], z[chosen], data.terminations[chosen]))
+            metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
+            losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
         error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
-        metrics = {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
-        yield metrics | {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
+        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -484,8 +485,7 @@ def main(args: Args) -> None:
             found = {"model/rewards": transitions.rewards.mean(), "model/terminations": transitions.terminations.mean()}
             run.log(step, found)
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
-        batch = Batch(*map(torch.cat, zip(*parts, strict=True)))
-        metrics = train(learner, batch, step, args)
+        metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

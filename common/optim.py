@@ -28,7 +28,7 @@ class Adam:
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
             weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
-            rate = torch.tensor(float(group.get("lr", lr)), device=weights[0].device)
+            rate = torch.tensor(float(group.get("lr", lr)), dtype=torch.float32, device=weights[0].device)
             step = torch.zeros((), dtype=torch.float32, device=weights[0].device)
             moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
             self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
@@ -74,7 +74,7 @@ def _step_in_the_open(weights: Any, gradients: Any, means: Any, squares: Any, gr
     torch._foreach_mul_(squares, BETA2)
     torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETA2)
     # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
-    step, dtype = group["step"].double(), group["lr"].dtype
+    step, dtype = group["step"].double(), weights[0].dtype
     correction1, correction2 = ((1 - torch.exp(step * math.log(beta))).to(dtype) for beta in (BETA1, BETA2))
     scales = torch._foreach_sqrt(squares)
     torch._foreach_div_(scales, correction2.sqrt())
@@ -109,6 +109,7 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as without --compile
         "triton.cudagraphs": device.type == "cuda",
+        "loop_ordering_after_fusion": False,  # of batched layers on a GPU it fails (PyTorch 2.11)
         "cpp_wrapper": device.type == "cpu",  # the calls between the kernels in C++, too
         "size_asserts": False,
         # Before each update only its arguments are checked, `step` and the batch. To check every layer, weight and

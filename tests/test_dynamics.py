@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -98,6 +99,15 @@ def randomise(dynamics):
 
 
 # --- Loss and training ---
+
+
+def test_an_epochs_metrics_outlive_the_update_that_gave_them(script):
+    """On a GPU a compiled update returns the same tensors each time, filled anew."""
+    learner, args = make_learner(script, dynamics_batch_size=4, max_dynamics_epochs=1)
+    nll, numbers = torch.zeros(()), itertools.count(1)
+    batch = script.Batch(*(torch.randn(12, *shape) for shape in ((3,), (2,), (), (3,), ())))
+    epochs = list(script.fit_dynamics(learner, batch, args, lambda *_: {"dynamics/nll": nll.fill_(next(numbers))}))
+    assert [float(metrics["dynamics/nll"]) for metrics in epochs] == [2.0]  # of 1, 2 and 3: 9 rows in batches of 4
 
 
 def test_dynamics_loss(script):

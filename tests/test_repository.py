@@ -142,6 +142,8 @@ def execute(words, monkeypatch):
         assert not stop.code
 
 
+GPU_TRIAL = ["--device", "cpu", "--modes", "eager", "--algorithms", "bc", "--rounds", "1", "--seconds", "0.01"]
+GPU_TRIAL += ["--shared-algorithm", "bc", "--processes", "2", "--long-algorithms", "bc", "--long-updates", "300"]
 BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
@@ -157,6 +159,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read wh
         "--csv",
         "x.csv",
     ],
+    "measurements/gpu.py": [*GPU_TRIAL, "--out", "."],
     "measurements/returns.py": ["--num-episodes", "3", "--rounds", "1"],
     "measurements/loading.py": ["--num-steps", "2000"],
     "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
@@ -173,7 +176,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read wh
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 
-SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("estimates", "loading", "memory")))
+SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("estimates", "gpu", "loading", "memory")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,388 @@
+"""What a CUDA GPU makes of every script: does it train as the CPU does, resume to the same bits, and how fast?
+
+One command, without network. It writes gpu.csv, row by row as they come, and the page gpu.md. On an H100 with 16 cores
+the first part took 160 s, the second 170 s, the third 140 s without bf16: --parts takes some of them.
+
+1. difference: weights after 50 updates on the same batches. Eager on the GPU against the CPU, both in double precision
+   and with the CPU's random numbers; compiled (CUDA graphs) against eager, in double precision; bf16 against float32,
+   as the length of the difference over the length of what training has changed.
+2. resume: a run of 20 updates against one stopped at 10 and resumed: the largest difference of the checkpoints, 0 for
+   the same bits.
+3. speed: updates a second, each script alone on the GPU; the bound is the script's matrix products alone, as one CUDA
+   graph.
+4. sharing: updates a second of several processes of one script together.
+5. long: seconds of a whole run, from the command line to its result.
+
+Run: python -m benchmarks.measurements.gpu --out benchmarks/results
+"""
+
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[2] / "algorithms"), str(Path(__file__).resolve().parent)]
+import throughput
+
+from common.command_line import check, launch
+from common.data import Batch
+from common.experiment import load_checkpoint
+from common.optim import Adam, compiled
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "algorithms"
+Mode = Literal["eager", "compile", "compile bf16"]
+FEW = {  # arguments of the short runs that are stopped and resumed
+    "mopo": ["--max-dynamics-epochs", "1"],
+    "combo": ["--max-dynamics-epochs", "1"],
+    "sac": ["--random-steps", "200", "--replay-size", "2000"],
+    "iql": ["--no-cosine-decay"],  # which is over all updates, of which a run stopped by its end has fewer
+}
+DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
+NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member
+Row = tuple[str, str, str, float]  # measurement, algorithm, mode, value
+
+
+@dataclass
+class Args:
+    out: Path = Path("benchmarks/results")
+    """folder of gpu.csv and gpu.md"""
+    algorithms: tuple[str, ...] = tuple(sorted(path.stem for path in SCRIPTS.glob("*.py")))
+    """scripts in algorithms/, without .py"""
+    long_algorithms: tuple[str, ...] = ("td3_bc", "iql", "cql")
+    """scripts of the whole runs"""
+    long_updates: int = 100_000
+    """updates of a whole run"""
+    shared_algorithm: str = "td3_bc"
+    """the script of several processes"""
+    processes: tuple[int, ...] = (1, 4, 8)
+    """how many share the GPU"""
+    modes: tuple[Mode, ...] = ("eager", "compile", "compile bf16")
+    """what is measured"""
+    parts: tuple[Literal["difference", "resume", "speed", "sharing", "long"], ...] = (
+        "difference",
+        "resume",
+        "speed",
+        "sharing",
+        "long",
+    )
+    """of the page"""
+    rounds: int = 3
+    """measurements of a speed, whose median counts"""
+    seconds: float = 0.5
+    """of each measurement"""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """cpu tries the command itself"""
+
+
+# --- 1. The same training? -------------------------------------------------------------------------------------------
+
+
+class RandomNumbersOfTheCpu(TorchDispatchMode):
+    """Draws on the CPU what a GPU would draw from a generator of its own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        devices = [leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        device = kwargs.get("device") or devices[0]
+        on_cpu = tree_map_only(Tensor, Tensor.cpu, args)
+        drawn = func(*on_cpu, **kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {}))
+        return args[0].copy_(drawn) if func.overloadpacket.__name__.endswith("_") else drawn.to(device)
+
+
+def batches(algorithm: str, module: Any, count: int) -> Iterator[Any]:
+    """The same random batches in every call, on the CPU. Actions follow from observations: there is what to learn."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        x = torch.randn(256, 2 * 17 + 8, generator=generator)
+        discrete = algorithm in throughput.DISCRETE
+        actions = x[:, :6].argmax(dim=1) if discrete else (x[:, :6] + 0.1 * x[:, 34:40]).tanh()
+        yield throughput.as_batch_of(module, Batch(x[:, :17], actions, x[:, 40], x[:, 17:34], (x[:, 41] > 1).to(x)))
+
+
+def trained(
+    algorithm: str, device: str, mode: str, numbers: Any = nullcontext, count: int = 50
+) -> tuple[Tensor, Tensor]:
+    """All weights before and after `count` updates."""
+    module = importlib.import_module(algorithm)
+    args = module.Args(
+        compile="compile" in mode, precision="bf16" if "bf16" in mode else "float32", device=device, batch_size=256
+    )
+    weights: list[dict[str, Tensor]] = []
+    for place in ("cpu", device):  # the networks of any device start from the CPU's weights
+        torch.manual_seed(0)
+        learner = module.build(17, 6, args, torch.device(place), Adam)
+        networks = [part for part in learner if isinstance(part, torch.nn.Module)]
+        weights = weights or [network.state_dict() for network in networks]
+    for network, start in zip(networks, weights, strict=True):
+        network.load_state_dict(start)
+    before = flat(networks)
+    update = compiled(module.update, learner, args)
+    torch.manual_seed(1)
+    for step, batch in enumerate(batches(algorithm, module, count), 1):
+        batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        with numbers():
+            update(learner, batch, step, args)
+    return before, flat(networks)
+
+
+def flat(networks: list[torch.nn.Module]) -> Tensor:
+    return torch.cat([weight.detach().cpu().flatten() for network in networks for weight in network.parameters()])
+
+
+def differences(args: Args, algorithm: str) -> list[Row]:
+    rows: list[Row] = []
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    _, cpu = trained(algorithm, "cpu", "eager")
+    _, same = trained(algorithm, args.device, "eager", RandomNumbersOfTheCpu)
+    rows.append(("difference", algorithm, "eager", float((same - cpu).abs().max())))
+    if "compile" in args.modes:
+        _, eager = trained(algorithm, args.device, "eager")
+        _, graph = trained(algorithm, args.device, "compile")
+        rows.append(("difference", algorithm, "compile", float((graph - eager).abs().max())))
+    torch.set_default_dtype(torch.float32)
+    if "compile bf16" in args.modes:
+        before, full = trained(algorithm, args.device, "compile")
+        _, again = trained(algorithm, args.device, "compile")
+        _, rounded = trained(algorithm, args.device, "compile bf16")
+        rows.append(("repetition", algorithm, "compile", float((again - full).abs().max())))
+        rows.append(("difference", algorithm, "compile bf16", float((rounded - full).norm() / (full - before).norm())))
+    return rows
+
+
+# --- 2. Resumed to the same bits? ------------------------------------------------------------------------------------
+
+
+def run_script(args: Args, algorithm: str, folder: Path, *arguments: str) -> None:
+    words = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), "--run-dir", str(folder), *arguments]
+    if "--resume" not in arguments:
+        words += ["--device", args.device, *DATA.get(algorithm, [])]
+    subprocess.run(words, check=True, capture_output=True, text=True)
+
+
+def resumed(args: Args, algorithm: str, mode: str) -> list[Row]:
+    with tempfile.TemporaryDirectory() as scratch:
+        few = ["--eval-episodes", "2", *FEW.get(algorithm, []), *(["--compile"] if mode == "compile" else [])]
+        if algorithm == "fqe":
+            run_script(args, "bc", Path(scratch, "policy"), "--num-updates", "5")
+            few = ["--policy-run-dir", str(Path(scratch, "policy")), *few[2:]]
+        whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
+        run_script(args, algorithm, whole, "--num-updates", "20", *few)
+        run_script(args, algorithm, stopped, "--num-updates", "10", *few)
+        run_script(args, algorithm, stopped, "--resume", "--num-updates", "20")
+        return [("resume", algorithm, mode, largest_difference(whole, stopped))]
+
+
+def largest_difference(*folders: Path) -> float:
+    tensors = [tree_leaves(load_checkpoint(folder)["learner"]) for folder in folders]
+    pairs = [pair for pair in zip(*tensors, strict=True) if isinstance(pair[0], Tensor)]
+    return max(float((left.double() - right.double()).abs().max()) for left, right in pairs if left.numel())
+
+
+# --- 3. and 4. How fast, alone and together? --------------------------------------------------------------------------
+
+
+def prepared(args: Args, algorithm: str, mode: str) -> Callable[[], None]:
+    """A function that does the next update, warmed up."""
+    options = throughput.Args(device=args.device, threads=1)
+    if mode == "bound":
+        return bound(options, algorithm)
+    buffer = throughput.random_buffer(options, algorithm, torch.device(args.device))
+    precision = "bf16" if "bf16" in mode else "float32"
+    train, _ = throughput.make_trainer(options, algorithm, buffer, "compile" in mode, precision)
+    for _ in range(20):
+        train()
+    return train
+
+
+def bound(options: throughput.Args, algorithm: str) -> Callable[[], None]:
+    """The matrix products of one update, on a GPU one launch: the average over four updates."""
+    multiply = throughput.make_bound(options, algorithm)
+    for _ in range(4):
+        multiply()
+    if options.device == "cpu":
+        return multiply
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        for _ in range(4):
+            multiply()
+    turn = 0
+
+    def replay(operands: Any = multiply) -> None:  # which the graph reads, so that they are kept
+        nonlocal turn
+        if turn % 4 == 0:
+            graph.replay()
+        turn += 1
+
+    return replay
+
+
+def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any, rows: Any) -> None:
+    """What a process does: prepares, waits until all are prepared, and measures; alone, where `turn` is a lock."""
+    torch.set_num_threads(1)
+    steps: dict[str, Callable[[], None]] = {}
+    for mode in modes:
+        try:
+            steps[mode] = prepared(args, algorithm, mode)
+        except Exception as error:
+            print(f"{algorithm} {mode}: {error!r:.500}", file=sys.stderr, flush=True)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    ready.wait()
+    with turn or nullcontext():
+        for mode, step in steps.items():
+            rates = [throughput.rate(step, args.seconds, args.device) for _ in range(args.rounds)]
+            rows.put((algorithm, mode, statistics.median(rates)))
+    rows.put(None)
+    ready.wait()
+
+
+def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
+    """Algorithm, mode and updates a second, of a process for each of the algorithms."""
+    context = multiprocessing.get_context("spawn")
+    ready, turn, rows = context.Barrier(len(algorithms)), context.Lock() if alone else None, context.SimpleQueue()
+    workers = [
+        context.Process(target=measure, args=(args, algorithm, modes, ready, turn, rows)) for algorithm in algorithms
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        while (row := rows.get()) is not None:
+            yield row
+    for worker in workers:
+        worker.join()
+
+
+def speeds(args: Args) -> Iterator[Row]:
+    for algorithm, mode, speed in together(args, list(args.algorithms), [*args.modes, "bound"], alone=True):
+        yield "updates_per_second", algorithm, mode, speed
+
+
+def sharing(args: Args) -> Iterator[Row]:
+    mode = "compile" if "compile" in args.modes else args.modes[0]
+    longer = replace(args, seconds=4 * args.seconds)
+    for count in args.processes:
+        rates = list(together(longer, [args.shared_algorithm] * count, [mode], alone=False))
+        yield f"updates_per_second of {count}", args.shared_algorithm, mode, sum(speed for *_, speed in rates)
+
+
+# --- 5. A whole run ---------------------------------------------------------------------------------------------------
+
+
+def long_runs(args: Args) -> Iterator[Row]:
+    mode = "compile" if "compile" in args.modes else args.modes[0]
+    for algorithm in args.long_algorithms:
+        with tempfile.TemporaryDirectory() as scratch:
+            count = ["--num-updates", str(args.long_updates)]
+            rare = ["--eval-every", str(args.long_updates // 5 or 1), "--checkpoint-every", str(args.long_updates)]
+            words = [*count, *rare, *(["--compile"] if mode == "compile" else [])]
+            began = time.perf_counter()
+            run_script(args, algorithm, Path(scratch, "run"), *words)
+            seconds = time.perf_counter() - began
+            result = json.loads(Path(scratch, "run", "result.json").read_text())
+            with Path(scratch, "run", "metrics.csv").open() as file:
+                rows = list(csv.DictReader(file))
+        half = [row for row in rows if int(row["step"]) >= args.long_updates // 2]
+        steady = (int(half[-1]["step"]) - int(half[0]["step"])) / (
+            float(half[-1]["seconds"]) - float(half[0]["seconds"])
+        )
+        yield f"seconds of {args.long_updates}", algorithm, mode, seconds
+        yield "whole seconds of 1000000", algorithm, mode, seconds + (1_000_000 - args.long_updates) / steady
+        yield "updates_per_second of a run", algorithm, mode, result["updates_per_second"]
+
+
+# --- All of it --------------------------------------------------------------------------------------------------------
+
+
+def in_processes(tasks: list[partial[list[Row]]]) -> Iterator[Row]:
+    workers = min(len(tasks), max(1, (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(tried, task) for task in tasks]):
+            yield from future.result()
+
+
+def tried(task: partial[list[Row]]) -> list[Row]:
+    """Its rows, or none and what went wrong on stderr."""
+    try:
+        return task()
+    except Exception as error:
+        words = (getattr(error, "stderr", None) or repr(error))[-800:]
+        print(f"{task.args[1:]}: {words}", file=sys.stderr, flush=True)
+        return []
+
+
+def main(args: Args) -> None:
+    check(args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no CUDA device: this measures one")
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    resumes = [partial(resumed, args, name, mode) for mode in args.modes[:2] for name in args.algorithms]
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "difference": lambda: in_processes([partial(differences, alone, name) for name in alone.algorithms]),
+        "resume": lambda: in_processes(resumes),
+        "speed": lambda: speeds(alone),
+        "sharing": lambda: sharing(args),
+        "long": lambda: long_runs(args),
+    }
+    alone = replace(args, algorithms=tuple(name for name in args.algorithms if name != NOT_ALONE))
+    began, rows = time.perf_counter(), list[Row]()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "gpu.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["measurement", "algorithm", "mode", "value"])
+        for part in args.parts:
+            for row in parts[part]():
+                rows.append(row)
+                writer.writerow([*row[:3], f"{row[3]:.6g}"])
+                file.flush()
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    (args.out / "gpu.md").write_text(page(rows))
+    print(page(rows))
+
+
+def page(rows: list[Row]) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a trial of the command"
+    lines = [f"# {name}, PyTorch {torch.__version__}", ""]
+    for title, measurements in {
+        "Updates a second": ["updates_per_second"],
+        "Weights after 50 updates: differences": ["difference", "repetition"],
+        "Largest difference of the checkpoint": ["resume"],
+    }.items():
+        found = [row for row in rows if row[0] in measurements]
+        columns = list(dict.fromkeys((row[0], row[2]) for row in found))
+        values = {(row[1], row[0], row[2]): row[3] for row in found}
+        if found:
+            heads = [f"{what} {mode}" if len(measurements) > 1 else mode for what, mode in columns]
+            lines += [f"## {title}", "", "| " + " | ".join(["", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
+            for algorithm in sorted({row[1] for row in found}):
+                cells = [f"{values[algorithm, *c]:.4g}" if (algorithm, *c) in values else "" for c in columns]
+                lines.append("| " + " | ".join([algorithm, *cells]) + " |")
+            lines.append("")
+    rest = [row for row in rows if " of " in row[0]]
+    if rest:
+        lines += ["## Sharing and whole runs", "", "| | | | |", "|---|---|---|---|"]
+        lines += [f"| {what} | {algorithm} | {mode} | {value:.4g} |" for what, algorithm, mode, value in rest]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    launch(main, Args)
