@@ -2,35 +2,46 @@
 
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.command_line import BadInput, check
 
 CellLike = tuple[str, str, int, Path]  # algorithm, dataset id, seed, run folder: as run.Cell has them
+KEY = ("algorithm", "dataset_id", "seed")
+EVALUATION = {
+    "num_updates": "step",
+    "score": "eval/score",
+    "return_mean": "eval/return_mean",
+}  # as metrics.csv has them
 
 
-def collect(cells: Sequence[CellLike], out: Path) -> list[CellLike]:
-    """Writes results.csv and evaluations.csv of the cells that have ended well, and of those that results.csv holds
-    from earlier commands; returns them.
+def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
+    """Writes results.csv and evaluations.csv of the cells, each with the problem to tell of if it has not ended well,
+    and of those that results.csv holds from earlier commands. Returns the cells that have ended well. An earlier one of
+    these whose folder is gone was taken away, and has no row.
     """
     tables: dict[str, list[dict[str, Any]]] = {"results": [], "evaluations": []}
-    ours = {word for cell in cells for word in (cell[:3], cell[3])}
-    earlier = [cell for cell in _cells_in(out / "results.csv") if ours.isdisjoint((cell[:3], cell[3]))]
+    ours = {word for cell in problems for word in (cell[:3], cell[3])}
+    earlier = {cell: it for cell, it in _cells_in(out / "results.csv") if ours.isdisjoint((cell[:3], cell[3]))}
     written = []
-    for cell in [*earlier, *cells]:
+    for cell, problem in [*earlier.items(), *problems.items()]:
         try:
             result, evaluations = _rows(cell)
         except (OSError, KeyError, ValueError):  # not there, or damaged
+            if problem:
+                tables["results"].append(_key(cell) | {"problem": problem, "run_dir": str(cell[3])})
             continue
         tables["results"].append(result)
         tables["evaluations"] += evaluations
         written.append(cell)
     for name, table in tables.items():
-        columns = dict.fromkeys(column for row in table for column in row)  # fqe.py's results have some of their own
+        # fqe.py's results have columns of their own; evaluations have the same ones even where there is none
+        columns = dict.fromkeys([*KEY, *EVALUATION] if name == "evaluations" else itertools.chain.from_iterable(table))
         writer = csv.DictWriter(text := io.StringIO(), list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
@@ -38,27 +49,30 @@ def collect(cells: Sequence[CellLike], out: Path) -> list[CellLike]:
     return written
 
 
+def _key(cell: CellLike) -> dict[str, Any]:
+    return dict(zip(KEY, cell[:3], strict=True))
+
+
 def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The cell's row of results.csv, and those of evaluations.csv."""
-    algorithm, dataset_id, seed, folder = cell
-    key = {"algorithm": algorithm, "dataset_id": dataset_id, "seed": seed}
+    key, folder = _key(cell), cell[3]
     result, saved = (json.loads((folder / name).read_text()) for name in ("result.json", "args.json"))
     versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
     protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
-    columns = {"num_updates": "step", "score": "eval/score", "return_mean": "eval/return_mean"}
-    evaluations = [key | {name: row.get(column, "") for name, column in columns.items()} for row in rows]
-    return result | key | protocol | {"versions": versions, "run_dir": str(folder)}, evaluations
+    evaluations = [key | {name: row.get(column, "") for name, column in EVALUATION.items()} for row in rows]
+    result |= key | protocol | {"versions": versions, "problem": "", "run_dir": str(folder)}
+    return result, evaluations
 
 
-def _cells_in(path: Path) -> Iterator[CellLike]:
-    """Those of a results.csv, which may have been moved together with their run folders."""
+def _cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
+    """Those of a results.csv, which may have been moved together with their run folders, and their problems."""
     with path.open(newline="") if path.exists() else io.StringIO() as file:
         for row in csv.DictReader(file):
-            check({"algorithm", "dataset_id", "seed", "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
+            check({*KEY, "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
             folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
-            yield row["algorithm"], row["dataset_id"], int(row["seed"]), folder
+            yield (row["algorithm"], row["dataset_id"], int(row["seed"]), folder), row.get("problem") or ""
 
 
 def write(path: Path, content: bytes) -> None:

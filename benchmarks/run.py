@@ -3,11 +3,11 @@
 Stop the command and give it again: finished cells are skipped, others go on from their checkpoints. A cell that fails
 is tried once more, unless it diverged, then reported with its log; it never stops the others. After each cell there are
 
-    OUT/results.csv       a row per cell: what its result.json holds, and its run folder
-    OUT/evaluations.csv   a row per evaluation: the learning curves
+    OUT/results.csv       a row per cell: what its result.json holds, its run folder or, as `problem`, what went wrong
+    OUT/evaluations.csv   a row per evaluation of the cells that ended well: the learning curves
 
-of all cells in OUT that ended well, earlier commands' too. Failed ones have no row: the last lines name them, and the
-exit code is 1. What follows `--` goes to every script.
+of all cells in OUT, earlier commands' too. The last lines name those that did not end well, which report.py counts as
+failed, and the exit code is 1. What follows `--` goes to every script.
 
 --engine ray spreads the cells over a cluster (extra `cluster`): a cell whose machine dies starts again on another one,
 from its checkpoint where OUT is a folder that all of them share. Where it is not, the rows come to this machine's OUT,
@@ -343,28 +343,28 @@ def alone_in(out: Path) -> AbstractContextManager:
 
 
 def run_grid(cells: list[Cell], args: Args, out: Path) -> None:
-    """Runs the cells that are left to run, and exits with 1 if a cell has no row then."""
+    """Runs the cells that are left to run, and exits with 1 if one has not ended well then."""
     same_arguments(out, args.script)
-    collect(cells, out)
+    problems = {cell: f"cannot read {cell.folder}" if cell.done else "not finished" for cell in cells}
+    collect(problems, out)
     pending = [cell for cell in cells if not cell.done]
     print(f"{len(cells)} cells, {len(cells) - len(pending)} of them done; the first to run:", flush=True)
     if pending:
         print(f"  {shlex.join(pending[0].command(args))}", flush=True)
     reporter = Reporter(pending, args.script)
-    problems: dict[Cell, str] = {}
     for ended in ENGINES[args.engine](pending, args):
         if ended is not None:
             cell, problem = ended
             reporter.finished(cell, problem)
-            problems |= {cell: problem} if problem else {}
-            collect(cells, out)
+            problems[cell] = problem or f"cannot read {cell.folder}"
+            collect(problems, out)
         reporter.tick()
-    written = collect(cells, out)
-    missing = [cell for cell in cells if cell not in written]
-    for cell in missing:
-        print(f"no row: {cell.name}: {problems.get(cell, f'cannot read {cell.folder}')}")
-    print(f"{out}/results.csv: {len(cells) - len(missing)} of {len(cells)} cells", flush=True)
-    if missing:
+    written = collect(problems, out)
+    failed = [cell for cell in cells if cell not in written]
+    for cell in failed:
+        print(f"failed: {cell.name}: {problems[cell]}")
+    print(f"{out}/results.csv: {len(cells) - len(failed)} of {len(cells)} cells ended well", flush=True)
+    if failed:
         raise SystemExit(1)
 
 

@@ -1,5 +1,6 @@
 """The grid: cells are the ordinary scripts, finished ones are skipped, failing ones are reported; also on a cluster."""
 
+import contextlib
 import csv
 import json
 import os
@@ -128,9 +129,12 @@ def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pe
     assert ran.returncode == 1
     (line,) = (line for line in ran.stdout.splitlines() if line.startswith("bc ") and "exit code 2" in line)
     assert "--expectile" in line and ".log" in line
-    assert [row["algorithm"] for row in rows(tmp_path / "grid" / "results.csv")] == ["iql"]
+    bad, good = rows(tmp_path / "grid" / "results.csv")
+    assert (bad["algorithm"], f"bc {bad['dataset_id']} 0: {bad['problem']}") == ("bc", line)
+    assert (good["algorithm"], good["problem"]) == ("iql", "") and good["final_score"] and not bad["final_score"]
+    assert {row["algorithm"] for row in rows(tmp_path / "grid" / "evaluations.csv")} == {"iql"}
     *_, failed, last = ran.stdout.splitlines()
-    assert failed == f"no row: {line}" and last.endswith("results.csv: 1 of 2 cells")
+    assert failed == f"failed: {line}" and last.endswith("results.csv: 1 of 2 cells ended well")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,8 @@ def test_a_cell_whose_folder_cannot_be_made_stops_no_other(fake, tmp_path, capsy
     (tmp_path / "grid" / "bad").touch()
     with pytest.raises(SystemExit, match="1"):
         run.main(run.Args(("bad", "good"), seeds=1, out=tmp_path / "grid"))
-    assert [row["algorithm"] for row in rows(tmp_path / "grid" / "results.csv")] == ["good"]
+    bad, good = rows(tmp_path / "grid" / "results.csv")
+    assert "Not a directory" in bad["problem"] and good["problem"] == ""
     assert "Not a directory" in capsys.readouterr().out.splitlines()[-2]
 
 
@@ -228,8 +233,27 @@ def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         run.main(run.Args(("fake",), seeds=2, out=tmp_path))
     *_, failed, last = capsys.readouterr().out.splitlines()
-    assert failed == f"no row: fake anchorl/pendulum/mixed-v0 0: cannot read {folder}/0"
-    assert last == f"{tmp_path}/results.csv: 1 of 2 cells" and len(rows(tmp_path / "results.csv")) == 1
+    assert failed == f"failed: fake anchorl/pendulum/mixed-v0 0: cannot read {folder}/0"
+    assert last == f"{tmp_path}/results.csv: 1 of 2 cells ended well"
+    assert [row["problem"] for row in rows(tmp_path / "results.csv")] == [f"cannot read {folder}/0", ""]
+    assert len(rows(tmp_path / "evaluations.csv")) == 1
+
+
+def test_a_problem_stays_in_the_results_until_the_cell_has_ended_well(fake, tmp_path):
+    fake(good="end_well()", bad="end_well() if try_number() == 3 else sys.exit('oh')")
+    for algorithm, problem in (("bad", "exit code 1: oh (see "), ("good", "exit code 1: oh (see "), ("bad", "")):
+        with contextlib.suppress(SystemExit):
+            run.main(run.Args((algorithm,), seeds=1, out=tmp_path))
+        (found,) = (row["problem"] for row in rows(tmp_path / "results.csv") if row["algorithm"] == "bad")
+        assert found.startswith(problem) and bool(found) == bool(problem)
+
+
+def test_cells_that_were_not_begun_are_in_the_results_as_not_finished(fake, tmp_path, monkeypatch):
+    fake(fake="end_well()")
+    monkeypatch.setitem(run.ENGINES, "local", lambda cells, args: iter(()))  # as if it were stopped at once
+    with pytest.raises(SystemExit, match="1"):
+        run.main(run.Args(("fake",), seeds=2, out=tmp_path))
+    assert [row["problem"] for row in rows(tmp_path / "results.csv")] == ["not finished"] * 2
 
 
 def test_two_commands_at_once_do_not_share_a_folder(tmp_path, pendulum):
@@ -433,10 +457,13 @@ def test_results_come_from_machines_with_other_disks(fake, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="1"):
         run.main(run.Args(("good", "bad", "lost"), seeds=2, engine="ray", gpus=0.5, out=out))
     lines, folder = capsys.readouterr().out.splitlines(), out / "lost" / "anchorl-pendulum-mixed-v0"
-    assert lines[-1] == f"{out}/results.csv: 2 of 6 cells"
+    assert lines[-1] == f"{out}/results.csv: 2 of 6 cells ended well"
     assert "bad anchorl/pendulum/mixed-v0 1: exit code 1: oh (see " in lines[-4] and " on " in lines[-4]
-    assert lines[-2] == f"no row: lost anchorl/pendulum/mixed-v0 1: Ray: the worker is dead (see {folder}/1.log)"
-    assert [row["algorithm"] + row["seed"] for row in rows(out / "results.csv")] == ["good0", "good1"]
+    assert lines[-2] == f"failed: lost anchorl/pendulum/mixed-v0 1: Ray: the worker is dead (see {folder}/1.log)"
+    assert [row["algorithm"] + row["seed"] for row in rows(out / "results.csv") if not row["problem"]] == [
+        "good0",
+        "good1",
+    ]
     assert [row["score"] for row in rows(out / "evaluations.csv")] == ["50", "50"]
     assert options == {"num_cpus": 1, "num_gpus": 0.5, "max_retries": 3}
     run.main(run.Args(("good",), seeds=2, engine="ray", gpus=0.5, out=out))  # and the cells are done
