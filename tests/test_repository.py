@@ -164,6 +164,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read wh
     "measurements/loading.py": ["--num-steps", "2000"],
     "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "measurements/memory.py": ["--num-steps", "2000"],
+    "measurements/coverage.py": ["--seeds", "3", "--datasets", "2", "--simulations", "100", "--num-episodes", "2"],
     "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
@@ -201,7 +202,7 @@ def test_the_peers_speed_is_asked_for_by_lines(tmp_path, monkeypatch, capsys):
 
 def test_every_benchmark_is_tested():
     tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
-    tried_with_others |= {"log_hdf5.py", "log_steps.py", "log_tables.py"}
+    tried_with_others |= {"log_hdf5.py", "log_steps.py", "log_tables.py", "intervals.py"}
     folder = ROOT / "benchmarks"
     names = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("measurements/*.py")]}
     assert names == BENCHMARKS.keys() | tried_with_others
