@@ -2,21 +2,31 @@
 
 Scores are normalised; where a dataset has no reference scores, returns stand for them. Per dataset and algorithm:
 
-    last        the last evaluation: the mean over seeds, and a 95 % bootstrap interval of that mean
+    last        of the last policy: its final score on fresh episodes or, unless all runs on the dataset have one, the
+                last evaluation
     last five   the mean of the last five evaluations (of all, where there are fewer), which swings less
     best        the highest evaluation of each seed: what one who may choose by the simulator would get, and a fair
                 estimate of nothing else
+    ± episodes  the standard error of one run's final score that comes of its episodes; where seeds differ by no more,
+                they may be all the same
 
---by chooses the one that the first table shows and that all runs are compared by (Agarwal et al., "Deep RL at the Edge
-of the Statistical Precipice", 2021, arXiv 2108.13264): the last five, if nothing is said. To compare them, each
-algorithm must have run on each dataset; of several datasets those without reference scores are left out.
+A number is the mean over seeds. Below five seeds each one's value stands behind it, [lowest first]; from five on the
+95 % interval (low to high) of the mean. A run that diverged, failed or is missing is counted as failed, and scored as
+--failed-score says.
 
-    IQM         the interquartile mean: of all runs on all datasets, the middle half's
-    P(X > Y)    the probability that a run of X beats one of Y on the same dataset, averaged over datasets
-    profile     the share of runs that score above x
+--by chooses the one that the first table shows and that all runs are compared by: the last five, if nothing is said. To
+compare them, each algorithm must have run on each dataset; of several datasets those without reference scores are left
+out. Each dataset weighs the same, however many its seeds.
 
-Each dataset weighs the same, however many its seeds. Intervals draw the seeds of each dataset anew: they say how much
-these seeds matter, and are too narrow for few (of normal numbers, a mean's covers 75 % with three, 84 % with five).
+    mean, IQM   of all runs, and of their middle half (interquartile mean), where there are four runs or more; what a
+                single seed makes of all datasets is in brackets
+    beats Y     the probability that a run beats one of Y on the same dataset, averaged over datasets (a 95 % interval,
+                which from four against four on one dataset, or fewer, always holds 50 %)
+    profile     the share of runs that score above x, with a 95 % band, for each x by itself
+
+An interval says what other seeds might have given on these datasets, and nothing of other datasets. 95 % is nominal: of
+five seeds, one of a mean holds the true one in 95 % of cases where scores are normal, in 83 % where three runs in ten
+fail, as then all five may be lucky (benchmarks/results/coverage.txt). Methods and sources: benchmarks/intervals.py.
 
 Run: python -m benchmarks.report runs/first --out runs/first/report
 """
@@ -25,12 +35,10 @@ import base64
 import itertools
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -38,21 +46,17 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
 try:
+    import intervals
     import pandas as pd
-    from scipy import stats
+    from read_runs import KEYS, MEASURES, TIMES, Measure, check_equal, measures, read
 except ImportError:
     print("error: a report needs pandas and SciPy: pip install -e '.[report]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import BadInput, check, launch, one_line
-
-Measure = Literal["last", "last five", "best"]
-MEASURES: dict[str, Any] = {"last": "last", "last five": lambda x: x.tail(5).mean(), "best": "max"}
-KEYS = ["algorithm", "dataset_id", "seed"]
-NEEDED = [*KEYS, "num_updates", "score", "return_mean"]
-KNOWN = ["updates_per_second", "wall_seconds", "eval_episodes"]  # if there is a results.csv beside the evaluations
+from common.command_line import BadInput, check, launch
 
 
 @dataclass
@@ -63,97 +67,18 @@ class Args:
     """write report.md, report.html, curves.png and, if all was run on all datasets, summary.png here"""
     by: Measure = "last five"
     """what of a run to compare by"""
+    failed_score: float | None = None
+    """score of a run that failed; if not given, and where returns stand for scores, it is the dataset's lowest
+    evaluation, and of scores at most 0, the random policy's"""
     unequal: bool = False
-    """compare runs of different lengths or evaluations, too"""
+    """compare runs of different lengths or evaluations, too; without a results.csv of run.py, also other seeds, which
+    else are missing"""
 
 
-# --- Reading --------------------------------------------------------------------------------------------------------
-
-
-def read(paths: tuple[Path, ...]) -> pd.DataFrame:
-    """A row per evaluation; `value` and `unit` are its score or, in datasets without reference scores, its return.
-
-    Raises BadInput for a file that is none of run.py's, and for a run that is there twice.
-    """
-    parts = []
-    for path in paths:
-        file = path / "evaluations.csv" if path.is_dir() else path
-        check(file.is_file(), f"no {file}: give a folder that benchmarks/run.py wrote, or its evaluations.csv")
-        try:
-            part = pd.read_csv(file, dtype={"num_updates": int, "score": float, "return_mean": float})
-        except (ValueError, OSError) as error:
-            raise BadInput(f"cannot read {file}: {one_line(error)}") from None
-        missing = [name for name in NEEDED if name not in part]
-        check(not missing, f"{file}: lacks the column {', '.join(missing)}; give an evaluations.csv")
-        check(len(part) > 0, f"{file}: holds no evaluation")
-        if (results := file.with_name("results.csv")).is_file() and "updates_per_second" not in part:
-            part = part.merge(pd.read_csv(results).reindex(columns=KEYS + KNOWN), on=KEYS, how="left")
-        parts.append(part.assign(source=str(file)))
-    rows = pd.concat(parts, ignore_index=True).reindex(columns=[*NEEDED, *KNOWN, "source"])
-    twice = rows[rows.duplicated([*KEYS, "num_updates"]) | (rows.groupby(KEYS)["source"].transform("nunique") > 1)]
-    run = " ".join(map(str, twice[KEYS].to_numpy()[:1].flat))
-    check(twice.empty, f"{run} is in more than one of the files, or has two rows of an update")
-    scored = rows["score"].notna().groupby(rows["dataset_id"]).transform("all")
-    rows["unit"] = np.where(scored, "score", "return")
-    rows["value"] = rows["score"].where(scored, rows["return_mean"])
-    return rows.sort_values([*KEYS, "num_updates"], kind="stable")
-
-
-def check_equal(rows: pd.DataFrame) -> None:
-    """Raises BadInput unless all runs on a dataset were evaluated after the same updates, with as many episodes."""
-    for dataset_id, runs in rows.groupby("dataset_id"):
-        groups = runs.groupby(["algorithm", "seed"])
-        steps = groups["num_updates"].apply(lambda x: f"{x.max():,} updates, evaluated at {', '.join(map(str, x))}")
-        episodes = groups["eval_episodes"].first().dropna().map("{:.0f} episodes".format)  # where they are known
-        for protocols in (steps, episodes):
-            kinds = protocols.drop_duplicates().iloc[:2]
-            what = "; ".join(f"{' '.join(map(str, run))}: {shorten(kind, 90)}" for run, kind in kinds.items())
-            check(len(kinds) < 2, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")
-
-
-# --- Statistics -----------------------------------------------------------------------------------------------------
-
-Interval = tuple[float, float, float]  # estimate, low, high; the latter are NaN where there is but one seed
-
-
-def measures(rows: pd.DataFrame, by: Measure = "last five") -> pd.DataFrame:
-    """A row per run: its MEASURES, and as its `value` the one to compare by."""
-    table = rows.groupby(["dataset_id", "algorithm", "seed", "unit"], sort=False)["value"].agg(**MEASURES)
-    return table.assign(value=table[by]).reset_index()
-
-
-def bootstrap(tasks: list[np.ndarray], statistic: Callable[..., Any]) -> Interval:
-    """statistic(*tasks, axis) of samples, [seeds] each, and its 95 % interval, each sample drawn anew by itself."""
-    estimate = float(statistic(*tasks, axis=-1))
-    if min(map(len, tasks)) < 2:
-        return estimate, np.nan, np.nan
-    result = stats.bootstrap(tasks, statistic, method="percentile", n_resamples=2000, vectorized=True, rng=0)
-    return estimate, float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def pool(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """All samples in one, each repeated until they are of one length: a dataset with more seeds weighs no more."""
-    length = math.lcm(*(task.shape[axis] for task in tasks))
-    return np.concatenate([np.repeat(task, length // task.shape[axis], axis) for task in tasks], axis)
-
-
-def iqm(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    return stats.trim_mean(pool(*tasks, axis=axis), 0.25, axis=axis)
-
-
-def improvement(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    """P(X > Y) + P(X = Y) / 2, averaged over `tasks`, X's and then Y's: Mann and Whitney's U by the number of pairs."""
-    half = len(tasks) // 2
-    shares = []
-    for x, y in zip(tasks[:half], tasks[half:], strict=True):
-        x, y = np.moveaxis(x, axis, -1)[..., :, None], np.moveaxis(y, axis, -1)[..., None, :]
-        shares.append(((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)))
-    return np.mean(shares, axis=0)
-
-
-def samples(runs: pd.DataFrame, algorithm: str) -> list[np.ndarray]:
-    """The values of the algorithm's runs on each dataset."""
-    return [own.to_numpy() for _, own in runs[runs["algorithm"] == algorithm].groupby("dataset_id")["value"]]
+def samples(runs: pd.DataFrame, algorithm: str) -> intervals.Samples:
+    """The values of the algorithm's runs on each dataset, in the order of their seeds."""
+    own = runs[runs["algorithm"] == algorithm].sort_values("seed")
+    return [values.to_numpy() for _, values in own.groupby("dataset_id")["value"]]
 
 
 def comparable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -167,20 +92,35 @@ def gaps(runs: pd.DataFrame) -> str:
     return "; ".join(f"{name} on {', '.join(row.index[row == 0])}" for name, row in counts.iterrows() if not row.all())
 
 
+def centres(runs: pd.DataFrame) -> dict[str, Any]:
+    """The mean and, where there are runs enough for it to be something else, the interquartile mean."""
+    fewest = min(len(intervals.pool(*samples(runs, name))) for name in runs["algorithm"].unique())
+    return {"mean": intervals.mean} | ({"IQM": intervals.iqm} if fewest >= 4 else {})
+
+
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 
-def words(interval: Interval, unit: float = 1.0) -> str:
-    estimate, low, high = (unit * number for number in interval)
-    return f"{estimate:.1f}" if np.isnan(low) else f"{estimate:.1f} ({low:.1f} to {high:.1f})"
+def words(of: intervals.Samples, statistic: Any = intervals.mean) -> str:
+    """The estimate, and how far to trust it: an interval or, of few runs, what each seed by itself gives."""
+    estimate, counts = f"{statistic(*of, axis=-1):.1f}", {len(values) for values in of}
+    if min(counts) >= intervals.FEWEST:
+        low, high = intervals.interval(of, statistic)
+        return f"{estimate} ({low:.1f} to {high:.1f})"
+    if counts == {1} or len(counts) > 1:  # one seed, or seeds that do not go together
+        return estimate
+    each = sorted(statistic(*seed[..., None], axis=-1) for seed in np.stack(of, axis=-1))
+    return f"{estimate} [{', '.join(f'{value:.1f}' for value in each)}]"
 
 
 def overview(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per algorithm, a column per dataset: the values; empty where an algorithm was not run."""
-    named = runs["dataset_id"] + np.where(runs["unit"] == "return", " (return)", "")
-    cells = runs.groupby(["algorithm", named], sort=False)["value"]
-    table = cells.apply(lambda own: words(bootstrap([own.to_numpy()], np.mean))).unstack(fill_value="")
-    return table.reset_index().rename_axis(columns=None)
+    named = runs.assign(dataset_id=runs["dataset_id"] + np.where(runs["unit"] == "return", " (return)", ""))
+    cells = {}
+    for key, own in named.groupby(["algorithm", "dataset_id"], sort=False):
+        failed = (own["problem"] != "").sum()
+        cells[key] = words([own["value"].to_numpy()]) + (f", {failed} failed" if failed else "")
+    return pd.Series(cells).unstack(fill_value="").rename_axis("algorithm").reset_index()
 
 
 def per_dataset(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -189,40 +129,59 @@ def per_dataset(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     for (dataset_id, unit, algorithm), own in runs.groupby(["dataset_id", "unit", "algorithm"]):
         of_runs = rows[(rows["dataset_id"] == dataset_id) & (rows["algorithm"] == algorithm)]
         line = {"dataset": dataset_id + " (return)" * (unit == "return"), "algorithm": algorithm}
-        line |= {"seeds": len(own), "updates": f"{of_runs['num_updates'].max():,}"}
-        line |= {name: words(bootstrap([own[name].to_numpy()], np.mean)) for name in MEASURES}
-        times = of_runs.groupby("seed")[KNOWN[:2]].first().mean()
-        line |= {name.replace("_", " "): f"{mean:.3g}".replace("nan", "") for name, mean in times.items()}
+        line |= {"seeds": len(own), "failed": (own["problem"] != "").sum()}
+        line |= {"updates": f"{of_runs['num_updates'].max():,}"}
+        line |= {name: words([own[name].to_numpy()]) for name in MEASURES}
+        line |= {"± episodes": f"{np.sqrt((own['episode_error'] ** 2).mean()):.1f}"}
+        line |= {name.replace("_", " "): f"{of_runs.groupby('seed')[name].first().mean():.3g}" for name in TIMES}
         table.append(line)
-    return pd.DataFrame(table)
+    cells = pd.DataFrame(table).replace("nan", "")
+    return cells.loc[:, (cells != "").any()]
 
 
 def over_datasets(runs: pd.DataFrame) -> pd.DataFrame:
-    """IQM of each algorithm, and the probability that it beats each other one."""
-    names = runs["algorithm"].unique()
+    """Means of each algorithm, and the probability that it beats each other one."""
     table = []
-    for name in names:
-        line = {"algorithm": name, f"IQM of {runs['unit'].iloc[0]}s": words(bootstrap(samples(runs, name), iqm))}
-        for other in names:
-            chances = bootstrap(samples(runs, name) + samples(runs, other), improvement)
-            line[f"beats {other}"] = "" if other == name else words(chances, 100) + " %"
+    for name, own in runs.groupby("algorithm", sort=False):
+        line = {"algorithm": name, "runs": len(own), "failed": (own["problem"] != "").sum()}
+        of, unit = samples(runs, name), own["unit"].iloc[0]
+        line |= {f"{centre} of {unit}s": words(of, statistic) for centre, statistic in centres(runs).items()}
+        for other in runs["algorithm"].unique():
+            chance, low, high = (f"{100 * share:.0f}" for share in beats(of, samples(runs, other)))
+            line[f"beats {other}"] = "" if other == name else f"{chance} ({low} to {high}) %"
         table.append(line)
     return pd.DataFrame(table)
+
+
+def beats(xs: intervals.Samples, ys: intervals.Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return intervals.improvement(xs, ys), *intervals.improvement_interval(xs, ys)
 
 
 def notes(rows: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """What to know when reading the tables, a line each."""
     fewest, most = runs.groupby(["dataset_id", "algorithm"]).size().agg(["min", "max"])
-    short = ", ".join(rows.groupby(KEYS).filter(lambda run: len(run) <= 5)["dataset_id"].unique())
+    lines = []
+    for _, run in rows[rows["problem"] != ""].drop_duplicates(KEYS).iterrows():
+        counts = "nothing of the dataset to score it by" if np.isnan(run["value"]) else f"counts as {run['value']:.1f}"
+        lines.append(
+            f"failed, {counts}: {run['algorithm']} on {run['dataset_id']}, seed {run['seed']}: {run['problem']}"
+        )
+    short = ", ".join(
+        rows.dropna(subset="value").groupby(KEYS).filter(lambda run: len(run) <= 5)["dataset_id"].unique()
+    )
     returns = ", ".join(runs[runs["unit"] == "return"]["dataset_id"].unique())
-    lines = {
-        f"{fewest} seeds: below five an interval covers less than 95 %, of two or three it is their range": fewest < 5,
-        f"{fewest} to {most} seeds: where a run failed or diverged, the mean is of the others": fewest < most,
+    lacking = gaps(runs)
+    seeds = f"{fewest} seeds" if fewest > 1 else "one seed"
+    lines_if = {
+        f"{seeds}: below five, each seed's value stands [in brackets], and no interval": fewest < intervals.FEWEST,
+        f"{seeds}: where three runs in ten fail, a 95 % interval of five seeds holds the true mean in 83 % of cases, "
+        "of ten in 94 %": intervals.FEWEST <= fewest < 10,
+        f"{fewest} to {most} seeds: the fewer, the less sure": fewest < most,
         f"five evaluations or fewer, so the last five are the whole run: {short}": short,
         f"no reference scores, so returns, which are not compared over datasets: {returns}": returns,
-        f"IQM, P(X > Y) and profiles need each algorithm on each dataset; missing: {gaps(runs)}": gaps(runs),
+        f"means over datasets, who beats whom and profiles need each algorithm on each; missing: {lacking}": lacking,
     }
-    return [line for line, applies in lines.items() if applies]
+    return lines + [line for line, applies in lines_if.items() if applies]
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -241,23 +200,31 @@ def colours(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def curves(rows: pd.DataFrame) -> Figure:
-    """A panel per dataset, three in a row: the mean over seeds at each evaluation they share, and its interval."""
-    count, colour = rows["dataset_id"].nunique(), colours(rows)
+    """A panel per dataset, three in a row: the mean over seeds at each evaluation they share, and the interval or,
+    below intervals.FEWEST, the range.
+    """
+    rows, colour = rows.dropna(subset="value"), colours(rows)
+    count = rows["dataset_id"].nunique()
     columns = min(3, count)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(5 * columns + 2, 3.8 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (dataset_id, runs) in zip(panels, rows.groupby("dataset_id"), strict=False):
+        bands = set()
         for algorithm, own in runs.groupby("algorithm", sort=False):
             table = own.pivot(index="num_updates", columns="seed", values="value")
             if table.dropna().empty:  # they share none: points, and no mean
                 axes.plot(table.index, table, ".", color=colour[algorithm])
                 continue
             table = table.dropna()
-            intervals = np.array([bootstrap([values], np.mean) for values in table.to_numpy()])
-            axes.plot(table.index, intervals[:, 0], marker=".", color=colour[algorithm])
-            axes.fill_between(table.index, intervals[:, 1], intervals[:, 2], color=colour[algorithm], alpha=0.15)
-        axes.set(xlabel="updates", ylabel=f"{runs['unit'].iloc[0]}: mean of seeds, 95 % interval", title=dataset_id)
+            values, enough = table.to_numpy(), table.shape[1] >= intervals.FEWEST
+            low, high = intervals.interval([values], intervals.mean) if enough else (values.min(1), values.max(1))
+            axes.plot(table.index, values.mean(axis=1), marker=".", color=colour[algorithm])
+            axes.fill_between(table.index, low, high, color=colour[algorithm], alpha=0.15)
+            bands.add("95 % interval" if enough else "range")
+        axes.set(xlabel="updates", title=dataset_id)
+        shown = f"mean of seeds, {' or '.join(sorted(bands))}" if bands else "each seed's"
+        axes.set_ylabel(f"{runs['unit'].iloc[0]}: {shown}")
         axes.locator_params(axis="x", nbins=5)  # more would touch each other
         axes.grid(alpha=0.3)
     for axes in panels[count:]:
@@ -268,29 +235,39 @@ def curves(rows: pd.DataFrame) -> Figure:
 
 
 def summary(runs: pd.DataFrame, title: str) -> Figure:
-    """IQMs, performance profiles, and who beats whom."""
+    """Means over datasets, performance profiles, and who beats whom."""
     colour, unit = colours(runs), runs["unit"].iloc[0]
     names = list(colour)
     figure = Figure(figsize=(16, 1.6 + 0.45 * max(5, len(names))), layout="constrained")
     figure.suptitle(title)
     left, middle, right = figure.subplots(1, 3)
     left.use_sticky_edges = False  # a margin where the lowest bar begins, too
+    centre, statistic = list(centres(runs).items())[-1]
     start = runs["value"].min() - 0.05 * np.ptp(runs["value"])  # of the profiles
-    for row, name in enumerate(names):
-        estimate, low, high = bootstrap(samples(runs, name), iqm)
-        left.barh(row, high - low if high > low else 0, left=low, height=0.6, color=colour[name], alpha=0.4)
-        left.plot([estimate, estimate], [row - 0.3, row + 0.3], color=colour[name])
-        above = stats.ecdf(pool(*samples(runs, name))).sf
-        middle.step([start, *above.quantiles], [1, *above.probabilities], where="post", color=colour[name])
-    left.set(yticks=range(len(names)), yticklabels=names, xlabel=f"IQM of {unit}s, 95 % interval")
-    left.invert_yaxis()
-    middle.set(xlabel=f"{unit} x", ylabel="share of runs above x", title="Performance profiles, colours as on the left")
+    levels = np.array([start, *np.unique(runs["value"])])
     chances = np.full((len(names), len(names)), np.nan)
-    for row, column in itertools.permutations(range(len(names)), 2):
-        chance = chances[row, column] = improvement(*samples(runs, names[row]), *samples(runs, names[column]), axis=-1)
-        ink = "white" if abs(chance - 0.5) > 0.35 else "black"
-        right.text(column, row, f"{100 * chance:.0f}", ha="center", va="center", color=ink)
-    right.imshow(chances, vmin=0, vmax=1, cmap="RdBu")
+    for row, name in enumerate(names):
+        of = samples(runs, name)
+        if min(map(len, of)) >= intervals.FEWEST:
+            low, high = intervals.interval(of, statistic)
+            left.barh(row, high - low, left=low, height=0.6, color=colour[name], alpha=0.4)
+        left.plot([statistic(*of)] * 2, [row - 0.3, row + 0.3], color=colour[name])
+        left.plot(np.concatenate(of), np.full(sum(map(len, of)), row), ".", color=colour[name], alpha=0.4)
+        middle.step(levels, intervals.profile(of, levels), where="post", color=colour[name])
+        middle.fill_between(
+            levels, *intervals.profile_interval(of, levels), step="post", color=colour[name], alpha=0.15, linewidth=0
+        )
+        for column, other in enumerate(names):
+            if other != name:
+                chances[row, column], low, high = (100 * share for share in beats(of, samples(runs, other)))
+                ink = "white" if abs(chances[row, column] - 50) > 35 else "black"
+                text = f"{chances[row, column]:.0f}\n{low:.0f} to {high:.0f}"
+                right.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
+    shown = "95 % interval" if left.patches else "no interval of few seeds"
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{centre} of {unit}s, {shown}; points are runs")
+    left.invert_yaxis()
+    middle.set(xlabel=f"{unit} x", ylabel="share of runs above x", title="Performance profiles, 95 % bands")
+    right.imshow(chances, vmin=0, vmax=100, cmap="RdBu", aspect="auto")
     right.set(title="% of pairs in which the row beats the column", yticks=range(len(names)), yticklabels=names)
     right.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
     for axes in (left, middle):
@@ -320,7 +297,8 @@ def page(tables: dict[str, pd.DataFrame], lines: list[str], pictures: list[Path]
 
 def main(args: Args) -> None:
     check(bool(args.results), "nothing to report on: give a folder that benchmarks/run.py wrote")
-    rows = read(args.results)
+    check(args.failed_score is None or math.isfinite(args.failed_score), "--failed-score: must be finite")
+    rows = read(args.results, args.failed_score, args.unequal)
     if not args.unequal:
         check_equal(rows)
     runs = measures(rows, args.by)

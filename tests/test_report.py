@@ -1,4 +1,4 @@
-"""The report's statistics against hand calculations, its refusals, and its page in a browser."""
+"""What the report says of runs, those that failed among them, its refusals, and its page in a browser."""
 
 import itertools
 import os
@@ -13,6 +13,7 @@ import pytest
 import report
 from conftest import ROOT, assert_one_line, run_script
 from matplotlib.image import imread
+from scipy import stats
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HEADER = "algorithm,dataset_id,seed,num_updates,score,return_mean\n"
@@ -66,76 +67,80 @@ def test_returns_stand_for_scores_where_one_of_the_dataset_is_missing(tmp_path):
     assert rows["unit"].tolist() == ["return", "return", "score"]
 
 
-def test_the_interquartile_mean_is_that_of_the_middle_half_of_all_runs():
-    first, second = np.array([1.0, 100.0, 3.0, 4.0]), np.array([2.0, 5.0, -50.0, 6.0])
-    assert report.iqm(first, second, axis=-1) == (2 + 3 + 4 + 5) / 4  # of -50 1 | 2 3 4 5 | 6 100
-
-
-def test_the_interquartile_mean_weighs_datasets_the_same():
-    """Four seeds beside two: each of the two counts twice, in the estimate and in each of the bootstrap's draws."""
-    four, two = np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 20.0])
-    estimate, low, high = report.bootstrap([four, two], report.iqm)
-    assert estimate == (3 + 4 + 10 + 10) / 4  # of 1 2 | 3 4 10 10 | 20 20
-    draws = itertools.product(itertools.product(four, repeat=4), itertools.product(two, repeat=2))
-    means = [np.mean(sorted([*of_four, *of_two, *of_two])[2:6]) for of_four, of_two in draws]  # all 1024
-    np.testing.assert_allclose([low, high], np.percentile(means, [2.5, 97.5]), atol=0.26)  # steps of the draws: 0.25
-
-
-def test_improvement_counts_pairs_within_each_dataset():
-    x, y = [np.array([1.0, 3.0]), np.array([0.0, 0.0])], [np.array([2.0, 2.0, 0.0]), np.array([0.0, 1.0, 1.0])]
-    first = (0 + 0 + 1 + 1 + 1 + 1) / 6
-    second = (0.5 + 0 + 0 + 0.5 + 0 + 0) / 6
-    assert report.improvement(*x, *y, axis=-1) == pytest.approx((first + second) / 2)
-
-
-def test_the_interval_is_the_percentile_bootstrap_of_the_mean():
-    values = np.array([3.0, 8.0, 1.0, 9.0, 4.0])
-    estimate, low, high = report.bootstrap([values], np.mean)
-    draws = np.array(list(itertools.product(values, repeat=5))).mean(axis=1)  # every way to draw, 3125
-    assert estimate == 5
-    np.testing.assert_allclose([low, high], np.percentile(draws, [2.5, 97.5]), atol=0.21)  # steps of the draws: 0.2
-    assert np.isnan(report.bootstrap([values[:1]], np.mean)[1:]).all()  # one seed has none
-
-
 def test_every_interval_lies_inside_the_picture(tmp_path):
-    bars = report.summary(read(tmp_path, noisy("x", 30) | noisy("y", 90))[1], "").axes[0]
+    bars = report.summary(read(tmp_path, noisy("x", 30, 5) | noisy("y", 90, 5))[1], "").axes[0]
     low, high = bars.get_xlim()
     assert len(bars.patches) == 2
     assert all(low < bar.get_x() and bar.get_x() + bar.get_width() < high for bar in bars.patches)
 
 
-def test_datasets_are_drawn_each_by_itself():
-    """Two datasets far from each other: drawn together, the mean of the two would swing by tens."""
-    tasks = [np.array([0.0, 1.0, 2.0]), np.array([100.0, 101.0, 102.0])]
-    estimate, low, high = report.bootstrap(tasks, lambda *x, axis: np.concatenate(x, axis=axis).mean(axis=axis))
-    assert estimate == 51 and 50 <= low < 50.5 and 51.5 < high <= 52
-
-
 def test_the_overview_has_a_column_for_each_dataset(tmp_path):
     """And leaves a cell empty where an algorithm was not run."""
-    runs = {("x", "a", 0): [0, 2, 4], ("x", "b", 0): [5, 5, 5], ("y", "a", 0): [1, 1, 1], ("y", "a", 1): [3, 3, 3]}
+    runs = final("x", "a", [2, 4]) | final("x", "b", [5]) | final("y", "a", [3, 1])
     table = report.overview(read(tmp_path, runs)[1])
     assert list(table.columns) == ["algorithm", "a", "b"]
-    assert table.to_numpy().tolist() == [["x", "2.0", "5.0"], ["y", "2.0 (1.0 to 3.0)", ""]]
+    assert table.to_numpy().tolist() == [["x", "3.0 [2.0, 4.0]", "5.0"], ["y", "2.0 [1.0, 3.0]", ""]]
+
+
+def test_from_five_seeds_on_a_mean_has_students_interval(tmp_path):
+    for seeds, ending in ((4, r"\[40\.0, .*60\.0\]"), (5, r"\((\S+) to (\S+)\)")):
+        values = np.linspace(60, 40, seeds)
+        (row,) = report.overview(read(tmp_path, final("x", "a", values))[1]).to_dict("records")
+        found = re.fullmatch(rf"50\.0 {ending}", row["a"])
+        assert found, row
+    expected = stats.t.interval(0.95, 4, 50, stats.sem(values))
+    np.testing.assert_allclose([float(end) for end in found.groups()], expected, atol=0.4)
+
+
+def test_over_datasets_each_seed_stands_by_itself_too(tmp_path):
+    """Where there are four runs an interquartile mean as well, here of 0 | 10 10 | 30; of three it is the mean."""
+    runs = final("x", "a", [0, 10]) | final("x", "b", [10, 30])
+    (line,) = report.over_datasets(read(tmp_path, runs)[1]).to_dict("records")
+    assert (line["runs"], line["mean of scores"], line["IQM of scores"]) == (4, "12.5 [5.0, 20.0]", "10.0 [5.0, 20.0]")
+    assert "IQM of scores" not in report.over_datasets(read(tmp_path, final("x", "a", [1, 2, 4]))[1])
+
+
+def test_seeds_that_do_not_go_together_have_no_means_over_datasets(tmp_path):
+    (line,) = report.over_datasets(read(tmp_path, final("x", "a", [0, 10]) | final("x", "b", [7]))[1]).to_dict(
+        "records"
+    )
+    assert line["mean of scores"] == "6.0"
 
 
 def test_a_profile_weighs_datasets_the_same(tmp_path):
     """Of two seeds on a one is above 50, of three on b none: a quarter, not one of five."""
     _, runs = read(tmp_path, final("x", "a", [40, 60]) | final("x", "b", [10, 20, 30]))
-    (line,) = report.summary(runs, "").axes[1].lines
+    axes = report.summary(runs, "").axes[1]
+    (line,) = axes.lines
     above = dict(zip(*line.get_data(), strict=True))
     assert {x: round(share, 6) for x, share in above.items()} == {
         7.5: 1, 10: round(5 / 6, 6), 20: round(4 / 6, 6), 30: 0.5, 40: 0.25, 60: 0
     }  # fmt: skip
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([0, 1])
+    assert "95 % bands" in axes.get_title()
 
 
-def test_a_curve_is_the_mean_of_the_seeds_and_their_interval_at_each_evaluation(tmp_path):
+def test_a_curve_is_the_mean_of_the_seeds_and_their_range_at_each_evaluation(tmp_path):
     rows, _ = read(tmp_path, {("x", "a", 0): [0, 5, 7], ("x", "a", 1): [1, 6, 8], ("x", "a", 2): [5, 10, 90]})
     (axes,) = report.curves(rows).axes
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, 2], [2, 7], [3, 35]])
     band = axes.collections[0].get_paths()[0].vertices
     for step, low, high in ((1, 0, 5), (2, 5, 10), (3, 7, 90)):  # of three seeds: their range
         assert (band[band[:, 0] == step][:, 1].min(), band[band[:, 0] == step][:, 1].max()) == (low, high)
+    assert axes.get_ylabel() == "score: mean of seeds, range"
+
+
+def test_from_five_seeds_on_a_curve_has_intervals(tmp_path):
+    values = np.random.default_rng(0).normal(50, 10, (5, 3))
+    rows, _ = read(tmp_path, {("x", "a", seed): scores for seed, scores in enumerate(values)})
+    (axes,) = report.curves(rows).axes
+    band = axes.collections[0].get_paths()[0].vertices
+    for step, scores in enumerate(values.T, start=1):
+        expected = stats.t.interval(0.95, 4, scores.mean(), stats.sem(scores))
+        ends = band[band[:, 0] == step][:, 1]
+        np.testing.assert_allclose([ends.min(), ends.max()], expected, atol=0.02 * np.ptp(expected))
+    assert axes.get_ylabel() == "score: mean of seeds, 95 % interval"
 
 
 # --- What it says about the runs ---
@@ -144,31 +149,32 @@ def test_a_curve_is_the_mean_of_the_seeds_and_their_interval_at_each_evaluation(
 def test_a_table_with_gaps_has_no_summary_and_says_why(tmp_path):
     path = write(tmp_path / "e.csv", noisy("x", 1) | noisy("y<", 2) | noisy("z", 3, datasets=("b",)))
     run = run_script("report", path, "--out", str(tmp_path / "out"))
-    note = r"- IQM, P\(X > Y\) and profiles need each algorithm on each dataset; missing: z on a\n"
+    note = "- means over datasets, who beats whom and profiles need each algorithm on each; missing: z on a\n"
     assert re.search(note, run.stdout) and re.search(note, (tmp_path / "out" / "report.md").read_text())
-    assert "IQM of" not in run.stdout and not (tmp_path / "out" / "summary.png").exists()
+    assert "mean of scores" not in run.stdout and not (tmp_path / "out" / "summary.png").exists()
     assert "missing: z on a</li>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_one_dataset_is_compared_too(tmp_path):
     path = write(tmp_path / "e.csv", final("x", "a", [1, 2, 3]) | final("y", "a", [0, 2, 4]))
     run = run_script("report", path, "--out", str(tmp_path / "out"))
-    assert re.search(r"\| x \| 2.0 \(1.0 to 3.0\) \|  \| 50.0 \(\S+ to \S+\) % \|", run.stdout)
+    assert re.search(r"\| x \| 3 \| 0 \| 2.0 \[1.0, 2.0, 3.0\] \|  \| 50 \(\d+ to \d+\) % \|", run.stdout)
     assert (tmp_path / "out" / "summary.png").exists() and "missing" not in run.stdout
 
 
 def test_notes_on_seeds(tmp_path):
     steps = range(6)
-    few, unequal = "3 seeds: .*their range", "3 to 5 seeds: .*failed or diverged"
-    for seeds, patterns in (((3, 3), [few]), ((5, 3), [few, unequal]), ((5, 5), [])):
+    few, unequal, some = "3 seeds: .*no interval", "3 to 5 seeds: .*less sure", "5 seeds: .* 83 %"
+    for seeds, patterns in (((3, 3), [few]), ((5, 3), [few, unequal]), ((5, 5), [some]), ((10, 10), [])):
         runs = noisy("x", 1, seeds[0], steps=6) | noisy("y", 1, seeds[1], steps=6)
-        lines = report.notes(*read(tmp_path, runs, steps))
+        rows = report.read((Path(write(tmp_path / "e.csv", runs, steps)),), unequal=True)
+        lines = report.notes(rows, report.measures(rows))
         assert len(lines) == len(patterns) and all(map(re.match, patterns, lines)), lines
 
 
 def test_a_note_where_the_last_five_are_the_whole_run(tmp_path):
     for count, notes in ((5, ["five evaluations or fewer, so the last five are the whole run: a, b"]), (6, [])):
-        assert report.notes(*read(tmp_path, noisy("x", 1, 5, steps=count), range(count))) == notes
+        assert report.notes(*read(tmp_path, noisy("x", 1, 10, steps=count), range(count))) == notes
 
 
 def test_what_runs_are_compared_by_is_named(tmp_path, capsys):
@@ -177,7 +183,7 @@ def test_what_runs_are_compared_by_is_named(tmp_path, capsys):
         report.main(report.Args((path,), by=by))
         text = capsys.readouterr().out
         assert f"### Side by side, by {by}\n" in text and f"### All runs, by {by}\n" in text
-        assert f"| x | {value}.0 | {value}.0 |" in text and f"| x | {value}.0 |  | 50.0 % |" in text
+        assert f"| x | {value}.0 | {value}.0 |" in text and f"| x | 2 | 0 | {value}.0 |  | 50 (" in text
     assert report.summary(read(tmp_path, noisy("x", 1))[1], "by best").get_suptitle() == "by best"
 
 
@@ -187,7 +193,9 @@ def test_returns_are_named_and_not_compared_over_datasets(tmp_path, capsys):
     report.main(report.Args((path,)))
     text = capsys.readouterr().out
     assert "| algorithm | a | raw (return) |" in text and "| raw (return) | x | 3 |" in text
-    assert "| algorithm | IQM of scores |" in text and "| x | 80.0 (80.0 to 80.0) |" in text
+    assert (
+        "| algorithm | runs | failed | mean of scores |" in text and "| x | 3 | 0 | 80.0 [80.0, 80.0, 80.0] |" in text
+    )
     assert "- no reference scores, so returns, which are not compared over datasets: raw\n" in text
     scores, returns = report.curves(report.read((path,))).axes
     assert scores.get_ylabel().startswith("score:") and returns.get_ylabel().startswith("return:")
@@ -196,9 +204,9 @@ def test_returns_are_named_and_not_compared_over_datasets(tmp_path, capsys):
 def test_returns_on_one_dataset_are_compared(tmp_path):
     _, runs = read(tmp_path, final("x", "raw", [1, 2, 3]))
     left, middle, _ = report.summary(report.comparable(runs), "").axes
-    assert left.get_xlabel().startswith("IQM of returns") and middle.get_xlabel() == "return x"
-    assert report.over_datasets(runs).to_dict("records") == [{"algorithm": "x", "IQM of returns": "20.0 (10.0 to 30.0)",
-                                                              "beats x": ""}]  # fmt: skip
+    assert left.get_xlabel().startswith("mean of returns, no interval") and middle.get_xlabel() == "return x"
+    (line,) = report.over_datasets(runs).to_dict("records")
+    assert line["mean of returns"] == "20.0 [10.0, 20.0, 30.0]"
 
 
 def test_of_several_datasets_without_reference_scores_none_is_compared(tmp_path, capsys):
@@ -206,7 +214,117 @@ def test_of_several_datasets_without_reference_scores_none_is_compared(tmp_path,
         text = Path(write(tmp_path / f"{name}.csv", final("x", "raw", [1, 2]))).read_text()
         (tmp_path / f"{name}.csv").write_text(text.replace("raw", name))
     report.main(report.Args((tmp_path / "raw.csv", tmp_path / "more.csv"), out=tmp_path / "out"))
-    assert "IQM" not in capsys.readouterr().out and not (tmp_path / "out" / "summary.png").exists()
+    assert "mean of" not in capsys.readouterr().out and not (tmp_path / "out" / "summary.png").exists()
+
+
+# --- Runs that failed ---
+
+RESULTS = "algorithm,dataset_id,seed,eval_episodes,problem,final_returns,final_score,final_return_mean\n"
+
+
+def grid(folder, runs, results, steps=(1, 2, 3)):
+    """A folder as benchmarks/run.py leaves it. `results`: rows of results.csv, without the dataset, which is "a"."""
+    write(folder / "evaluations.csv", runs, steps)
+    lines = [",".join([row.split(",")[0], "a", *row.split(",", 1)[1:]]) + "\n" for row in results]
+    (folder / "results.csv").write_text(RESULTS + "".join(lines))
+    return folder
+
+
+def failing(tmp_path):
+    """y has scored 60 and, early, 20; one of x has scored 100, two failed."""
+    runs = {("x", "a", 0): [100] * 3, **{("y", "a", seed): [20, 60, 60] for seed in range(3)}}
+    results = [
+        "x,0,1,,,,",
+        "x,1,1,exit code 3: no | number,,,",
+        "x,2,1,not finished,,,",
+        *(f"y,{i},1,,,," for i in range(3)),
+    ]
+    return grid(tmp_path, runs, results)
+
+
+def test_a_failed_run_counts_as_the_worst_and_stands_in_the_tables(tmp_path, capsys):
+    """At most 0: 20, the lowest that anyone scored, would be more than what a run without a policy is worth."""
+    report.main(report.Args((failing(tmp_path),), by="last", out=tmp_path / "out"))
+    text = capsys.readouterr().out
+    assert "| a | x | 3 | 2 | 3 | 33.3 [0.0, 0.0, 100.0] | 33.3 [0.0, 0.0, 100.0] |" in text
+    assert "| a | y | 3 | 0 | 3 | 60.0 [60.0, 60.0, 60.0] |" in text
+    assert re.search(r"\| x \| 3 \| 2 \| 33.3 \[0.0, 0.0, 100.0\] \|  \| 33 \(", text)  # it beats y in 3 of 9 pairs
+    assert "- failed, counts as 0.0: x on a, seed 1: exit code 3: no | number\n" in text
+    assert "- failed, counts as 0.0: x on a, seed 2: not finished\n" in text
+    (axes,) = report.curves(report.read((tmp_path,))).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [100 / 3] * 3)
+
+
+def test_the_overview_says_what_failed(tmp_path):
+    (x, y) = report.overview(report.measures(report.read((failing(tmp_path),))))["a"]
+    assert x == "33.3 [0.0, 0.0, 100.0], 2 failed" and "failed" not in y
+
+
+def test_a_failed_run_counts_as_the_user_says(tmp_path):
+    run = run_script("report", str(failing(tmp_path)), "--failed-score", "-5")
+    assert "| a | x | 3 | 2 | 3 | 30.0 [-5.0, -5.0, 100.0] |" in run.stdout
+    assert_one_line(run_script("report", str(tmp_path), "--failed-score", "nan"), "--failed-score: must be finite")
+
+
+@pytest.mark.parametrize("score", [None, 0])
+def test_of_returns_the_lowest_evaluation_is_the_worst(tmp_path, score):
+    folder = failing(tmp_path)
+    for path in folder.iterdir():
+        path.write_text(
+            re.sub(r"\ba,(\d),(\d),\d+,", r"a,\1,\2,,", path.read_text()) if path.name[0] == "e" else path.read_text()
+        )
+    runs = report.measures(report.read((folder,), score))
+    assert runs[runs["problem"] != ""]["last"].tolist() == [200, 200]  # ten times the score
+
+
+def test_a_failed_run_that_nothing_can_be_compared_with_is_named(tmp_path, capsys):
+    """And a whole algorithm that failed is a row like any other."""
+    runs = {("y", "a", 0): [50] * 3}
+    grid(tmp_path, runs, ["y,0,1,,,,", "x,0,1,exit code 1,,,"])
+    with (tmp_path / "results.csv").open("a") as file:
+        file.write("y,b,0,1,exit code 2,,,\n")
+    report.main(report.Args((tmp_path,)))
+    text = capsys.readouterr().out
+    assert "| a | x | 1 | 1 | 3 | 0.0 | 0.0 | 0.0 |" in text
+    assert "- failed, nothing of the dataset to score it by: y on b, seed 0: exit code 2\n" in text
+
+
+def test_a_folder_where_all_failed_counts_beside_others(tmp_path):
+    all_failed = grid(tmp_path / "x", {}, ["x,0,1,exit code 3,,,"])
+    good = grid(tmp_path / "y", {("y", "a", 0): [50] * 3}, ["y,0,1,,,,"])
+    assert report.measures(report.read((all_failed, good)))["last"].tolist() == [0, 50]
+    assert_one_line(run_script("report", str(all_failed)), "no run ended well")
+
+
+def test_a_run_that_failed_here_and_ended_well_there_is_refused(tmp_path):
+    folders = [failing(tmp_path / "one"), grid(tmp_path / "two", {("x", "a", 1): [1] * 3}, ["x,1,1,,,,"])]
+    assert_one_line(run_script("report", *map(str, folders)), "x a 1 is in more than one")
+
+
+def test_without_a_plan_seeds_that_another_algorithm_has_are_missing(tmp_path):
+    path = Path(write(tmp_path / "e.csv", final("x", "a", [10, 20]) | final("y", "a", [30]) | final("y", "b", [40])))
+    runs = report.measures(report.read((path,)))
+    found = [" ".join(map(str, run)) for run in runs[["algorithm", "dataset_id", "seed", "problem", "last"]].to_numpy()]
+    assert found == ["x a 0  10.0", "x a 1  20.0", "y a 0  30.0", "y a 1 missing 0.0", "y b 0  40.0"]
+    assert len(report.read((path,), unequal=True)) == 3 * 4  # nothing but what is there
+
+
+# --- Final scores ---
+
+
+def test_the_last_is_the_final_score_where_all_runs_have_one(tmp_path):
+    """A score is a tenth of the return: the standard error of 100, 200, 300 and 400 is 129.1 / 2 / 10."""
+    runs = {("x", "a", 0): [1, 2, 3], ("x", "a", 1): [5, 6, 7]}
+    rows = ['x,0,1,,"[100.0, 200.0, 300.0, 400.0]",25,250', 'x,1,1,,"[100.0, 200.0, 300.0, 400.0]",25,250']
+    table = report.read((grid(tmp_path, runs, [*rows, "x,2,1,exit code 3,,,"]),))
+    assert report.measures(table)["last"].tolist() == [25, 25, 0]
+    (line,) = report.per_dataset(table, report.measures(table)).to_dict("records")
+    assert line["last"] == "16.7 [0.0, 25.0, 25.0]" and line["last five"] == "2.7 [0.0, 2.0, 6.0]"
+    assert line["± episodes"] == "6.5"
+    table = report.read((grid(tmp_path, runs, [rows[0], "x,1,1,,,7,70"]),))
+    assert report.measures(table)["last"].tolist() == [3, 7]
+    (tmp_path / "results.csv").write_text(RESULTS + "x,a,0,1,,oh,25,250\n")
+    assert_one_line(run_script("report", str(tmp_path)), "cannot read")
 
 
 # --- What it compares ---
@@ -217,7 +335,7 @@ def test_unequal_protocols_are_refused_unless_told_to(tmp_path):
     longer = write(tmp_path / "longer" / "evaluations.csv", {("y", "a", 0): [1, 2, 3, 4]}, range(1, 5))
     assert_one_line(run_script("report", one, longer), "a: unequal protocols .*3 updates.*4 updates.*--unequal")
     run = run_script("report", one, longer, "--unequal")
-    assert run.returncode == 0 and "| a | y | 1 | 4 |" in run.stdout
+    assert run.returncode == 0 and "| a | y | 1 | 0 | 4 |" in run.stdout
 
 
 def test_other_evaluations_are_unequal_too(tmp_path):
@@ -303,8 +421,8 @@ def test_the_tables(out):
     text = (out / "report.md").read_text()
     assert text == (out / "stdout").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| good |") and "%" in line)
-    assert row.count("100.0 (100.0 to 100.0) %") == 2  # it beats both on every dataset
-    assert len(re.findall(r"\| a \| \w+ \| 3 \| 3 \| \S+ \(\S+ to \S+\)", text)) == 3
+    assert len(re.findall(r"\b100 \([56]\d to 100\) %", row)) == 2  # it beats both on every dataset, by six against six
+    assert len(re.findall(r"\| a \| \w+ \| 3 \| 0 \| 3 \| \S+ \[\S+, \S+, \S+\]", text)) == 3
 
 
 def test_the_page_needs_no_other_file_and_no_network(out):

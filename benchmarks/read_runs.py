@@ -1,0 +1,112 @@
+"""What benchmarks/run.py wrote, as the tables that report.py works on: a row per evaluation, and a row per run."""
+
+import json
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from common.command_line import BadInput, check, one_line
+
+Measure = Literal["last", "last five", "best"]
+MEASURES: dict[str, Any] = {"last": "last", "last five": lambda x: x.tail(5).mean(), "best": "max"}
+KEYS = ["algorithm", "dataset_id", "seed"]
+NEEDED = [*KEYS, "num_updates", "score", "return_mean"]
+TIMES = ["updates_per_second", "wall_seconds"]
+KNOWN = [*TIMES, "eval_episodes"]  # if there is a results.csv beside the evaluations
+FINAL = ["final_score", "final_return_mean", "episode_error"]  # and if its runs have final_returns
+
+
+def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bool = False) -> pd.DataFrame:
+    """A row per evaluation: its `value` is the score or, in datasets without reference scores, the return, as `unit`
+    says. `final` is the same of the run's last policy on fresh episodes, and `episode_error` its standard error.
+
+    A run that failed has a `problem`, and the same value at every evaluation: `failed_score` or, without one and where
+    returns stand for scores, the dataset's lowest, and of scores at most 0, the random policy's. Where nothing of the
+    dataset was evaluated it has one row, and no value.
+
+    Raises BadInput for a file that is none of run.py's, and for a run that is there twice.
+    """
+    files = [_read_file(path / "evaluations.csv" if path.is_dir() else path, unequal) for path in paths]
+    both = pd.concat([table for pair in files for table in pair], ignore_index=True)
+    twice = both[both.duplicated([*KEYS, "num_updates"]) | (both.groupby(KEYS)["source"].transform("nunique") > 1)]
+    run = " ".join(map(str, twice[KEYS].to_numpy()[:1].flat))
+    check(twice.empty, f"{run} is in more than one of the files, or has two rows of an update")
+
+    rows = pd.concat([evaluations for evaluations, _ in files], ignore_index=True)
+    check(len(rows) > 0, "nothing to report on: no run ended well")
+    datasets = rows.groupby("dataset_id")
+    scored = rows["score"].notna().groupby(rows["dataset_id"]).transform("all")
+    rows["unit"] = np.where(scored, "score", "return")
+    rows["value"] = rows["score"].where(scored, rows["return_mean"])
+    rows["final"] = rows["final_score"].where(scored, rows["final_return_mean"]).where(rows["episode_error"].notna())
+    numbers = datasets[["score", "return_mean"]]
+    spread = numbers.transform("max") - numbers.transform("min")
+    rows["episode_error"] *= (spread["score"] / spread["return_mean"]).where(scored, 1.0)  # of a return: of its score
+
+    failed = pd.concat([failures for _, failures in files], ignore_index=True)
+    failed = failed.merge(rows[["dataset_id", "unit", "num_updates"]].drop_duplicates(), on="dataset_id", how="left")
+    failed["num_updates"] = failed["num_updates"].fillna(0).astype(int)
+    lowest = failed["dataset_id"].map(datasets["value"].min()).astype(float)
+    random = lowest.clip(upper=0.0) if failed_score is None else failed_score
+    failed["value"] = failed["final"] = lowest.where(failed["unit"] != "score", random)
+    rows = pd.concat([rows.assign(problem=""), failed], ignore_index=True)
+    return rows.sort_values([*KEYS, "num_updates"], kind="stable")
+
+
+def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The evaluations, and the runs that failed."""
+    check(file.is_file(), f"no {file}: give a folder that benchmarks/run.py wrote, or its evaluations.csv")
+    results = file.with_name("results.csv")
+    try:
+        rows = pd.read_csv(file, dtype={"seed": int, "num_updates": int, "score": float, "return_mean": float})
+        cells = pd.read_csv(results, dtype={"seed": int}) if results.is_file() else rows.reindex(columns=KEYS).iloc[:0]
+        if "final_returns" in cells:
+            cells["episode_error"] = cells["final_returns"].map(_standard_error)
+    except (ValueError, TypeError, OSError) as error:
+        raise BadInput(f"cannot read {file}: {one_line(error)}") from None
+    missing = [name for name in NEEDED if name not in rows]
+    check(not missing, f"{file}: lacks the column {', '.join(missing)}; give an evaluations.csv")
+    runs = rows[KEYS].drop_duplicates()
+    if "problem" in cells:
+        planned = cells[[*KEYS, "problem"]].dropna()
+    elif unequal:
+        planned = runs.assign(problem="")
+    else:  # on a dataset all algorithms the same seeds
+        planned = runs[KEYS[:2]].drop_duplicates().merge(runs[KEYS[1:]].drop_duplicates()).assign(problem="missing")
+    failed = planned.merge(runs, how="left", indicator="there").query("there == 'left_only'").drop(columns="there")
+    check(len(rows) + len(failed) > 0, f"{file}: holds no evaluation")
+    known = [name for name in [*KNOWN, *FINAL] if name not in rows]
+    rows = rows.merge(cells.reindex(columns=[*KEYS, *known]), on=KEYS, how="left")
+    return rows[[*NEEDED, *KNOWN, *FINAL]].assign(source=str(file)), failed.assign(source=str(file))
+
+
+def _standard_error(returns: Any) -> float:
+    """Of the mean of the final returns, which results.csv holds as JSON; NaN where there are none."""
+    if not isinstance(returns, str):
+        return np.nan
+    numbers = json.loads(returns)
+    return float(np.std(numbers, ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else np.nan
+
+
+def check_equal(rows: pd.DataFrame) -> None:
+    """Raises BadInput unless all runs on a dataset were evaluated after the same updates, with as many episodes."""
+    for dataset_id, runs in rows[rows["problem"] == ""].groupby("dataset_id"):
+        groups = runs.groupby(["algorithm", "seed"])
+        steps = groups["num_updates"].apply(lambda x: f"{x.max():,} updates, evaluated at {', '.join(map(str, x))}")
+        episodes = groups["eval_episodes"].first().dropna().map("{:.0f} episodes".format)  # where they are known
+        for protocols in (steps, episodes):
+            kinds = protocols.drop_duplicates().iloc[:2]
+            what = "; ".join(f"{' '.join(map(str, run))}: {shorten(kind, 90)}" for run, kind in kinds.items())
+            check(len(kinds) < 2, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")
+
+
+def measures(rows: pd.DataFrame, by: Measure = "last five") -> pd.DataFrame:
+    """A row per run: its MEASURES, as its `value` the one to compare by, its `problem` and what `read` says of it."""
+    runs = rows.groupby([*KEYS, "unit"], sort=False)
+    table = runs["value"].agg(**MEASURES).join(runs[["final", "episode_error", "problem"]].first()).reset_index()
+    fresh = table["final"].notna().groupby(table["dataset_id"]).transform("all")
+    table["last"] = table["final"].where(fresh, table["last"])
+    return table.assign(value=table[by])
