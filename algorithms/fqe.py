@@ -276,7 +276,7 @@ def true_returns(policy: Policy, dataset: Dataset, args: Args) -> np.ndarray | N
     horizon = math.ceil(math.log(0.001) / math.log(args.gamma))  # Q knows of no time limit: here gamma^t is the limit
     for environment in environments:
         environment.set_wrapper_attr("_max_episode_steps", horizon)  # of Gymnasium's TimeLimit
-    return evaluate(policy, environments, args.gamma)
+    return evaluate(policy, environments, gamma=args.gamma)[0]
 
 
 def warn_of_too_few_updates(args: Args) -> None:

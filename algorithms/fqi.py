@@ -189,7 +189,7 @@ def main(args: Args) -> None:
     for step in range(run.first_step, args.num_updates + 1):
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         if run.is_due(step, args.eval_every):
-            returns = None if run.environments is None else evaluate(run.policy, run.environments, args.gamma)
+            returns = None if run.environments is None else evaluate(run.policy, run.environments, gamma=args.gamma)[0]
             metrics |= overestimate(learner.actor.critic, initial_observations, returns)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -48,7 +48,7 @@ from scratch import scratch_root
 
 from common.command_line import BadInput, check, check_argument, launch
 from common.data import action_bounds, flat_observation_dim, flatten_observations
-from common.evaluation import Policy, evaluate, load_policy, make_environment
+from common.evaluation import FINAL_SEED, Policy, evaluate, load_policy, make_environment
 from common.experiment import load_checkpoint
 
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
@@ -181,9 +181,8 @@ def train(args: Args, run_dir: Path) -> None:
     if finished.exists() and json.loads(finished.read_text())["num_updates"] >= args.num_updates:
         return
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
-    command += ["--num-updates", str(args.num_updates)]
-    resumed = (run_dir / "checkpoint.pt").exists()
-    command += ["--resume"] if resumed else ["--seed", str(args.seed), "--keep-policies", *args.script]
+    command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
+    command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
     code = subprocess.run(command).returncode
     if code:
         raise SystemExit(code)
@@ -309,8 +308,10 @@ def random_return(play: Play, args: Args) -> float:
 
 
 def expert_return(policy: Policy, args: Args) -> float:
-    environments = [make_environment(args.env_id, users=True) for _ in range(args.reference_episodes)]
-    return float(evaluate(policy, environments).mean())
+    """From states that the evaluations which chose this policy did not start from: its luck in those is no merit."""
+    copies = min(args.reference_episodes, 10)
+    environments = [make_environment(args.env_id, users=True) for _ in range(copies)]
+    return float(evaluate(policy, environments, args.reference_episodes, FINAL_SEED)[0].mean())
 
 
 def write_dataset(

@@ -125,9 +125,8 @@ class Cell(NamedTuple):
         command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--run-dir", str(self.folder)]
         if not args.gpus:
             command += ["--device", "cpu"]  # else each would take the first GPU there is
-        if (self.folder / "checkpoint.pt").exists():
-            return [*command, "--resume"]
-        return [*command, "--dataset-id", self.dataset_id, "--seed", str(self.seed), *args.script, *own]
+        command += ["--dataset-id", self.dataset_id, "--seed", str(self.seed), *args.script, *own]
+        return [*command, "--resume"] if (self.folder / "checkpoint.pt").exists() else command
 
     def num_updates(self, script_arguments: tuple[str, ...]) -> int:
         words = " ".join([*script_arguments, self.algorithm])

@@ -5,16 +5,17 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
+from typeguard import TypeCheckError, check_type
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shift_measures import discounted_returns
 
-from common.command_line import BadInput, check, one_line, parse_args, warn
+from common.command_line import BadInput, check, one_line, warn
 from common.data import ReplayBuffer, flatten_observations, load_dataset
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
@@ -53,10 +54,11 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     check(folder.is_dir(), f"no folder {folder}: give the folder of a run")
     check((folder / "args.json").is_file(), f"{folder} is not the folder of a run: it lacks args.json")
     for name in ("checkpoint.pt", "result.json"):
-        todo = f"go on with --resume --run-dir {folder}"
+        todo = f"go on with the same command and --resume --run-dir {folder}"
         check((folder / name).is_file(), f"the run in {folder} has not finished: it lacks {name}; {todo}")
     try:
-        algorithm = str(json.loads((folder / "args.json").read_text())["algorithm"])
+        saved = json.loads((folder / "args.json").read_text())
+        algorithm = str(saved["algorithm"])
         checkpoint = load_file(folder / "checkpoint.pt")  # never the one before it, which is of another policy
         learned, fingerprint = checkpoint["learner"], checkpoint["dataset_fingerprint"]
         with (folder / "metrics.csv").open(newline="") as file:
@@ -65,8 +67,7 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         raise BadInput(f"cannot read the run in {folder}: {one_line(error)}") from None
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
     module: Any = load_script(algorithm, script)
-    environment = [] if env_id is None else ["--env-id", env_id]
-    args: Any = parse_args(module.Args, ["--resume", "--run-dir", str(folder), *environment])
+    args = arguments(module.Args, saved, folder, env_id)
     dataset, cpu = load_dataset(args.dataset_id, args.env_id), torch.device("cpu")
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
     check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")
@@ -82,6 +83,24 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         critic.requires_grad_(False).eval()
     scale = module.reward_scale(args, buffer.episode_returns) if hasattr(module, "reward_scale") else 1.0
     return Trained(args, buffer, policy, critic, getattr(args, "gamma", 0.99), scale, metrics)
+
+
+def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str | None) -> Any:
+    """Those of the run. Raises BadInput for one that cannot be, and for an environment of the user's own, which no file
+    is to name: it would be imported.
+    """
+    kinds = get_type_hints(args_class)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for name in values.keys() & kinds.keys() - {"run_dir"}:
+        try:
+            check_type(values[name], kinds[name])
+        except TypeCheckError as error:
+            raise BadInput(f"cannot read {folder / 'args.json'}: {name}: {one_line(error)}") from None
+    args = args_class(**{name: value for name, value in values.items() if name in kinds})
+    args.env_id = env_id or args.env_id
+    named = env_id is not None or ":" not in (args.env_id or "")
+    check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
+    return args
 
 
 class Recorder(gym.Wrapper):

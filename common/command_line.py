@@ -3,22 +3,18 @@
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
-import torch
 import tyro
 from tqdm import tqdm
-from typeguard import check_type
 
-ArgsT = TypeVar("ArgsT", bound="ExperimentArgs")
+ArgsT = TypeVar("ArgsT")
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
@@ -78,7 +74,8 @@ class ExperimentArgs:
     num_updates: int = 10_000  # gradient steps; papers take 1,000,000 on MuJoCo tasks
     batch_size: int = 256  # transitions per update
     eval_every: int = 1_000  # updates between evaluations
-    eval_episodes: int = 10  # episodes per evaluation, one per environment copy
+    eval_episodes: int = 10  # episodes per evaluation, one per environment copy, always from the same states
+    final_eval_episodes: int = 50  # episodes of the last policy, from other states: the final score
     keep_policies: bool = False  # keep the policy of each evaluation, as policy-<update>.pt
     log_every: int = 100  # updates between rows of metrics.csv
     checkpoint_every: int = 5_000  # updates between checkpoints
@@ -86,7 +83,7 @@ class ExperimentArgs:
     compile: bool = False  # make each update one graph with torch.compile; on a GPU with CUDA graphs
     precision: Literal["float32", "bf16"] = "float32"  # of matrix products; bf16 pays on GPUs and with AMX alone
     run_dir: Path | None = None  # folder of the run; default: runs/<algorithm>/<dataset>/<seed>-<time>
-    resume: bool = False  # go on from the checkpoint in --run-dir, with the arguments of that run
+    resume: bool = False  # added to the same command: go on from the checkpoint in --run-dir
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
     wandb_project: str = "anchorl"  # W&B project
     wandb_group: str | None = None  # W&B group
@@ -116,88 +113,44 @@ class ExperimentArgs:
             ]
             for broken, rule in rules:
                 check_argument(self, name, not broken, rule)
-        if self.device == "cuda":
-            check_argument(self, "device", torch.cuda.is_available(), "PyTorch finds no CUDA device; take cpu or auto")
 
 
 def parse_args(args_class: type[ArgsT], command_line: list[str] | None = None) -> ArgsT:
-    """The command line as `args_class`. With --resume, the run in --run-dir has the arguments that are not given.
-
-    Raises BadInput for a --resume that would change what is learned; tyro ends the program (2) for what it cannot read.
-    """
-    args = _parse(args_class, command_line)
-    if not args.resume:
-        return args
-    check(args.run_dir is not None, "--resume needs --run-dir: the folder of the run to go on with")
-    path = Path(args.run_dir or "", "args.json")
-    if not path.is_file():  # Run says what is missing
-        return args
-    kinds = get_type_hints(args_class)
-    with explain(f"--resume: cannot read {path}"):
-        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(path.read_text()).items()}
-        values: dict[str, Any] = {name: saved[name] for name in kinds.keys() & saved.keys() - {"run_dir"}}
-    other = f"--resume: {args.run_dir} is a run of {saved.get('algorithm')}, not of {args.algorithm}"
-    check(saved.get("algorithm") == args.algorithm, other)
-    for name, value in values.items():
-        with explain(f"--resume: cannot read {path}: {name}"):
-            check_type(value, kinds[name])
-    before = args_class(**values)
-    named = args.env_id != args_class().env_id or ":" not in (before.env_id or "")  # no file says what is imported
-    check(named, f"--resume: give --env-id {before.env_id} again, or another one: its module would be run")
-    args = _parse(args_class, command_line, default=before)
-    learning = {"dataset_id", "seed", "batch_size", "precision"}  # the shared arguments that decide what is learned
-    for name in sorted(learning | args.hyper_parameters().keys()):
-        rule = f"the run in {args.run_dir} has {getattr(before, name)}; start a new run to change it"
-        check_argument(args, name, getattr(args, name) == getattr(before, name), rule)
-    return args
-
-
-def _parse(args_class: type[Any], command_line: list[str] | None = None, **default: Any) -> Any:
-    return tyro.cli(args_class, args=command_line, description=sys.modules[args_class.__module__].__doc__, **default)
+    """The command line as `args_class`, a dataclass. tyro ends the program (exit code 2) for what it cannot read."""
+    return tyro.cli(args_class, args=command_line, description=sys.modules[args_class.__module__].__doc__)
 
 
 class Interruption:
-    """Handles SIGINT and SIGTERM. The first ends the program or, while a run is `waiting` for the end of its update, is
-    noted as the `number`; a second one ends it in any case.
+    """Handles SIGINT and SIGTERM: the first ends the program, or waits as `number` for the end of a run's update; a
+    second one kills the program.
     """
 
-    def __init__(self) -> None:
-        self.number, self.waiting, self.at_once = 0, False, False
-        self.describe: Callable[[], str] = lambda: "interrupted"  # a run says where, and how to go on
-        self.close: Callable[[], object] = lambda: None  # of a progress bar, before the last line
+    number, waiting = 0, False
+    close: Callable[[], object] = staticmethod(lambda: None)  # of a progress bar, before the last line
 
     def __call__(self, number: int, _: Any) -> None:
-        self.at_once = self.number > 0
-        self.number = self.number or number
-        if self.at_once or not self.waiting:
-            raise Stopped(self.describe())
+        self.number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if not self.waiting:
+            raise Stopped("interrupted")
 
 
 interruption = Interruption()
 
 
 def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
-    """Runs `main` with the arguments, an ExperimentArgs or another dataclass, and ends the program with the exit code
-    of what has stopped it, and one line on stderr that says why.
-    """
-    previous, code, words = dict[int, Any](), 0, ""
+    """Runs `main` with its arguments. What stops it becomes the exit code, and one line on stderr that says why."""
     with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
-        previous = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interruption)
     try:
-        main(parse_args(args_class) if issubclass(args_class, ExperimentArgs) else _parse(args_class))
+        return main(parse_args(args_class))
     except (CannotWrite, BadInput, Diverged) as error:
-        code = 1 if isinstance(error, CannotWrite) else 2 if isinstance(error, BadInput) else 3
         words = f"error: {error}"
+        code = 1 if isinstance(error, CannotWrite) else 2 if isinstance(error, BadInput) else 3
     except Stopped as stopped:
         code, words = 128 + interruption.number, str(stopped)
-    finally:
-        close, at_once = interruption.close, interruption.at_once
-        interruption.__init__()  # type: ignore[misc]  # a process may launch several
-        for number, before in previous.items():
-            signal.signal(number, before)
-    if code:
-        close()
-        print(words, file=sys.stderr, flush=True)
-        if at_once:  # after a compilation, Python and torch take seconds to take themselves down
-            os._exit(code)
-        raise SystemExit(code)
+    interruption.close()
+    print(words, file=sys.stderr, flush=True)
+    raise SystemExit(code)

@@ -1,8 +1,4 @@
-"""From a dataset's id to batches: the built-in datasets and Minari's, checked, in a replay buffer on the device.
-
-`load_dataset` turns an id into a `Dataset`: metadata and an iterator over episodes, one at a time, so that a
-`ReplayBuffer` holds the training tensors and one episode, no more. Nothing that a dataset says is run as code.
-"""
+"""From a dataset's id to batches: Minari's datasets in a replay buffer. Nothing that a dataset says is run as code."""
 
 import hashlib
 import json
@@ -57,11 +53,15 @@ class Dataset:
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
     discrete: bool = False  # actions are whole numbers
 
+    def score(self, returns: Any) -> Any:
+        """100 (return - low) / (high - low), as D4RL defines it; None without reference returns."""
+        low, high = self.reference_returns or (0.0, 0.0)
+        return 100 * (returns - low) / (high - low) if self.reference_returns else None
+
 
 def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | None = False) -> Dataset:
     """Finds a Minari dataset: a local one, a built-in one, or else one to download. `env_id` overrides the evaluation
-    environment that it names. Raises BadInput if there is none, or if its observations are not vectors or its actions
-    not bounded vectors or, with `discrete`, not those of a Discrete space; None takes either.
+    environment that it names; `discrete` None takes either kind of actions. Raises BadInput for spaces of other kinds.
     """
     path = find_dataset(dataset_id)
     with explain(f"cannot read dataset {dataset_id} in {path}"):
@@ -79,16 +79,14 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         dim = flat_observation_dim(dataset.observation_space)
     same_task = env_id in (None, spec.get("id")) or "id" not in spec
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
-    episodes, own_spec = partial(_read_episodes, dataset), None if env_id else spec
-    env_id = env_id or spec.get("id")
-    return Dataset(dataset_id, num_steps, dim, *bounds, episodes, env_id, own_spec, scale, discrete)
+    episodes, ids = partial(_read_episodes, dataset), (env_id or spec.get("id"), None if env_id else spec)
+    return Dataset(dataset_id, num_steps, dim, *bounds, episodes, *ids, scale, discrete)
 
 
 def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
     known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
-    maker = "of a file, python -m benchmarks.import_logs makes a dataset"
-    with explain(f"no dataset {dataset_id!r}: give {known}; {maker}"):
+    with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
         parse_dataset_id(dataset_id)
     with explain("no datasets folder: point MINARI_DATASETS_PATH to one"):
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
@@ -97,8 +95,7 @@ def find_dataset(dataset_id: str) -> Path:
     check(not dataset_id.startswith("anchorl/"), f"unknown built-in dataset {dataset_id!r}: give {known}")
     print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
-    advice = "check the id (`minari list remote` has them), the network and MINARI_DATASETS_PATH"
-    with explain(f"{dataset_id} is not local, and its download failed; {advice}"):
+    with explain(f"{dataset_id} is not local, and its download failed; check id (`minari list remote`) and network"):
         minari.download_dataset(dataset_id)
     return path
 
@@ -112,39 +109,37 @@ def _read_episodes(dataset: minari.MinariDataset) -> Iterator[Episode]:
 
 def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
     """[N, dim]: of a Box itself; of a Dict its entries side by side, in goal-conditioned tasks not achieved_goal."""
-    return np.concatenate(_parts(observations, space), axis=-1)
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([observations[key] for key in _keys(space)], axis=-1)
+    return observations
 
 
 def flat_observation_dim(space: gym.Space) -> int:
     """Length of a flattened observation. Raises BadInput unless the space is a vector Box or a Dict of such."""
-    boxes = _parts(space, space)
+    boxes: list[Any] = [space[key] for key in _keys(space)] if isinstance(space, gym.spaces.Dict) else [space]
     for box in boxes:
         fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
         check(fits, f"observations must be vectors of real numbers (a Box, or a Dict of such), no images, not {box}")
     return sum(box.shape[0] for box in boxes)
 
 
-def _parts(whole: Any, space: gym.Space) -> list[Any]:
-    """The entries of `whole`, which is observations of the `space` or the space itself."""
-    if not isinstance(space, gym.spaces.Dict):
-        return [whole]
-    if set(space) == {"observation", "achieved_goal", "desired_goal"}:  # the second repeats what the first says
-        return [whole["observation"], whole["desired_goal"]]
-    return [whole[key] for key in sorted(space)]  # the order in which Minari stores them
+def _keys(space: gym.spaces.Dict) -> list[str]:
+    """In the order in which Minari stores them. The achieved_goal of such tasks repeats what the observation says."""
+    goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
+    return ["observation", "desired_goal"] if goal_task else sorted(space)
 
 
-def action_bounds(space: gym.Space, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, [action_dim] each. Raises BadInput unless the space is a Box of finite extent or, with
-    `discrete`, a Discrete one, whose first and last number are given as [1] each.
+def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action, [action_dim] each; with `discrete` the first and the last number, [1] each. Raises
+    BadInput unless the space is a Box of finite extent or, with `discrete`, a Discrete one.
     """
+    fits = isinstance(space, gym.spaces.Discrete) if discrete else isinstance(space, gym.spaces.Box)
+    kind = "numbered (a Discrete)" if discrete else "vectors of real numbers (a Box)"
+    others = "fqi, discrete_cql and discrete_bcq take a Discrete, the other scripts a Box"
+    check(fits and (discrete or len(space.shape) == 1), f"actions must be {kind}, not {space}: {others}")
     if discrete:
-        if not isinstance(space, gym.spaces.Discrete):
-            raise BadInput(f"actions must be numbered (a Discrete), not {space}: the other scripts take these")
         check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
         return np.array([space.start]), np.array([space.start + space.n - 1])
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        others = ": fqi, discrete_cql and discrete_bcq take these" if isinstance(space, gym.spaces.Discrete) else ""
-        raise BadInput(f"actions must be vectors of real numbers (a Box), not {space}{others}")
     with np.errstate(over="ignore"):
         bounded = bool(np.isfinite(space.high - space.low).all() and (space.low < space.high).all())
     check(bounded, f"actions need finite bounds, to be scaled to [-1, 1] by them, not {space.low} to {space.high}")
@@ -152,12 +147,11 @@ def action_bounds(space: gym.Space, discrete: bool = False) -> tuple[np.ndarray,
 
 
 class ReplayBuffer:
-    """All transitions of a dataset. A row of `storage` is one transition, so that a batch is a single gather.
+    """All transitions of a dataset. A row of `storage` is one, so that a batch is a single gather.
 
     Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
-    `episode_starts` and `episode_lengths` [E], in rows; `episode_returns` [E], undiscounted, in the environment's
-    units; `normalization` [2, observation_dim], mean and standard deviation; `fingerprint`, a hash of the data;
-    `num_actions`, 0 unless they are discrete. Raises BadInput for data that cannot be trained on.
+    `episode_starts`, `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
+    [2, observation_dim], mean and deviation; `fingerprint`, a hash; `num_actions`, 0 unless discrete. Raises BadInput.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
@@ -169,12 +163,11 @@ class ReplayBuffer:
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
-        self.mean_return = float(self.episode_returns.mean())
         storage = storage[: sum(lengths)]  # a view
         self.fingerprint = hashlib.blake2b(storage.numpy().data, digest_size=16).hexdigest()
 
         self.storage = storage.to(device)
-        self.transitions = self._batch(self.storage)
+        self.transitions = self._columns(self.storage)
         self.normalization = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
         if normalize_observations:
             std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
@@ -187,20 +180,17 @@ class ReplayBuffer:
         return torch.randint(len(self.storage), (batch_size,), device=self.storage.device)
 
     def take(self, rows: Tensor) -> Batch:
-        return self._batch(self.storage.index_select(0, rows))
+        return self._columns(self.storage.index_select(0, rows))
 
     def sample(self, batch_size: int) -> Batch:
         """A batch of transitions drawn uniformly with replacement."""
         return self.take(self.draw(batch_size))
 
-    def _batch(self, rows: Tensor) -> Batch:
-        columns = self._columns(rows)
-        return columns._replace(actions=columns.actions.long()) if self.num_actions else columns
-
-    def _columns(self, rows: Tensor) -> Batch:
-        """Views of rows [N, observation | action | reward | next observation | termination], all float32."""
+    def _columns(self, rows: Tensor, integers: bool = True) -> Batch:
+        """Rows [N, observation | action | reward | next observation | termination] as views; `integers` are a copy."""
         parts = rows.split([self.observation_dim, self.action_dim, 1, self.observation_dim, 1], dim=1)
         actions = parts[1].squeeze(1) if self.num_actions else parts[1]
+        actions = actions.long() if self.num_actions and integers else actions
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
     def _fill(self, storage: Tensor) -> tuple[list[int], list[float]]:
@@ -210,19 +200,18 @@ class ReplayBuffer:
             with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):  # refused as infinite
                 start, end = end, end + len(episode.rewards)
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
-                for name, values, column in zip(Batch._fields, episode, self._columns(storage[start:end]), strict=True):
-                    shapes = f"of shape {np.shape(values)} where its rewards ask for {tuple(column.shape)}"
-                    check(np.shape(values) == column.shape, f"{name} {shapes}")
-                    column.copy_(torch.from_numpy(self._checked(name, np.asarray(values))))
+                columns = self._columns(storage[start:end], integers=False)
+                for name, values, column in zip(Batch._fields, map(np.asarray, episode), columns, strict=True):
+                    shapes = f"{values.shape} where its rewards ask for {tuple(column.shape)}"
+                    check(values.shape == column.shape, f"{name} of shape {shapes}")
+                    column.copy_(torch.from_numpy(self._checked(name, values)))
                 lengths.append(end - start)
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
-        """An episode's `values` in float32, actions mapped from the environment's range to [-1, 1] or, if they are
-        discrete, counted from 0. Raises BadInput for what is no finite number, or no action.
-        """
+        """An episode's `values` in float32, actions scaled to [-1, 1] or, if they are discrete, counted from 0."""
         low, high, numbered = self.dataset.action_low, self.dataset.action_high, name == "actions" and self.num_actions
         check(not np.iscomplexobj(values), f"{name} are complex numbers")
         if numbered:  # subtracted before the rounding to float32
@@ -234,8 +223,8 @@ class ReplayBuffer:
         if wrong.any():
             value = values[wrong][0] + (low[0] if numbered else 0)
             rule = f", which is not a whole number from {low[0]} to {high[0]}" if numbered else ""
-            what = f"step {np.argwhere(wrong)[0, 0]}: {name} hold {value:g}{rule}"
-            raise BadInput(f"{what}; repair or remove that episode")
+            step = f"step {np.argwhere(wrong)[0, 0]}"
+            raise BadInput(f"{step}: {name} hold {value:g}{rule}; repair or remove that episode")
         if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
             values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)
         return values

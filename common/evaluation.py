@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.command_line import BadInput, check, explain, one_line, warn
+from common.command_line import BadInput, check, explain, one_line
 from common.data import Dataset, action_bounds, flat_observation_dim, flatten_observations
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
+FINAL_SEED = 20_000  # and with this + i when the final score is taken: from states that nothing was chosen by
 
 
 class Policy:
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], both as the environment
     has them; discrete ones [N]. `actor`, a script's Actor, maps normalised observations to actions in [-1, 1], or to a
-    preference for each of the discrete actions. `normalization` [2, observation_dim] holds mean and standard deviation,
-    `action_range` [2, action_dim] the lowest and the highest action, `origin` the actor's "script" and its
-    "hyper_parameters".
+    preference for each discrete action. `normalization` [2, observation_dim] is mean and standard deviation,
+    `action_range` [2, action_dim] lowest and highest action, `origin` the actor's "script" and "hyper_parameters".
     """
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
@@ -54,9 +54,7 @@ class Policy:
         return outputs
 
     def save(self, file: IO[bytes]) -> None:
-        """Writes the weights, what the script builds its Actor from, and what that does on some examples: by these
-        `load_policy` knows whether the script still has the network that was trained. The file holds no code.
-        """
+        """Writes weights, hyper-parameters and what the actor does on examples, by which `load_policy` knows it."""
         inputs = torch.randn(32, self.normalization.shape[1], generator=torch.Generator().manual_seed(0))
         state = self.origin | {
             "actor": {name: weight.cpu() for name, weight in self.actor.state_dict().items()},
@@ -69,11 +67,9 @@ class Policy:
 
 
 def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str = "policy.pt") -> Policy:
-    """The trained policy of a run folder, ready to act on the CPU: `actions = load_policy("runs/...")(observations)`,
-    of observations as the environment gives them (Dicts flattened by `flatten_observations`).
-
-    `script` is the path of the script that trained it, if that is not in algorithms/. Raises BadInput if the folder
-    holds no readable policy, or if the script's Actor is not the one that was trained.
+    """The trained policy of a run folder, on the CPU: `actions = load_policy("runs/...")(observations)`, both as the
+    environment has them (Dicts flattened by `flatten_observations`). `script` is the path of the script that trained
+    it, if that is not in algorithms/. Raises BadInput if there is no readable policy, or the script has another Actor.
     """
     path = Path(run_dir) / file
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
@@ -95,13 +91,10 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
 
 
 def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What torch.save wrote, with tensors on `device`. Nothing in it is run. Raises an exception of one of many kinds
-    for a file that is cut, has a wrong bit, or holds more than data.
-    """
+    """What torch.save wrote. Nothing in it is run. Raises many kinds of exceptions for damage, or more than data."""
     with zipfile.ZipFile(path) as file:
         # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
-        damaged = [file.testzip()]
-        damaged += [part.filename for part in file.infolist() if part.external_attr & 0x10]
+        damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
     check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")
     return torch.load(path, map_location=device, weights_only=True)
 
@@ -109,11 +102,9 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 @cache
 def load_script(name: str, path: str | Path | None = None) -> ModuleType:
     """The script of that name as a module, or the one at `path`, which no file may name, as it is run."""
-    root = Path(__file__).resolve().parents[1]
-    places = [root / "algorithms" / f"{name}.py", root / f"{name}.py"] if name.isidentifier() else []
-    found = next((place for place in ([Path(path)] if path else places) if place.is_file()), None)
-    check(found is not None, f"there is no script {path or name} in {root / 'algorithms'}: give its path (script=)")
-    spec: Any = importlib.util.spec_from_file_location(f"script_{name}", found or "")
+    place = Path(path or Path(__file__).resolve().parents[1] / "algorithms" / f"{name}.py")
+    check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (script=)")
+    spec: Any = importlib.util.spec_from_file_location(f"script_{name}", place)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -124,8 +115,8 @@ class NoEnvironment(BadInput):
 
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
-    """One copy of an installed environment; its episodes end after 1,000 steps if nothing else says when. Only if the
-    id is a `users` own is the module of "module:Id" imported: it is code. Raises NoEnvironment.
+    """An installed environment; its episodes end after 1,000 steps if nothing else says when. Only of a `users` own id
+    is the module, of "module:Id", imported: it is code. Raises NoEnvironment.
     """
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         gym.register_envs(importlib.import_module("gymnasium_robotics"))
@@ -142,55 +133,45 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
         raise NoEnvironment(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
 
 
-def make_environments(dataset: Dataset, num_episodes: int, **more: Any) -> list[gym.Env]:
-    """`num_episodes` copies of the dataset's evaluation environment, with the dataset's arguments, if the code behind
-    its id is what the dataset names, and `more`. Raises NoEnvironment where it cannot be made, and BadInput if its
-    spaces are not of the dataset's size.
-    """
+def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env]:
+    """Copies of the dataset's environment, with its arguments and `more`. Raises NoEnvironment, BadInput for others."""
     env_id, spec = dataset.env_id, dataset.env_spec or {}
     if env_id is None:
         raise NoEnvironment(f"{dataset.dataset_id} names no environment (--env-id does)")
     kwargs = {key: value for key, value in spec.get("kwargs", {}).items() if key != "render_mode"}
-    installed: Any = gym.registry.get(env_id)
-    if kwargs and installed and spec.get("entry_point") != installed.entry_point:
-        warn(f"environment {env_id!r} is made without {kwargs}: these are for {spec.get('entry_point')!r}, other code")
-        kwargs = {}
+    own, installed = spec.get("entry_point"), gym.registry.get(env_id)
+    if kwargs and installed and own != installed.entry_point:
+        raise NoEnvironment(f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
     limit, users = spec.get("max_episode_steps"), dataset.env_spec is None
-    environments = [make_environment(env_id, limit, users, **kwargs, **more) for _ in range(num_episodes)]
+    environments = [make_environment(env_id, limit, users, **kwargs, **more) for _ in range(count)]
     dim, space = flat_observation_dim(environments[0].observation_space), environments[0].action_space
-    discrete = isinstance(space, gym.spaces.Discrete)
-    found = _sizes(dim, *action_bounds(space, discrete), discrete)
-    expected = _sizes(dataset.observation_dim, dataset.action_low, dataset.action_high, dataset.discrete)
-    check(found == expected, f"{env_id} has {found}, {dataset.dataset_id} has {expected}")
+    low, high = action_bounds(space, dataset.discrete)
+    same = dim == dataset.observation_dim and low.shape == dataset.action_low.shape
+    same &= not dataset.discrete or (low, high) == (dataset.action_low, dataset.action_high)
+    expected = f"{dataset.observation_dim} and {dataset.action_low} to {dataset.action_high}"
+    check(same, f"{env_id} has {dim} observed numbers and actions {space}, {dataset.dataset_id} has {expected}")
     return environments
 
 
-def _sizes(observation_dim: int, low: np.ndarray, high: np.ndarray, discrete: bool) -> str:
-    actions = f"numbered {low[0]} to {high[0]}" if discrete else f"of shape {low.shape}"
-    return f"observations of size {observation_dim} and actions {actions}"
-
-
-def evaluate(policy: Any, environments: list[gym.Env], gamma: float = 1.0) -> np.ndarray:
-    """Returns [num_envs], discounted by `gamma`: an episode of each environment, reset with a fixed seed of its own."""
+def evaluate(
+    policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, discounted by `gamma`, and lengths [num_episodes] of episodes which the environments play at the same
+    time, one each unless said, and one after the other. Episode i is reset with `seed` + i.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
-    observations = [env.reset(seed=EVALUATION_SEED + index)[0] for index, env in enumerate(environments)]
-    returns, running, discount = np.zeros(len(environments)), list(range(len(environments))), 1.0
-    while running:  # one call of the policy for all the episodes that have not ended
-        rows = [flatten_observations(observations[index], environments[index].observation_space) for index in running]
-        for index, action in zip(list(running), policy(np.stack(rows)), strict=True):
-            observations[index], reward, terminated, truncated, _ = environments[index].step(action)
-            returns[index] += discount * float(reward)
-            if terminated or truncated:
-                running.remove(index)
-        discount *= gamma
+    returns, lengths = np.zeros(count := num_episodes or len(environments)), np.zeros(count, dtype=int)
+    numbers, free, playing = iter(range(count)), list(environments), list[Any]()
+    while playing := playing + [[env, i, env.reset(seed=seed + i)[0]] for env, i in zip(free, numbers, strict=False)]:
+        rows = [flatten_observations(observation, env.observation_space) for env, _, observation in playing]
+        free, going_on = [], []
+        for (env, i, _), action in zip(playing, policy(np.stack(rows)), strict=True):  # one call for all of them
+            observation, reward, terminated, truncated, _ = env.step(action)
+            returns[i] += gamma ** lengths[i] * float(reward)
+            lengths[i] += 1
+            free += [env] if terminated or truncated else []
+            going_on += [] if terminated or truncated else [[env, i, observation]]
+        playing = going_on
     torch.set_num_threads(threads)
-    return returns
-
-
-def normalized_score(returns: float, dataset: Dataset) -> float | None:
-    """100 * (return - reference minimum) / (maximum - minimum), as D4RL defines it; None without reference scores."""
-    if dataset.reference_returns is None:
-        return None
-    minimum, maximum = dataset.reference_returns
-    return 100 * (returns - minimum) / (maximum - minimum)
+    return returns, lengths

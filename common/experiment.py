@@ -5,9 +5,7 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
-import platform
 import shutil
 import sys
 import threading
@@ -19,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch.utils._pytree import tree_leaves
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from common.command_line import CannotWrite, Diverged, ExperimentArgs, Stopped, check, explain, interruption, warn
 from common.data import ReplayBuffer
-from common.evaluation import NoEnvironment, Policy, evaluate, load_file, make_environments, normalized_score
+from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
 
 PATIENCE_SECONDS = 100  # with W&B, at the end of a run
 
@@ -38,14 +37,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
-        advice = f"make room, and go on with --resume --run-dir {path.parent}; what was saved before is kept"
+        advice = f"make room, and go on with the same and --resume --run-dir {path.parent}; what was saved is kept"
         raise CannotWrite(f"cannot write {path} ({reason}): {advice}") from None
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | None = None) -> None:
-    """Lets `write` fill a file beside `path` and, once the disk has it, renames it over `path`: whole or not at all.
-    With `keep_as`, the old one stays under that name. Raises CannotWrite.
-    """
+    """Lets `write` fill a file and, once the disk has it, renames it to `path`. `keep_as` names the old one's copy."""
     scratch = path.with_name(f".{path.name}")
     with writing(path):
         try:
@@ -54,12 +51,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | Non
                 file.flush()
                 os.fsync(file.fileno())
             if keep_as and path.exists():
-                kept = path.with_name(keep_as)
-                kept.unlink(missing_ok=True)
-                try:
-                    os.link(path, kept)  # so that `path` is there at any time
-                except OSError:  # some file systems have no links
-                    shutil.copyfile(path, kept)
+                shutil.copyfile(path, path.with_name(keep_as))
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -68,6 +60,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | Non
 def set_up(args: ExperimentArgs) -> torch.device:
     """Checks the arguments, seeds every random number of the run, and returns its device. Raises BadInput."""
     args.validate()
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch finds no CUDA device; take cpu")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
     # freed at once, so that glibc keeps later blocks of this size: to hand them back costs BCQ and CQL up to a tenth
@@ -78,15 +71,14 @@ def set_up(args: ExperimentArgs) -> torch.device:
 class Run:
     """A run folder. Its checkpoint holds the state_dict of each part of the `learner`, a NamedTuple of everything that
     training changes, the random state and metrics.csv: a resumed run goes on to the same bits from update `first_step`.
-    The policy is the learner's `actor`, if it has one.
-
-    Raises BadInput if the folder holds a run already or, with --resume, none of this algorithm and dataset, or if
-    another process is at work in it; CannotWrite if the disk is full.
+    The policy is the learner's `actor`, if it has one. Raises BadInput for a folder it cannot take, and CannotWrite.
     """
 
     def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
         self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
         self.parts: dict[str, Any] = learner._asdict()
+        shared = "algorithm", "dataset_id", "seed", "batch_size", "precision"
+        self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
         self.policy, self.environments = None, None
         if actor := self.parts.get("actor"):
             bounds, discrete = (self.dataset.action_low, self.dataset.action_high), self.dataset.discrete
@@ -109,15 +101,13 @@ class Run:
         self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
         self.tracked = SimpleQueue[dict[str, Any]]()  # what W&B is given
         self.tracker = threading.Thread(target=track, args=(self.tracked, args, self.dir, config), daemon=True)
-        if args.track:
-            self.tracker.start()
+        self.tracker.start()
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         self.progress = tqdm(total=args.num_updates, initial=self.step, desc=args.algorithm, mininterval=interval)
         interruption.close = self.progress.close
         if not args.resume:
             self.metrics_path.unlink(missing_ok=True)
             self.save_checkpoint()  # from here on, a run that is killed can be resumed
-        interruption.describe = lambda: f"interrupted at update {self.step}; go on with --resume --run-dir {self.dir}"
         interruption.waiting = True
 
     def is_due(self, step: int, every: int) -> bool:  # after the last update, too
@@ -139,31 +129,28 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         """Mean and standard deviation of the deterministic policy's returns, and its score."""
-        self._check_learner()  # simulators fail in ways of their own on actions that are not numbers
+        self._check_finite(self.parts)  # simulators fail in ways of their own on actions that are not numbers
         if self.policy and self.args.keep_policies:
             replace(self.dir / f"policy-{self.step}.pt", self.policy.save)
         if self.environments is None:
             return {}
-        returns = evaluate(self.policy, self.environments)
+        returns, _ = evaluate(self.policy, self.environments)
         found = {"eval/return_mean": float(returns.mean()), "eval/return_std": float(returns.std())}
-        score = normalized_score(found["eval/return_mean"], self.dataset)
-        found |= {} if score is None else {"eval/score": score}
+        found |= {"eval/score": self.dataset.score(returns.mean())} if self.dataset.reference_returns else {}
         self.progress.set_postfix(found, refresh=False)
         return found
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a row to metrics.csv (and W&B). Raises Diverged if a metric is not finite."""
-        row = {"step": step, "seconds": round(self._seconds(), 2)}
+        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 2)}
         row |= {name: float(value) for name, value in metrics.items()}
-        for name in sorted(row, key=lambda name: "loss" not in name):  # a loss before the others
-            self._check_finite(f"{name} is {row[name]}", math.isfinite(row[name]))
+        self._check_finite(dict(sorted(row.items(), key=lambda item: "loss" not in item[0])))  # losses first
         missing = [name for name in row if name not in self.columns]
-        rows: list[dict[str, Any]] = [*(self.rows() if missing else []), row]
         self.columns += missing
         writer = csv.DictWriter(text := io.StringIO(), self.columns, lineterminator="\n")
         if missing:  # the file gets wider
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows([*self.rows(), row])
             replace(self.metrics_path, lambda file: file.write(text.getvalue().encode()))
         else:
             writer.writerow(row)
@@ -179,95 +166,88 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Writes policy.pt and checkpoint.pt. Raises Diverged if a number is not finite; after a signal, Stopped."""
-        self._check_learner()
+        self._check_finite(self.parts)
         cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
-            "algorithm": self.args.algorithm,
+            "arguments": self.learning_arguments,
             "dataset_fingerprint": self.buffer.fingerprint,
             "normalization": self.buffer.normalization,
             "step": self.step,
-            "seconds": [self._seconds(), self.update_seconds],
+            "seconds": [time.perf_counter() - self.started, self.update_seconds],
             "learner": {name: part.state_dict() for name, part in self.parts.items()},
             "random_state": [torch.get_rng_state(), *cuda_states],
             "metrics": self.metrics_path.read_text() if self.columns else "",
         }
         if self.policy:  # first: a kill in between leaves the older checkpoint, which leads to this policy again
             replace(self.dir / "policy.pt", self.policy.save)
-        path = self.dir / "checkpoint.pt"
-        replace(path, lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
+        replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
         self.began = time.perf_counter()
         if interruption.number:
-            raise Stopped(interruption.describe())
+            raise Stopped(f"interrupted at update {self.step}; go on with the same and --resume --run-dir {self.dir}")
 
     def finish(self, result: dict[str, Any] | None = None, outcome: str = "", plot: Callable | None = None) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went. A script that learns
-        no policy gives its own `result`, the `outcome` in words and the `plot`, which writes the curve to a file.
+        no policy gives its own `result`, the `outcome` in words and the `plot`, which fills a file.
         """
         if result is None:
-            result, outcome, plot = self._summarize()
-        args, rate = self.args, self.args.num_updates / self.update_seconds
-        known = {name: getattr(args, name) for name in ("algorithm", "dataset_id", "seed", "num_updates")} | result
-        known |= {"updates_per_second": rate, "wall_seconds": self._seconds(), "device": str(self.device)}
-        self._write_json("result.json", known)
+            result, outcome, plot = self._final_score()
+        args, seconds = self.args, time.perf_counter() - self.started
+        known = {name: getattr(args, name) for name in ("algorithm", "dataset_id", "seed", "num_updates")}
+        known |= {"updates_per_second": args.num_updates / self.update_seconds, "wall_seconds": seconds}
+        self._write_json("result.json", known := known | {"device": str(self.device)} | result)
         if plot:
             replace(self.dir / "learning_curve.png", plot)
-        for environment in self.environments or ():
-            environment.close()
-        self.tracked.put(known)
-        if args.track:
-            self.tracker.join(PATIENCE_SECONDS)
-            if self.tracker.is_alive():
-                warn(f"W&B failed (no answer in {PATIENCE_SECONDS} s): training goes on without it")
+        self.tracked.put({name: value for name, value in known.items() if not isinstance(value, list)})
+        self.tracker.join(PATIENCE_SECONDS)
+        if self.tracker.is_alive():
+            warn(f"W&B failed (no answer in {PATIENCE_SECONDS} s): training goes on without it")
         self.progress.close()
         self.lock.release()
-        print(f"{args.algorithm} on {args.dataset_id}: {outcome}, {self._seconds():.0f} s, {self.dir}", flush=True)
+        print(f"{args.algorithm} on {args.dataset_id}: {outcome}, {seconds:.0f} s, {self.dir}", flush=True)
 
-    def _summarize(self) -> tuple[dict[str, Any], str, Callable | None]:
-        """The last evaluation, and all of them, beside the dataset's own returns."""
+    def _final_score(self) -> tuple[dict[str, Any], str, Callable | None]:
+        """The last policy in fresh episodes, beside its evaluations on the way and the dataset's own returns."""
+        dataset, mean = self.dataset, float(self.buffer.episode_returns.mean())
+        unit, scale = ("score", dataset.score) if dataset.reference_returns else ("return", np.float64)
+        result = {"final_score": None, "dataset_return_mean": mean, "dataset_score": dataset.score(mean)}
+        if self.environments is None:
+            return result, f"not evaluated, dataset average {unit} {scale(mean):.1f}", None
+        returns, lengths = evaluate(self.policy, self.environments, self.args.final_eval_episodes, FINAL_SEED)
+        final, error = float(scale(returns).mean()), float(scale(returns).std()) / max(len(returns) - 1, 1) ** 0.5
+        result |= {"final_score": final if dataset.reference_returns else None, "final_standard_error": error}
+        result |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
+        result |= {"final_returns": returns.tolist(), "final_lengths": lengths.tolist()}
+        outcome = f"{unit} {final:.1f} ± {error:.1f} in {len(returns)} episodes, dataset average {scale(mean):.1f}"
         rows = [row for row in self.rows() if row.get("eval/return_mean")]
-        steps, means = ([float(row[name]) for row in rows] for name in ("step", "eval/return_mean"))
-        scores = [float(row["eval/score"]) for row in rows if row.get("eval/score")]
-        average, score = self.buffer.mean_return, normalized_score(self.buffer.mean_return, self.dataset)
-        result = {
-            "final_return_mean": means[-1] if rows else None,
-            "final_return_std": float(rows[-1]["eval/return_std"]) if rows else None,
-            "final_score": scores[-1] if scores else None,
-            "last_5_score": sum(scores[-5:]) / len(scores[-5:]) if scores else None,
-            "best_score": max(scores, default=None),
-            "dataset_return_mean": average,
-            "dataset_score": score,
-        }
-        unit, values, level = ("return", means, average) if score is None else ("score", scores, score)
-        final = f"{unit} {values[-1]:.1f}" if rows else "not evaluated"
-        plot = (lambda file: self._plot(file, steps, values, level, unit)) if rows else None
-        return result, f"{final}, dataset average {unit} {level:.1f}", plot
+        curve = [int(row["step"]) for row in rows], [scale(float(row["eval/return_mean"])) for row in rows]
+        return result, outcome, lambda file: self._plot(file, curve, scale(mean), unit)
 
-    def _plot(self, file: IO[bytes], steps: list[float], values: list[float], average: float, unit: str) -> None:
+    def _plot(self, file: IO[bytes], curve: Any, level: float, unit: str) -> None:
         from matplotlib.figure import Figure  # slow to import, and needed once
 
         figure, args = Figure(figsize=(6.4, 4), layout="constrained"), self.args
         axes = figure.subplots()
-        axes.plot(steps, values, marker=".", label=f"{args.algorithm}, seed {args.seed}")
-        axes.axhline(average, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
+        axes.plot(*curve, marker=".", label=f"{args.algorithm}, seed {args.seed}")
+        axes.axhline(level, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
         axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
         axes.legend()
         figure.savefig(file, dpi=150, format="png")
 
-    def _check_learner(self) -> None:
-        for name, part in self.parts.items():
-            tensors = (leaf for leaf in tree_leaves(part.state_dict()) if isinstance(leaf, torch.Tensor))
+    def _check_finite(self, values: dict[str, Any]) -> None:
+        """Raises Diverged for the first of the numbers, or parts of the learner, that is not finite."""
+        for name, value in values.items():
+            leaves = tree_leaves(value if isinstance(value, (int, float)) else value.state_dict())
+            tensors = (torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (float, torch.Tensor)))
             pieces = (piece for tensor in tensors for piece in tensor.flatten().split(2**22))  # spares memory
-            self._check_finite(f"{name} is not finite", all(bool(piece.isfinite().all()) for piece in pieces))
-
-    def _check_finite(self, problem: str, finite: bool) -> None:
-        if not finite:
-            raise Diverged(f"{problem} at update {self.step}; the last checkpoint in {self.dir} is kept")
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
+                problem = f"{name} is {value if isinstance(value, float) else 'not finite'} at update {self.step}"
+                raise Diverged(f"{problem}; the last checkpoint in {self.dir} is kept")
 
     def _take_dir(self) -> None:
         """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
         where, resume = f"--run-dir {self.dir}", self.args.resume
         begun = any((self.dir / name).exists() for name in ("checkpoint.pt", "previous_checkpoint.pt"))
-        check(begun or not resume, f"--resume: no checkpoint at {self.dir}; start the run without --resume")
+        check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
         with explain(f"{where}: another process is at work in it; wait for it, or name another folder"):
@@ -279,8 +259,9 @@ class Run:
         """Puts learner, random state and metrics.csv back to the checkpoint."""
         checkpoint = load_checkpoint(self.dir, self.device)
         with explain(f"--resume: the checkpoint in {self.dir} does not fit this run"):
-            found = checkpoint.get("algorithm")
-            check(found == self.args.algorithm, f"it is of {found}, not of {self.args.algorithm}")
+            for name, value in self.learning_arguments.items():
+                before = checkpoint["arguments"].get(name, value)
+                check(value == before, f"{name} is {before} in it, not {value}; start a new run to change it")
             same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
             check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
             for name, part in self.parts.items():
@@ -297,11 +278,8 @@ class Run:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
-        content = content | {"versions": {"python": platform.python_version()} | versions}
-        replace(self.dir / name, lambda file: file.write(json.dumps(content, indent=2, default=str).encode()))
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self.started
+        text = json.dumps(content | {"versions": versions}, indent=2, default=str)
+        replace(self.dir / name, lambda file: file.write(text.encode()))
 
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -316,7 +294,9 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
 
 
 def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:
-    """Gives rows to Weights & Biases, in a thread of its own: it may fail or hang, and training goes on."""
+    """With --track, gives rows to W&B, in a thread of its own: it may fail or hang, and training goes on."""
+    if not args.track:
+        return
     try:
         import wandb  # slow to import, and most runs do without
 

@@ -1,6 +1,5 @@
 """Adam for small networks, and --compile: a script's whole update as one graph, Adam's step in it."""
 
-import contextlib
 import math
 import os
 import shutil
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from common.command_line import ExperimentArgs, warn
+from common.command_line import ExperimentArgs, check
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+OPTIONS: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON, "amsgrad": False, "maximize": False}
 
 
 class Adam:
@@ -28,26 +28,28 @@ class Adam:
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
             weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
-            rate = torch.tensor(float(group.get("lr", lr)), dtype=torch.float32, device=weights[0].device)
-            step = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+            place: Any = {"dtype": torch.float32, "device": weights[0].device}
+            rate, step = torch.tensor(float(group.get("lr", lr)), **place), torch.zeros((), **place)
             moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
             self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
 
     @torch.no_grad()
     def step(self) -> None:
-        constants: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON}
-        constants |= {"amsgrad": False, "maximize": False}
         for group in self.param_groups:
             columns = zip(group["params"], group["means"], group["squares"], strict=True)
             rows = [(weight, weight.grad, mean, square) for weight, mean, square in columns if weight.grad is not None]
-            if rows:
-                weights, gradients, means, squares = map(list, zip(*rows, strict=True))
-                group["step"].add_(1)
-                if torch.compiler.is_compiling():
-                    _step_in_the_open(weights, gradients, means, squares, group)
-                    continue
-                rates, steps = {name: group[name] for name in ("lr", "weight_decay")}, [group["step"]] * len(rows)
-                torch._fused_adam_(weights, gradients, means, squares, [], steps, **rates, **constants)
+            if not rows:
+                continue
+            weights, gradients, means, squares = map(list, zip(*rows, strict=True))
+            group["step"].add_(1)
+            if torch.compiler.is_compiling():
+                _step_in_the_open(weights, gradients, means, squares, group)
+            else:
+                steps, options = (
+                    [group["step"]] * len(rows),
+                    OPTIONS | {name: group[name] for name in ("lr", "weight_decay")},
+                )
+                torch._fused_adam_(weights, gradients, means, squares, [], steps, **options)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -84,21 +86,16 @@ def _step_in_the_open(weights: Any, gradients: Any, means: Any, squares: Any, gr
 
 
 def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
-    """`update` as it is, or with --compile all of it as one graph: losses, gradients, Adam and targets.
-
-    Its first argument is the `learner`. With --precision bf16, networks round what their matrix products take in and
-    give out; weights and Adam stay float32. Without a C++ compiler, a line says so and training goes on as it is.
+    """`update`, whose first argument is the `learner`; with --compile all of it as one graph: losses, gradients, Adam
+    and targets. With --precision bf16, networks round what their matrix products take in and give out, nothing else.
     """
     device = next(learner[0].parameters()).device
-    rounding: Any = contextlib.nullcontext()
-    if args.precision == "bf16":  # without autocast's cache of the rounded weights: they change within an update
-        rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    compilers = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    possible = any(map(shutil.which, compilers))
-    if args.compile and not possible:
-        warn(f"--compile: there is no C++ compiler {compilers[0]!r}; training goes on without")
-    if not (args.compile and possible):
+    # without autocast's cache of the rounded weights: they change within an update
+    rounding = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False)
+    if not args.compile:
         return rounding(update) if args.precision == "bf16" else update
+    compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")
+    check(bool(shutil.which(compiler)), f"--compile: there is no compiler {compiler!r}; install one, or go without")
     torch._dynamo.config.trace_autograd_ops = True  # else backward() ends the graph
     torch.compiler.config.dynamic_sources = "L['step']"  # one graph for all of its values, where they decide nothing
     torch.compiler.reset()  # a graph of another run in this process would fit, as far as the guards below can tell

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -25,7 +26,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-from common.command_line import BUILT_IN_ID, launch
+from common.command_line import BUILT_IN_ID, interruption, launch
 from common.data import BUILT_IN_DISCRETE_ID, Batch, Episode, ReplayBuffer, load_dataset
 from common.data import _read_episodes as read_episodes
 from common.evaluation import Policy
@@ -37,7 +38,7 @@ DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # which learn from anchorl/car
 ALGORITHMS = [name for name in SCRIPTS if name not in ("sac", "fqe")]  # those that learn from a dataset how to act
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
-SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2"]
+SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2", "--final-eval-episodes", "3"]
 MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "2048"]
 MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollout-every", "100"]
 SHORTER = {
@@ -215,6 +216,10 @@ def run_script(algorithm: str, *arguments: str, plot: bool = False, **environmen
             launch(module.main, module.Args)
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            vars(interruption).clear()  # as in a fresh process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

@@ -131,7 +131,9 @@ def test_a_run_learns_from_returns_of_the_datas_own_rewards(monkeypatch, tmp_pat
     monkeypatch.setattr(awr, "td_lambda_returns", spy)
     monkeypatch.setattr(awr, "total_loss", total_loss)
     arguments = ["--num-updates", "25", "--returns-every", "10", "--batch-size", "8", "--hidden-dims", "8"]
-    run = run_script("awr", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    run = run_script(
+        "awr", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
+    )
     assert run.returncode == 0, run.stderr
     assert [count for count, _ in batches] == [1] * 10 + [2] * 10 + [3] * 5
     for rewards, _, _ in calls:
@@ -218,14 +220,24 @@ def test_update_adds_the_two_losses_and_leaves_the_target_value_to_main(learner,
 @pytest.mark.parametrize("stop", [27, 30])
 def test_a_run_resumed_between_two_computations_of_the_returns_goes_on_to_the_same_bits(stop, tmp_path, pendulum):
     """At update 27 the returns are those of V at update 20; at update 30 those of V at update 30."""
-    arguments = ["--returns-every", "10", "--hidden-dims", "16", "16", "--eval-episodes", "1"]
+    arguments = [
+        "--returns-every",
+        "10",
+        "--hidden-dims",
+        "16",
+        "16",
+        "--eval-episodes",
+        "1",
+        "--final-eval-episodes",
+        "1",
+    ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_script("awr", *arguments, "--num-updates", "45", "--run-dir", str(whole)).returncode == 0
     assert run_script("awr", *arguments, "--num-updates", str(stop), "--run-dir", str(stopped)).returncode == 0
     at_stop = checkpoint(stopped)["learner"]
     newest = all(map(torch.equal, at_stop["value"].values(), at_stop["target_value"].values()))
     assert newest == (stop == 30)
-    run = run_script("awr", "--resume", "--num-updates", "45", "--run-dir", str(stopped))
+    run = run_script("awr", *arguments, "--resume", "--num-updates", "45", "--run-dir", str(stopped))
     assert run.returncode == 0, run.stderr
     for key in ("learner", "random_state"):
         assert_same(checkpoint(whole)[key], checkpoint(stopped)[key])

@@ -1,6 +1,7 @@
 """The datasets that the repository brings along: what benchmarks/built_in.py makes, and what their names say."""
 
 import json
+import math
 import tomllib
 
 import built_in
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, assert_one_line, run_script
 
 from common.data import BUILT_IN, BUILT_IN_DISCRETE_ID, BUILT_IN_ID
-from common.evaluation import normalized_score
+from common.evaluation import FINAL_SEED, evaluate, make_environments
 
 SHIPPED = BUILT_IN_ID, BUILT_IN_DISCRETE_ID
 FINGERPRINTS = {  # of what every result in benchmarks/results was learned from
@@ -79,7 +80,7 @@ def test_pendulum_has_good_weak_and_random_episodes(pendulum):
     assert dataset.env_spec.id == pendulum.dataset.env_id == "Pendulum-v1"
     assert pendulum.fingerprint == FINGERPRINTS[BUILT_IN_ID]
     assert pendulum.dataset.reference_returns == (-1194.4265790451009, -148.03347392831145)
-    scores = [normalized_score(float(value), pendulum.dataset) for value in pendulum.episode_returns]
+    scores = [pendulum.dataset.score(float(value)) for value in pendulum.episode_returns]
     good, weak, random = np.mean(scores[:30]), np.mean(scores[30:90]), np.mean(scores[90:])
     assert good == pytest.approx(100, abs=10)
     assert random == pytest.approx(0, abs=10)
@@ -92,8 +93,8 @@ def test_cartpole_has_good_weak_short_sighted_and_random_episodes(cartpole):
     assert dataset.env_spec.id == cartpole.dataset.env_id == "CartPole-v1"
     assert cartpole.fingerprint == FINGERPRINTS[BUILT_IN_DISCRETE_ID]
     assert cartpole.dataset.reference_returns == (22.18, 500)
-    assert [normalized_score(value, cartpole.dataset) for value in cartpole.dataset.reference_returns] == [0, 100]
-    scores = [normalized_score(float(value), cartpole.dataset) for value in cartpole.episode_returns]
+    assert [cartpole.dataset.score(value) for value in cartpole.dataset.reference_returns] == [0, 100]
+    scores = [cartpole.dataset.score(float(value)) for value in cartpole.episode_returns]
     good, weak, short_sighted, random = (np.mean(scores[a:b]) for a, b in ((0, 20), (20, 80), (80, 140), (140, 200)))
     assert good == 100
     assert 0 < random + 3 < 6 and 3 < weak < 15 and 1 < short_sighted < 10
@@ -105,3 +106,15 @@ def test_cartpole_ends_and_actions(cartpole):
     np.testing.assert_array_equal(data.terminations[ends], cartpole.episode_lengths < 500)  # the time limit is no end
     assert data.terminations.sum() == 180
     assert (data.actions.dtype, data.actions.unique().tolist()) == (torch.int64, [0, 1])
+
+
+def test_the_controller_that_defines_100_scores_100_on_fresh_starts(pendulum):
+    """Within two standard errors, of these fifty episodes and of the fifty that the reference is the mean of."""
+
+    def policy(observations):
+        return np.clip([[built_in.good_controller(row)] for row in observations], -2, 2).astype(np.float32)
+
+    environments = make_environments(pendulum.dataset, 10)
+    scores = pendulum.dataset.score(evaluate(policy, environments, 50, FINAL_SEED)[0])
+    assert scores.mean() == pytest.approx(100, abs=2 * math.sqrt(2) * scores.std(ddof=1) / math.sqrt(50))
+    assert len({round(score, 6) for score in scores}) == 50

@@ -130,7 +130,16 @@ def test_the_round_trip_from_an_environment_to_a_report(folder, tmp_path):
     dataset_id = f"{PREFIX}/medium-expert-v0"
     inspected = run_script("inspect_dataset", dataset_id)
     assert inspected.returncode == 0 and "800 transitions in 4 episodes" in inspected.stdout, inspected.stderr
-    arguments = ["--dataset-id", dataset_id, "--num-updates", "20", "--eval-episodes", "1"]
+    arguments = [
+        "--dataset-id",
+        dataset_id,
+        "--num-updates",
+        "20",
+        "--eval-episodes",
+        "1",
+        "--final-eval-episodes",
+        "1",
+    ]
     run = run_script("iql", *arguments, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0 and "warning" not in run.stderr and "score" in run.stdout
     report = run_script("shift_report", str(tmp_path / "run"), "--num-states", "50", "--num-updates", "5")

@@ -55,7 +55,9 @@ def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):
     monkeypatch.setattr(combo, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", "0.25", "--num-updates", "4", "--dynamics-hidden-dims", "8"]
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
-    run = run_script("combo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    run = run_script(
+        "combo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
+    )
     assert run.returncode == 0, run.stderr
     assert len(batches) == 4
     data = pendulum.transitions

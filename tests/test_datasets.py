@@ -14,7 +14,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.command_line import BUILT_IN_ID, BadInput
 from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
-from common.evaluation import NoEnvironment, make_environments, normalized_score
+from common.evaluation import NoEnvironment, make_environments
 
 CPU = torch.device("cpu")
 
@@ -50,13 +50,13 @@ def test_a_datasets_folder_that_cannot_be_made(tmp_path, monkeypatch):
 def test_reference_scores_and_environment_come_from_the_metadata(make_dataset):
     dataset = load_dataset(make_dataset(env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=-200.0))
     assert (dataset.env_id, dataset.env_spec["max_episode_steps"]) == ("Pendulum-v1", 200)
-    assert normalized_score(-600, dataset) == pytest.approx(50)
+    assert dataset.score(-600) == pytest.approx(50)
     without = load_dataset(make_dataset("test/logs-v0"))
-    assert (without.env_id, normalized_score(-600, without)) == (None, None)
+    assert (without.env_id, without.score(-600)) == (None, None)
     elsewhere = load_dataset("test/data-v0", "MountainCarContinuous-v0")  # whose returns are on another scale
-    assert (elsewhere.env_id, normalized_score(-600, elsewhere)) == ("MountainCarContinuous-v0", None)
+    assert (elsewhere.env_id, elsewhere.score(-600)) == ("MountainCarContinuous-v0", None)
     equal = load_dataset(make_dataset("test/equal-v0", env="Pendulum-v1", ref_min_score=1.0, ref_max_score=1.0))
-    assert normalized_score(-600, equal) is None
+    assert equal.score(-600) is None
 
 
 @pytest.mark.parametrize("dataset_id", ["mujoco/hopper/medium-v0", "D4RL/pen/human-v2", "D4RL/pointmaze/umaze-v2"])
@@ -185,11 +185,12 @@ def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_pat
         path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | change)}))
         with pytest.raises(NoEnvironment, match="not installed"):
             make_environments(load_dataset("test/data-v0"), 1)
-    unlike = {"entry_point": "evil:Env", "kwargs": {"g": 5.0}}  # Gymnasium's own is made, as it is
+    unlike = {"entry_point": "evil:Env", "kwargs": {"g": 5.0}}
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | unlike)}))
-    (environment,) = make_environments(load_dataset("test/data-v0"), 1)
+    with pytest.raises(NoEnvironment, match=r"other code, 'evil:Env', .*\(--env-id Pendulum-v1 takes that\)"):
+        make_environments(load_dataset("test/data-v0"), 1)
+    (environment,) = make_environments(load_dataset("test/data-v0", "Pendulum-v1"), 1)
     assert environment.unwrapped.g == 10
-    assert "made without {'g': 5.0}: these are for 'evil:Env'" in capsys.readouterr().err
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | {"kwargs": {"g": 5.0}})}))
     (environment,) = make_environments(load_dataset("test/data-v0"), 1)
     assert environment.unwrapped.g == 5
@@ -243,6 +244,6 @@ def test_a_module_that_the_user_names_is_imported(make_dataset, tmp_path, monkey
 @pytest.mark.parametrize("name", ["logs.hdf5", "a/hopper.h5", "table.csv", "table.parquet"])
 def test_a_file_is_no_dataset_but_can_become_one(name):
     with pytest.raises(
-        BadInput, match=rf"no dataset '{name}'.*of a file, python -m benchmarks.import_logs makes a dataset"
+        BadInput, match=rf"no dataset '{name}'.*or make one of a file: python -m benchmarks.import_logs"
     ):
         load_dataset(name)

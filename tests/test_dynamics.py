@@ -377,7 +377,18 @@ def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy,
 # --- Runs ---
 
 SMALL = ["--dynamics-hidden-dims", "8", "8", "--num-models", "2", "--num-elites", "1", "--dynamics-batch-size", "512"]
-SMALL += ["--rollout-batch-size", "50", "--rollout-every", "10", "--hidden-dims", "16", "--eval-episodes", "1"]
+SMALL += [
+    "--rollout-batch-size",
+    "50",
+    "--rollout-every",
+    "10",
+    "--hidden-dims",
+    "16",
+    "--eval-episodes",
+    "1",
+    "--final-eval-episodes",
+    "1",
+]
 
 
 def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
@@ -403,7 +414,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     assert drawn <= everything and not drawn & {tuple(row) for row in held_out.tolist()}
 
     seen.clear()
-    run = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(folder))
+    run = run_script(algorithm, *SMALL, *arguments, "--resume", "--num-updates", "8", "--run-dir", str(folder))
     assert run.returncode == 0 and not seen, run.stderr
 
 
@@ -445,7 +456,7 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
     process.wait()
     stopped = checkpoint(killed)
     assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 20
-    assert run_script(algorithm, "--resume", "--run-dir", str(killed)).returncode == 0
+    assert run_script(algorithm, *arguments, "--resume", "--run-dir", str(killed)).returncode == 0
     assert_same_runs(whole, killed)
 
 
@@ -461,13 +472,19 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     assert json.loads((second / "args.json").read_text())["dynamics"] == str(first)
 
     elsewhere = first.rename(tmp_path / "elsewhere")
-    resumed = run_script(algorithm, "--resume", "--num-updates", "8", "--run-dir", str(second))
+    again = ["--seed", "1", "--dynamics", str(first), "--run-dir", str(second), "--num-updates", "8", "--resume"]
+    resumed = run_script(algorithm, *SMALL, *again)
     assert resumed.returncode == 0, resumed.stderr
 
     stopped = shutil.copytree(elsewhere, tmp_path / "stopped")
     torch.save(checkpoint(stopped) | {"step": 0}, stopped / "checkpoint.pt")
     cloned = tmp_path / "cloned"
-    assert run_script("bc", "--num-updates", "1", "--eval-episodes", "1", "--run-dir", str(cloned)).returncode == 0
+    assert (
+        run_script(
+            "bc", "--num-updates", "1", "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(cloned)
+        ).returncode
+        == 0
+    )
     other = make_dataset(episodes=[random_episode(0)], env="Pendulum-v1")
     for folder, wrong, reason in (
         (elsewhere, ["--dataset-id", other], f"was trained on other data than {other}"),

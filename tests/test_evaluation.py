@@ -20,7 +20,7 @@ from conftest import ROOT, random_episode
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
-from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, make_environments, normalized_score
+from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, make_environments
 
 
 class Countdown(gym.Env):
@@ -97,14 +97,24 @@ def test_counts_exactly_one_episode_per_copy(make_dataset, policy):
     environments = make_environments(load_dataset(make_dataset(env="Countdown-v0")), 6)
     for _ in range(2):  # the same seeds each time
         Countdown.seeds.clear()
-        returns = evaluate(policy, environments)
+        returns, lengths = evaluate(policy, environments)
+        assert (returns == lengths).all()
         assert Countdown.seeds == [10_000, 10_001, 10_002, 10_003, 10_004, 10_005]
         assert returns.tolist() == [2 + seed % 4 for seed in Countdown.seeds]
 
 
+@pytest.mark.parametrize("count", [1, 6, 13])
+def test_a_few_copies_play_many_episodes_one_after_the_other(make_dataset, policy, count):
+    environments = make_environments(load_dataset(make_dataset(env="Countdown-v0")), 3)
+    Countdown.seeds.clear()
+    returns, lengths = evaluate(policy, environments, count, 500)
+    assert sorted(Countdown.seeds) == list(range(500, 500 + count))
+    assert returns.tolist() == lengths.tolist() == [2 + (500 + i) % 4 for i in range(count)]
+
+
 def test_evaluation_is_the_episode_played_by_hand(make_dataset, policy):
     environments = make_environments(load_dataset(make_dataset(env="Pendulum-v1")), 2)
-    returns = evaluate(policy, environments)
+    returns, _ = evaluate(policy, environments)
     for index in range(2):
         env = gym.make("Pendulum-v1")
         observation, _ = env.reset(seed=10_000 + index)
@@ -201,7 +211,7 @@ def test_discrete_evaluation_is_the_episode_played_by_hand(cartpole):
     actor = fqi.Actor(4, 2, fqi.HyperParameters(hidden_dims=(16, 8)))
     bounds = cartpole.dataset.action_low, cartpole.dataset.action_high
     policy = Policy(actor, torch.tensor([[0.0] * 4, [1.0] * 4]), bounds, True, {})
-    returns = evaluate(policy, make_environments(cartpole.dataset, 2))
+    returns, _ = evaluate(policy, make_environments(cartpole.dataset, 2))
     for index in range(2):
         env = gym.make("CartPole-v1")
         observation, _ = env.reset(seed=10_000 + index)
@@ -219,7 +229,7 @@ def test_environment_with_other_discrete_actions_is_refused(make_dataset, n, fir
     fields = {"actions": np.full(30, first), "observations": np.zeros((31, 4), np.float32)}
     spaces = {"action_space": gym.spaces.Discrete(n, start=first), "observation_space": gym.spaces.Box(-9, 9, (4,))}
     dataset = load_dataset(make_dataset(episodes=[random_episode(0, **fields)], **spaces), "CartPole-v1", discrete=True)
-    message = f"CartPole-v1 has .* numbered 0 to 1, test/data-v0 has .* numbered {first} to {first + n - 1}"
+    message = rf"CartPole-v1 has .* Discrete\(2\), test/data-v0 has 4 and \[{first}\] to \[{first + n - 1}\]"
     with pytest.raises(BadInput, match=message):
         make_environments(dataset, 1)
 
@@ -243,7 +253,7 @@ def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_datas
         seen.append(observations)
         return np.zeros((1, 1), np.float32)
 
-    assert evaluate(policy, make_environments(dataset, 1)).tolist() == [1]
+    assert evaluate(policy, make_environments(dataset, 1))[0].tolist() == [1]
     assert seen[0].tolist() == [[1, 1, 5]]
 
 
@@ -260,6 +270,4 @@ def test_environment_of_another_size_is_refused(make_dataset):
 
 def test_normalised_score(pendulum: ReplayBuffer):
     low, high = pendulum.dataset.reference_returns
-    assert [normalized_score(value, pendulum.dataset) for value in (low, (low + high) / 2, high)] == pytest.approx(
-        [0, 50, 100]
-    )
+    assert [pendulum.dataset.score(value) for value in (low, (low + high) / 2, high)] == pytest.approx([0, 50, 100])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from common.command_line import ExperimentArgs, launch
 
-FEW = ["--num-updates", "2", "--eval-episodes", "1", "--hidden-dims", "4"]
+FEW = ["--num-updates", "2", "--eval-episodes", "1", "--final-eval-episodes", "1", "--hidden-dims", "4"]
 NUMBERS = [np.nan, np.inf, -np.inf, 1e30, 1e300, 0, -1, 2**31, -(2**63)]
 DTYPES = ["f2", "f8", "i1", "i8", "u4", "?", "S3", "c8", h5py.string_dtype()]
 VALUES = [None, "", "x", -1, 0, 10**18, 1.5, True, [], [[]], {}, {"a": 1}, "NaN", "../..", "null"]

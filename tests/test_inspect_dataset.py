@@ -65,7 +65,7 @@ def test_nothing_is_wrong_with_the_built_in_dataset(pendulum):
     text = inspect(BUILT_IN_ID)
     assert "30,000 transitions in 150 episodes" in text
     assert "terminations: 0; truncations: 150;" in text
-    assert f"{pendulum.mean_return:.5g}" in text
+    assert f"{float(pendulum.episode_returns.mean()):.5g}" in text
     assert text.endswith("problems found: none\n")
 
 
@@ -268,7 +268,7 @@ def test_picture(make_dataset, tmp_path):
 BAD = {
     "unknown built-in id": (["anchorl/none-v0"], BUILT_IN_ID),
     "no id": (["nonsense"], "no dataset 'nonsense'"),
-    "a file": (["absent.hdf5"], "python -m benchmarks.import_logs makes a dataset"),
+    "a file": (["absent.hdf5"], "or make one of a file: python -m benchmarks.import_logs"),
     "a suffix": ([BUILT_IN_ID, "--out", "page.jpg"], "--out page.jpg: must end with .png"),
     "no folder": ([BUILT_IN_ID, "--out", "absent/page.png"], "there is no folder absent"),
     "discount": ([BUILT_IN_ID, "--gamma", "1.5"], "--gamma 1.5: must be in [0, 1]"),

@@ -38,22 +38,22 @@ DISCRETE_RUNS = {
 }
 
 
-def train(algorithm, tmp_path, *arguments, score="final_score"):
-    """The score of a short run."""
+def train(algorithm, tmp_path, *arguments):
+    """The final score of a short run, from fifty states that the curve does not start from."""
     run = run_script(
         algorithm, *SMALL, *(RUNS | DISCRETE_RUNS)[algorithm], *arguments, "--run-dir", str(tmp_path / "run")
     )
     assert run.returncode == 0, run.stderr
-    return json.loads((tmp_path / "run" / "result.json").read_text())[score]
+    return json.loads((tmp_path / "run" / "result.json").read_text())["final_score"]
 
 
 @pytest.mark.parametrize("algorithm", [name for name in RUNS if name != "bc"])
 def test_offline_rl_passes_behaviour_cloning(algorithm, tmp_path, pendulum):
-    assert train(algorithm, tmp_path) > 65  # ten points above what cloning is held below
+    assert train(algorithm, tmp_path) > 48  # ten points above what cloning is held below
 
 
 def test_behaviour_cloning_learns_the_average_of_the_data(tmp_path, pendulum):
-    assert 10 < train("bc", tmp_path) < 55
+    assert 10 < train("bc", tmp_path) < 38
 
 
 def test_cloning_the_best_episodes_only_learns_the_good_controller(tmp_path, pendulum):
@@ -63,7 +63,10 @@ def test_cloning_the_best_episodes_only_learns_the_good_controller(tmp_path, pen
 @pytest.mark.parametrize("algorithm", ["discrete_cql", "discrete_bcq"])
 def test_offline_rl_with_discrete_actions_passes_its_data(algorithm, tmp_path, cartpole):
     """By the mean of five evaluations: from one to the next, a pole or two of the ten may fall."""
-    assert train(algorithm, tmp_path, score="last_5_score") > 85
+    train(algorithm, tmp_path)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        scores = [float(row["eval/score"]) for row in csv.DictReader(file) if row["eval/score"]]
+    assert len(scores) == 5 and sum(scores) / 5 > 85
 
 
 def test_fitted_q_iteration_promises_more_than_there_is(tmp_path, cartpole):

@@ -85,7 +85,9 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
     monkeypatch.setattr(mopo, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", real_ratio, "--num-updates", "4", "--dynamics-hidden-dims", "8"]
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
-    run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    run = run_script(
+        "mopo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
+    )
     assert run.returncode == 0, run.stderr
     assert len(batches) == 4
     data = pendulum.transitions
@@ -99,7 +101,9 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
 def test_uncertainty_is_logged_on_data_and_on_rollouts(tmp_path, pendulum):
     arguments = ["--num-updates", "4", "--dynamics-hidden-dims", "8", "--rollout-batch-size", "50"]
     arguments += ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-every", "3"]
-    run = run_script("mopo", *arguments, "--eval-episodes", "1", "--run-dir", str(tmp_path / "run"))
+    run = run_script(
+        "mopo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
+    )
     assert run.returncode == 0, run.stderr
     header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     for name in ("u/data_mean", "u/rollouts_mean"):

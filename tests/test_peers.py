@@ -13,7 +13,7 @@ from conftest import ROOT, random_episode
 
 from common.command_line import BUILT_IN_ID
 from common.data import load_dataset
-from common.evaluation import evaluate, make_environments, normalized_score
+from common.evaluation import FINAL_SEED, evaluate, make_environments
 
 PATH = ROOT / "benchmarks" / "peers" / "d3rlpy_scores.py"
 
@@ -71,7 +71,7 @@ def test_its_evaluation_is_ours(peer, pendulum):
 
     environments = make_environments(pendulum.dataset, 3)
     theirs = peer.evaluate(mock.Mock(predict=policy), environments)
-    np.testing.assert_allclose(theirs, evaluate(policy, environments))
+    np.testing.assert_allclose(theirs, evaluate(policy, environments)[0])
 
 
 def test_a_cell_is_trained_and_evaluated_as_asked(peer, pendulum, monkeypatch):
@@ -81,9 +81,13 @@ def test_a_cell_is_trained_and_evaluated_as_asked(peer, pendulum, monkeypatch):
     monkeypatch.setitem(peer.CONFIGS, "iql", config)
     result, rows = peer.train("iql", BUILT_IN_ID, 0, peer.Args(num_updates=5, eval_every=2, eval_episodes=2))
     assert learner.update.call_count == 5 and [row["num_updates"] for row in rows] == [2, 4, 5]
-    at_rest = evaluate(lambda x: np.zeros((len(x), 1), np.float32), make_environments(pendulum.dataset, 2)).mean()
-    np.testing.assert_allclose([row["return_mean"] for row in rows], at_rest)
-    np.testing.assert_allclose(result["final_score"], normalized_score(at_rest, pendulum.dataset))
+    environments = make_environments(pendulum.dataset, 2)
+    at_rest, final = (
+        evaluate(lambda x: np.zeros((len(x), 1), np.float32), environments, *more)[0] for more in ((), (50, FINAL_SEED))
+    )
+    np.testing.assert_allclose([row["return_mean"] for row in rows], at_rest.mean())
+    np.testing.assert_allclose(result["final_returns"], final)
+    np.testing.assert_allclose(result["final_score"], pendulum.dataset.score(final.mean()))
 
 
 def main(peer, monkeypatch, out, *words):

@@ -97,7 +97,19 @@ def test_the_data_act_at_s_prime_as_in_the_next_row_of_the_episode():
 
 
 def test_a_run_hands_the_next_actions_to_its_updates(pendulum, tmp_path):
-    arguments = ["--hidden-dims", "8", "8", "--num-updates", "3", "--log-every", "1", "--eval-episodes", "1"]
+    arguments = [
+        "--hidden-dims",
+        "8",
+        "8",
+        "--num-updates",
+        "3",
+        "--log-every",
+        "1",
+        "--eval-episodes",
+        "1",
+        "--final-eval-episodes",
+        "1",
+    ]
     run = run_script("rebrac", *arguments, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     header, *rows = (line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines())

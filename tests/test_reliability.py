@@ -18,6 +18,7 @@ import time
 import bc
 import pytest
 import torch
+import trained_run
 from conftest import (
     MODEL,
     ROOT,
@@ -32,7 +33,7 @@ from conftest import (
     what_it_needs,
 )
 
-from common.command_line import BadInput, parse_args
+from common.command_line import BadInput
 from common.evaluation import load_file, load_policy
 from common.experiment import Run
 from common.optim import Adam
@@ -65,7 +66,7 @@ def test_a_run_that_crashed_resumes_to_the_same_bits(algorithm, tmp_path, monkey
     assert checkpoint(crashed)["step"] == 45
     with (crashed / "metrics.csv").open("a") as file:
         file.write("77,0.1,half a ro")  # as a kill in the middle of a write leaves it
-    run = run_script(algorithm, "--resume", "--run-dir", str(crashed))  # every other argument comes from the run
+    run = run_script(algorithm, *arguments, "--run-dir", str(crashed), "--resume")
     assert run.returncode == 0, run.stderr
     assert_same_runs(whole, crashed)
 
@@ -85,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_bits(algorithm, tmp_path):
     assert checkpoint(killed)["step"] < 300
     with (killed / "metrics.csv").open("a") as file:
         file.write("291,0.1,half a ro")  # as a kill in the middle of a write leaves it
-    run = run_script(algorithm, "--resume", "--run-dir", str(killed))  # every other argument comes from the run
+    run = run_script(algorithm, *arguments, "--run-dir", str(killed), "--resume")
     assert run.returncode == 0, run.stderr
     assert_same_runs(whole, killed)
 
@@ -111,7 +112,7 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
     for _ in range(7):
         begun = (killed / "checkpoint.pt").exists()
         before = (killed / "args.json").stat().st_mtime_ns if begun else 0
-        words = ["--resume"] if begun else arguments
+        words = [*arguments, "--resume"] if begun else arguments
         process = Started(algorithm, *words, "--run-dir", str(killed))
         while not (killed / "args.json").exists() or (killed / "args.json").stat().st_mtime_ns == before:
             assert process.poll() is None, process.wait()
@@ -120,7 +121,7 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
         assert process.poll() is None, f"done before the kill after {moments}"
         kill(process)
         moments.append(checkpoint(killed)["step"] if (killed / "checkpoint.pt").exists() else None)
-    words = ["--resume"] if (killed / "checkpoint.pt").exists() else arguments
+    words = [*arguments, "--resume"] if (killed / "checkpoint.pt").exists() else arguments
     assert run_script(algorithm, *words, "--run-dir", str(killed)).returncode == 0, moments
     assert_same_runs(whole, killed)
 
@@ -131,12 +132,12 @@ def test_a_run_killed_before_its_first_checkpoint_is_due_can_be_resumed(tmp_path
     process = Started("bc", "--num-updates", "100000", "--run-dir", str(folder), *SHORT)
     wait_for_row(process, folder, 100)
     files_before = {path.name for path in folder.iterdir()}
-    for arguments in (["--resume"], SHORT):
+    for arguments in ([*SHORT, "--resume"], SHORT):
         run = run_script("bc", *arguments, "--num-updates", "20", "--run-dir", str(folder))
         assert_one_line(run, "--run-dir .*: another process is at work in it")
     assert process.poll() is None and {path.name for path in folder.iterdir()} == files_before
     kill(process)
-    run = run_script("bc", "--num-updates", "20", "--resume", "--run-dir", str(folder))
+    run = run_script("bc", "--num-updates", "20", *SHORT, "--resume", "--run-dir", str(folder))
     assert run.returncode == 0, run.stderr
     assert checkpoint(folder)["step"] == 20
 
@@ -147,7 +148,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert run_script("bc", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
     for path in set(folder.iterdir()) - {folder / "args.json"}:
         path.unlink()
-    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder)), "no checkpoint at .*without --resume")
+    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder)), "no checkpoint at .*or go without")
     assert run_script("bc", "--num-updates", "4", "--run-dir", str(folder), *SHORT).returncode == 0
     assert checkpoint(folder)["step"] == 4
 
@@ -182,7 +183,7 @@ def test_a_signal_saves_a_checkpoint(number, tmp_path):
     assert step == 0
     line = stop(process, number)
     step = checkpoint(tmp_path / "run")["step"]
-    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with --resume --run-dir")
+    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with the same and --resume --run-dir")
 
 
 def test_a_signal_in_an_evaluation_loses_neither_update_nor_row(tmp_path, pendulum):
@@ -194,8 +195,11 @@ def test_a_signal_in_an_evaluation_loses_neither_update_nor_row(tmp_path, pendul
     process = Started("td3_bc", *arguments, "--run-dir", str(stopped))
     wait_for_row(process, stopped, 4)
     line = stop(process, signal.SIGTERM)
-    assert line.startswith("interrupted at update 5; go on with --resume") and checkpoint(stopped)["step"] == 5
-    assert run_script("td3_bc", "--resume", "--run-dir", str(stopped)).returncode == 0
+    assert (
+        line.startswith("interrupted at update 5; go on with the same and --resume")
+        and checkpoint(stopped)["step"] == 5
+    )
+    assert run_script("td3_bc", *arguments, "--resume", "--run-dir", str(stopped)).returncode == 0
     assert_same_runs(whole, stopped)
 
 
@@ -207,8 +211,8 @@ def test_a_second_signal_ends_a_long_evaluation(tmp_path):
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None
-    line = stop(process, signal.SIGTERM)
-    assert line.startswith("interrupted at update 5; go on with --resume") and checkpoint(tmp_path / "run")["step"] == 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait()[0] == -signal.SIGTERM and checkpoint(tmp_path / "run")["step"] == 0
 
 
 def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
@@ -232,8 +236,10 @@ def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    assert "interrupted at update" in stop(process, signal.SIGTERM)
-    assert run_script("iql", "--resume", "--no-compile", "--num-updates", "9", "--run-dir", str(tmp_path / "run"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait()[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    resumed = run_script("iql", "--resume", "--num-updates", "9", *SHORT, "--run-dir", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
 
 
 # --- Damaged files ---
@@ -280,8 +286,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path, pendulum
     run = small_run(tmp_path, pendulum, resume=True)
     run.lock.release()
     assert (tmp_path / "metrics.csv").read_text() == rows
-    (tmp_path / "args.json").write_text('{"algorithm": ')
-    assert_one_line(run_script("bc", "--resume", "--run-dir", str(tmp_path)), "cannot read .*args.json")
 
 
 def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
@@ -315,7 +319,7 @@ def test_a_disk_that_takes_no_more_is_one_line(number, tmp_path, monkeypatch):
     pattern = rf"^error: cannot write \S+ \({os.strerror(number)}\): .*--resume --run-dir {tmp_path}"
     assert re.search(pattern, run.stderr.splitlines()[-1]) and "Traceback" not in run.stderr
     assert checkpoint(tmp_path)["step"] == 3 and [path.name for path in tmp_path.glob(".*")] == [".lock"]
-    assert run_script("bc", "--resume", "--run-dir", str(tmp_path)).returncode == 0
+    assert run_script("bc", *arguments, *SHORT, "--resume").returncode == 0
 
 
 @pytest.mark.parametrize("limit", [5_000, 40_000])
@@ -336,7 +340,7 @@ def test_a_quota_is_one_line(limit, tmp_path, pendulum):
     if limit > 5_000:
         step = checkpoint(folder)["step"]
         assert step >= 300 and step % 100 == 0
-        again = run_script("bc", "--resume", "--num-updates", str(step + 2), "--run-dir", str(folder))
+        again = run_script("bc", "--resume", "--num-updates", str(step + 2), *SHORT, "--run-dir", str(folder))
         assert again.returncode == 0, again.stderr
 
 
@@ -369,7 +373,7 @@ def test_a_payload_is_refused_and_not_run(write, tmp_path, pendulum):
     assert run_script("bc", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
     for name in ("checkpoint.pt", "previous_checkpoint.pt", "policy.pt"):
         write(folder / name, {"actor": Payload(touched)})
-    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder)), "cannot read .*checkpoint.pt")
+    assert_one_line(run_script("bc", "--resume", "--run-dir", str(folder), *SHORT), "cannot read .*checkpoint.pt")
     with pytest.raises(BadInput, match=r"cannot read .*policy.pt"):
         load_policy(folder)
     arguments = ["--dynamics", str(folder), "--run-dir", str(tmp_path / "other")]
@@ -382,10 +386,9 @@ def test_a_payload_is_refused_and_not_run(write, tmp_path, pendulum):
 
 @pytest.mark.parametrize("algorithm", ["bc", "sac"])  # which has an environment as default
 def test_a_module_is_imported_only_if_the_command_line_names_it(algorithm, tmp_path):
-    """A run folder from elsewhere must not be able to have one imported."""
-    arguments, args_class = ["--run-dir", str(tmp_path), "--resume"], importlib.import_module(algorithm).Args
-    (tmp_path / "args.json").write_text(json.dumps({"algorithm": algorithm, "env_id": "evil:Env-v0", "eval_every": 7}))
-    with pytest.raises(BadInput, match="--resume: give --env-id evil:Env-v0 again, or another one"):
-        parse_args(args_class, arguments)
-    args = parse_args(args_class, [*arguments, "--env-id", "CartPole-v1"])
+    """A run folder from elsewhere must not be able to have one imported by a tool that reads it."""
+    saved, args_class = {"env_id": "evil:Env-v0", "eval_every": 7}, importlib.import_module(algorithm).Args
+    with pytest.raises(BadInput, match="give --env-id evil:Env-v0 again, or another one"):
+        trained_run.arguments(args_class, saved, tmp_path, None)
+    args = trained_run.arguments(args_class, saved, tmp_path, "CartPole-v1")
     assert args.eval_every == 7 and args.env_id == "CartPole-v1"

@@ -383,7 +383,10 @@ def test_folders_that_hold_no_finished_run(runs, tmp_path):
     (folder / "checkpoint.pt").write_bytes(b"junk")
     assert f"cannot read the run in {folder}" in refuse(folder, "--out", out)
     (folder / "result.json").unlink()
-    assert f"has not finished: it lacks result.json; go on with --resume --run-dir {folder}" in refuse(folder)
+    assert (
+        f"has not finished: it lacks result.json; go on with the same command and --resume --run-dir {folder}"
+        in refuse(folder)
+    )
     (folder / "checkpoint.pt").unlink()
     assert "lacks checkpoint.pt" in refuse(folder)
     assert not out.exists()
@@ -392,7 +395,7 @@ def test_folders_that_hold_no_finished_run(runs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"algorithm": "os"}, "there is no script os in "),
+        ({"algorithm": "os"}, "no script /"),
         ({"dataset_id": "nonsense"}, "no dataset 'nonsense'"),
         ({"dataset_id": "absent.hdf5"}, "no dataset 'absent.hdf5'"),
         ({"env_id": "antigravity:Pendulum-v1"}, "give --env-id antigravity:Pendulum-v1 again"),

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, SCRIPTS, SHORTER, run_script, write_policy
 from typeguard import check_type
 
-FEW = ["--num-updates", "3", "--eval-episodes", "1"]
+FEW = ["--num-updates", "3", "--eval-episodes", "1", "--final-eval-episodes", "1"]
 SWEEPS = ROOT / "benchmarks" / "sweeps"
 every_sweep = pytest.mark.parametrize("algorithm", SCRIPTS)
 

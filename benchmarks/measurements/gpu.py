@@ -176,8 +176,7 @@ def differences(args: Args, algorithm: str) -> list[Row]:
 
 def run_script(args: Args, algorithm: str, folder: Path, *arguments: str) -> None:
     words = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), "--run-dir", str(folder), *arguments]
-    if "--resume" not in arguments:
-        words += ["--device", args.device, *DATA.get(algorithm, [])]
+    words += ["--device", args.device, *DATA.get(algorithm, [])]
     subprocess.run(words, check=True, capture_output=True, text=True)
 
 
@@ -190,7 +189,7 @@ def resumed(args: Args, algorithm: str, mode: str) -> list[Row]:
         whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
         run_script(args, algorithm, whole, "--num-updates", "20", *few)
         run_script(args, algorithm, stopped, "--num-updates", "10", *few)
-        run_script(args, algorithm, stopped, "--resume", "--num-updates", "20")
+        run_script(args, algorithm, stopped, "--resume", "--num-updates", "20", *few)
         return [("resume", algorithm, mode, largest_difference(whole, stopped))]
 
 

@@ -8,7 +8,7 @@ it runs in an environment of its own, which `uv run` makes from the lines above;
 Batches of 256, observations normalised, actions scaled to [-1, 1], CQL with alpha 10 and three layers, and BCQ with 10
 samples in the target, as ours; all else is d3rlpy's default. (Its BCQ then acts by the best of 10, ours by the best of
 100.) An evaluation is one episode from each of --eval-episodes seeds, those of common/evaluation.py, with what
-`predict` says. Cells run one after the other; those in OUT/results.csv are skipped.
+`predict` says; so is the final score, of 50 others. Cells run one after the other; those done are skipped.
 
     OUT/results.csv       a row per cell, and
     OUT/evaluations.csv   a row per evaluation, with the columns of benchmarks/run.py, for benchmarks/report.py
@@ -37,6 +37,7 @@ import tyro
 from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
 
 EVALUATION_SEED = 10_000  # as in common/evaluation.py
+FINAL_SEED, FINAL_EPISODES = 20_000, 50
 LAYERS = d3rlpy.models.VectorEncoderFactory(hidden_units=[256, 256, 256])
 CONFIGS: dict[str, Any] = {
     "bc": d3rlpy.algos.BCConfig,
@@ -101,11 +102,9 @@ def read(dataset_id: str) -> tuple[d3rlpy.dataset.MDPDataset, dict[str, Any]]:
     return dataset, metadata
 
 
-def evaluate(learner: Any, environments: list[gym.Env]) -> np.ndarray:
-    """Returns [episodes], one episode of each environment."""
-    observations = [
-        environment.reset(seed=EVALUATION_SEED + index)[0] for index, environment in enumerate(environments)
-    ]
+def evaluate(learner: Any, environments: list[gym.Env], seed: int = EVALUATION_SEED) -> np.ndarray:
+    """Returns [episodes], one episode of each environment, reset with `seed` and those after it."""
+    observations = [environment.reset(seed=seed + index)[0] for index, environment in enumerate(environments)]
     returns, running = np.zeros(len(environments)), list(range(len(environments)))
     while running:
         actions = learner.predict(np.array([observations[index] for index in running], dtype=np.float32))
@@ -157,13 +156,13 @@ def train(algorithm: str, dataset_id: str, seed: int, args: Args) -> tuple[dict[
             mean = float(evaluate(learner, environments).mean())
             rows.append(cell | {"num_updates": step, "score": 100 * (mean - low) / (high - low), "return_mean": mean})
             print(f"{' '.join(map(str, cell.values()))}: {step:,} updates, score {rows[-1]['score']:.1f}", flush=True)
-    scores = [row["score"] for row in rows]
+    seeds = range(FINAL_SEED, FINAL_SEED + FINAL_EPISODES, len(environments))
+    returns = np.concatenate([evaluate(learner, environments, seed) for seed in seeds])[:FINAL_EPISODES]
     return cell | {
         "num_updates": args.num_updates,
-        "final_return_mean": rows[-1]["return_mean"],
-        "final_score": scores[-1],
-        "last_5_score": float(np.mean(scores[-5:])),
-        "best_score": max(scores),
+        "final_return_mean": float(returns.mean()),
+        "final_score": 100 * (float(returns.mean()) - low) / (high - low),
+        "final_returns": returns.tolist(),
         "updates_per_second": args.num_updates / update_seconds,
         "wall_seconds": time.perf_counter() - began,
         "device": "cpu",
