@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 from tqdm import tqdm
 
-ArgsT = TypeVar("ArgsT")
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
@@ -115,7 +114,7 @@ class ExperimentArgs:
                 check_argument(self, name, not broken, rule)
 
 
-def parse_args(args_class: type[ArgsT], command_line: list[str] | None = None) -> ArgsT:
+def parse_args(args_class: type[Any], command_line: list[str] | None = None) -> Any:
     """The command line as `args_class`, a dataclass. tyro ends the program (exit code 2) for what it cannot read."""
     return tyro.cli(args_class, args=command_line, description=sys.modules[args_class.__module__].__doc__)
 

@@ -156,7 +156,8 @@ class Run:
             writer.writerow(row)
             with writing(self.metrics_path), self.metrics_path.open("a", newline="") as file:
                 file.write(text.getvalue())
-        self.tracked.put(row)
+        if self.tracker.is_alive():
+            self.tracked.put(row)
 
     def rows(self) -> Iterator[dict[str, str]]:
         """Those of metrics.csv so far."""
