@@ -91,7 +91,7 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
     """
     device = next(learner[0].parameters()).device
     # without autocast's cache of the rounded weights: they change within an update
-    rounding = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16", cache_enabled=False)
+    rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     if not args.compile:
         return rounding(update) if args.precision == "bf16" else update
     compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")
@@ -117,7 +117,6 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
 
     def compiled_update(*arguments: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # until the next one, what CUDA graphs return is not overwritten
-        with rounding:
-            return graph(*arguments)
+        return graph(*arguments)
 
-    return compiled_update
+    return rounding(compiled_update) if args.precision == "bf16" else compiled_update
