@@ -161,7 +161,8 @@ class Dynamics(nn.Module):
         for layer in self.layers[:-1]:
             x = silu(layer(x))
         mean, log_variance, logit = self.layers[-1](x).split(self.sizes, dim=-1)
-        log_variance = self.max_log_variance - softplus(self.max_log_variance - log_variance)  # softly between bounds
+        upper = torch.maximum(self.max_log_variance, self.min_log_variance)  # however far they are drawn together
+        log_variance = upper - softplus(upper - log_variance)  # softly between bounds
         log_variance = self.min_log_variance + softplus(log_variance - self.min_log_variance)  # that are learned, too
         return mean, log_variance, logit.squeeze(-1)
 
@@ -253,7 +254,7 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
     nll = (nll * known).mean(dim=1)  # [members]
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
-    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum()
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
 
 

@@ -21,8 +21,7 @@ arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812
 Differences: u is over the elites and in standard deviations of the data; the authors' is over all members and in the
 environment's units. z is normalised. Each member draws every batch anew, stops on its own and has its own bounds of
 variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one step trains
-pi, Q and the temperature. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as
-Glorot's in SAC and from a truncated normal in the model.
+pi, Q and the temperature. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -163,7 +162,8 @@ class Dynamics(nn.Module):
         for layer in self.layers[:-1]:
             x = silu(layer(x))
         mean, log_variance, logit = self.layers[-1](x).split(self.sizes, dim=-1)
-        log_variance = self.max_log_variance - softplus(self.max_log_variance - log_variance)  # softly between bounds
+        upper = torch.maximum(self.max_log_variance, self.min_log_variance)  # however far they are drawn together
+        log_variance = upper - softplus(upper - log_variance)  # softly between bounds
         log_variance = self.min_log_variance + softplus(log_variance - self.min_log_variance)  # that are learned, too
         return mean, log_variance, logit.squeeze(-1)
 
@@ -255,7 +255,7 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
     nll = (nll * known).mean(dim=1)  # [members]
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
-    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum()
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
 
 

@@ -38,6 +38,9 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (paper)
     replay_size: int = 1_000_000  # transitions kept, the newest (paper)
+    target_entropy: float | None = (
+        None  # the temperature holds the policy's entropy to it; default: -action_dim (paper)
+    )
     tau: float = 0.005  # rate at which the target critic follows the critic (paper)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (paper)
     critic_learning_rate: float = 3e-4  # of Adam (paper)
@@ -261,7 +264,8 @@ def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParamet
     loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
     actions, log_prob = learner.actor.sample(batch.observations, noise[1])
     loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
-    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy=-actions.shape[-1])
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
 
 

@@ -101,6 +101,28 @@ def randomise(dynamics):
 # --- Loss and training ---
 
 
+def test_a_model_of_120_numbers_learns_their_noise(script):
+    """A price of the bounds for each member draws them past each other, as there are more of them than members."""
+    learner, _ = make_learner(script, 119, 4, num_models=7, dynamics_hidden_dims=(16,), dynamics_learning_rate=0.03)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(123, 120, generator=generator) / 11
+    for _ in range(600):
+        x = torch.randn(7, 32, 123, generator=generator)
+        z = 0.1 * x @ weights + torch.randn(7, 32, 120, generator=generator)
+        metrics = script.dynamics_update(learner, x, z, torch.zeros(7, 32))
+    assert 0.9 < metrics["dynamics/nll"] < 1.3  # 1 + log 1 at its best; a price for each member leads to 3.2
+
+
+def test_bounds_of_the_variance_that_have_crossed_are_the_lower_one(script):
+    learner, _ = make_learner(script)
+    dynamics = learner.training_dynamics
+    with torch.no_grad():
+        dynamics.max_log_variance.fill_(-5.0)
+        dynamics.min_log_variance.fill_(-1.0)
+        log_variance = dynamics(data(50)[0])[1]
+    assert ((log_variance > -1) & (log_variance < -1 + math.log(2))).all()
+
+
 def test_an_epochs_metrics_outlive_the_update_that_gave_them(script):
     """On a GPU a compiled update returns the same tensors each time, filled anew."""
     learner, args = make_learner(script, dynamics_batch_size=4, max_dynamics_epochs=1)
@@ -124,7 +146,7 @@ def test_dynamics_loss(script):
         nll.append(np.mean(error**2 / np.exp(log_variance) + log_variance))
         p = 1 / (1 + np.exp(-logit))
         ends.append(-np.mean(np.where(terminations[member].numpy() == 1, np.log(p), np.log(1 - p))))
-    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum().item()
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).sum().item() / 3  # members
     assert metrics["dynamics/nll"].item() == pytest.approx(np.mean(nll), rel=1e-5)
     assert loss.item() == pytest.approx(sum(nll) + sum(ends) + bounds, rel=1e-5)
 

@@ -219,15 +219,6 @@ def test_the_gradient_through_a_gradient_is_compiled_too(args):
         torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
 
 
-def test_target_entropy(learner, args):
-    batch = random_batch()
-    values = []
-    for args.target_entropy in (None, -2.0, -5.0):  # None: -action_dim
-        values.append(edac.total_loss(learner, batch, draws(), args)[0].item())
-    assert values[0] == values[1]
-    assert values[2] - values[1] == pytest.approx(0.3 * 3.0, rel=1e-3)
-
-
 def test_update_moves_every_network_and_targets_follow(learner, args):
     before = copy.deepcopy(learner)
     edac.update(learner, random_batch(), 1, args)

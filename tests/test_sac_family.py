@@ -83,3 +83,14 @@ def test_the_target_follows(name):
     followed = learner.critic.parameters()
     for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+@pytest.mark.parametrize("name", ["sac", "sac_bc", "edac"])
+def test_target_entropy(name):
+    """It moves the loss by the temperature, 0.3, times the difference; None is -action_dim, of two dimensions."""
+    script, args, learner = script_and_learner(name)
+    values = []
+    for args.target_entropy in (None, -2.0, -5.0):
+        values.append(script.total_loss(learner, random_batch(), draws(), args)[0].item())
+    assert values[0] == values[1]
+    assert values[2] - values[1] == pytest.approx(0.3 * 3.0, rel=1e-3)
