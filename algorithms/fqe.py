@@ -331,7 +331,6 @@ def main(args: Args) -> None:
     device = set_up(args)
     dataset = load_dataset(args.dataset_id, args.env_id)
     policy = load(args, dataset)
-    args.policy_script = None  # which args.json is not to say: to resume the run would run the code it names
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     several = f"{args.dataset_id} holds one episode: a bootstrap needs several; cut the log into episodes"
     check(len(buffer.episode_lengths) > 1, several)
