@@ -2,8 +2,8 @@
 
     L_pi = E[ |pi(s) - a|^2 ]
 
-This is maximum likelihood for a Gaussian policy of fixed variance. --top-fraction 0.1 imitates only the tenth of the
-episodes with the highest returns ("10% BC"), a filter that is hard to beat where a few episodes are good.
+This is maximum likelihood for a Gaussian policy of fixed variance. --top-fraction 0.1 imitates a tenth of the
+transitions, the episodes with the highest returns ("10% BC"): a filter that is hard to beat where a few are good.
 
 Paper: Pomerleau, "ALVINN: An Autonomous Land Vehicle in a Neural Network", 1988; 10% BC: Chen et al., "Decision
 Transformer", 2021, arXiv 2106.01345.
@@ -116,7 +116,7 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     top_fraction: float = 1.0
-    """share of the episodes to imitate, the best by their undiscounted return (Decision Transformer's 10% BC: 0.1)"""
+    """share of the transitions to imitate: the episodes of highest undiscounted return (Decision Transformer: 0.1)"""
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -125,9 +125,10 @@ class Args(HyperParameters, ExperimentArgs):
 
 
 def best_rows(returns: Tensor, lengths: Tensor, fraction: float) -> Tensor:
-    """The rows of the `fraction` of the episodes, at least one, with the highest `returns` [episodes]."""
-    best = returns.argsort(descending=True)[: max(1, round(fraction * len(returns)))]
-    kept = torch.zeros_like(returns, dtype=torch.bool).index_fill(0, best, True)
+    """The rows of the episodes with the highest `returns` [episodes] that hold `fraction` of all rows; one at least."""
+    order = returns.argsort(descending=True)
+    count = int((lengths[order].cumsum(0) <= round(fraction * int(lengths.sum()))).sum())
+    kept = torch.zeros_like(returns, dtype=torch.bool).index_fill(0, order[: max(1, count)], True)
     return kept.repeat_interleave(lengths).nonzero().squeeze(1)
 
 

@@ -24,6 +24,9 @@ def test_the_rows_of_the_best_episodes():
     assert bc.best_rows(returns, lengths, 0.5).tolist() == [2, 6, 7]
     assert bc.best_rows(returns, lengths, 0.01).tolist() == [2]  # never none
     assert bc.best_rows(returns, lengths, 1.0).tolist() == list(range(8))
+    lengths = torch.tensor([2, 4, 3, 2])  # two of four episodes would hold more than four of the eleven rows
+    assert bc.best_rows(returns, lengths, 0.4).tolist() == [2, 3, 4, 5]
+    assert bc.best_rows(returns, lengths, 0.5).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 def test_a_run_draws_from_the_best_episodes_alone(pendulum, tmp_path, monkeypatch):
