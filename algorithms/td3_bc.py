@@ -11,8 +11,8 @@ fit every scale of rewards. With Q' and pi' the target networks:
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
 arXiv 1802.09477.
 Differences: none from the authors' code. It takes lambda's mean at pi(s), where the paper has the data's actions, and
-averages (pi(s) - a)^2 over the action's dimensions. Its layers start as PyTorch's do, too. Evaluations are of the actor, not
-of the target actor, as theirs.
+averages (pi(s) - a)^2 over the action's dimensions. Its layers start as PyTorch's do, too, and it evaluates the actor,
+not the target actor.
 
 Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
