@@ -38,9 +38,7 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (paper)
     replay_size: int = 1_000_000  # transitions kept, the newest (paper)
-    target_entropy: float | None = (
-        None  # the temperature holds the policy's entropy to it; default: -action_dim (paper)
-    )
+    target_entropy: float | None = None  # temperature holds the policy's entropy to it; default: -action_dim (paper)
     tau: float = 0.005  # rate at which the target critic follows the critic (paper)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (paper)
     critic_learning_rate: float = 3e-4  # of Adam (paper)

@@ -45,11 +45,8 @@ class Adam:
             if torch.compiler.is_compiling():
                 _step_in_the_open(weights, gradients, means, squares, group)
             else:
-                steps, options = (
-                    [group["step"]] * len(rows),
-                    OPTIONS | {name: group[name] for name in ("lr", "weight_decay")},
-                )
-                torch._fused_adam_(weights, gradients, means, squares, [], steps, **options)
+                steps, rates = [group["step"]] * len(rows), {name: group[name] for name in ("lr", "weight_decay")}
+                torch._fused_adam_(weights, gradients, means, squares, [], steps, **rates, **OPTIONS)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:

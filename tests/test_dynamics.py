@@ -121,6 +121,8 @@ def test_bounds_of_the_variance_that_have_crossed_are_the_lower_one(script):
         dynamics.min_log_variance.fill_(-1.0)
         log_variance = dynamics(data(50)[0])[1]
     assert ((log_variance > -1) & (log_variance < -1 + math.log(2))).all()
+    loss, metrics = script.dynamics_loss(dynamics, *data(50))  # and have no price: the means over three members
+    assert loss.item() == pytest.approx(3 * (metrics["dynamics/nll"] + metrics["dynamics/ends"]).item(), rel=1e-5)
 
 
 def test_an_epochs_metrics_outlive_the_update_that_gave_them(script):

@@ -1,7 +1,7 @@
 """What a CUDA GPU makes of every script: does it train as the CPU does, resume to the same bits, and how fast?
 
-One command, without network. It writes gpu.csv, row by row as they come, and the page gpu.md. On an H100 with 16 cores
-the first part took 160 s, the second 170 s, the third 140 s without bf16: --parts takes some of them.
+One command, without network. It writes gpu.csv, row by row as they come, and the page gpu.md. The parts take minutes
+each; --parts takes some of them.
 
 1. difference: weights after 50 updates on the same batches. Eager on the GPU against the CPU, both in double precision
    and with the CPU's random numbers; compiled (CUDA graphs) against eager, in double precision; bf16 against float32,
@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,25 +151,20 @@ def flat(networks: list[torch.nn.Module]) -> Tensor:
     return torch.cat([weight.detach().cpu().flatten() for network in networks for weight in network.parameters()])
 
 
-def differences(args: Args, algorithm: str) -> list[Row]:
-    rows: list[Row] = []
+def differences(args: Args, algorithm: str, mode: str) -> list[Row]:
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    _, cpu = trained(algorithm, "cpu", "eager")
-    _, same = trained(algorithm, args.device, "eager", RandomNumbersOfTheCpu)
-    rows.append(("difference", algorithm, "eager", float((same - cpu).abs().max())))
-    if "compile" in args.modes:
-        _, eager = trained(algorithm, args.device, "eager")
-        _, graph = trained(algorithm, args.device, "compile")
-        rows.append(("difference", algorithm, "compile", float((graph - eager).abs().max())))
-    torch.set_default_dtype(torch.float32)
-    if "compile bf16" in args.modes:
+    if mode == "compile bf16":
         before, full = trained(algorithm, args.device, "compile")
         _, again = trained(algorithm, args.device, "compile")
-        _, rounded = trained(algorithm, args.device, "compile bf16")
-        rows.append(("repetition", algorithm, "compile", float((again - full).abs().max())))
-        rows.append(("difference", algorithm, "compile bf16", float((rounded - full).norm() / (full - before).norm())))
-    return rows
+        _, rounded = trained(algorithm, args.device, mode)
+        change = float((rounded - full).norm() / (full - before).norm())
+        repetition = float((again - full).abs().max())
+        return [("difference", algorithm, mode, change), ("repetition", algorithm, "compile", repetition)]
+    torch.set_default_dtype(torch.float64)
+    of_cpu = mode == "eager"
+    _, expected = trained(algorithm, "cpu" if of_cpu else args.device, "eager")
+    _, found = trained(algorithm, args.device, mode, RandomNumbersOfTheCpu if of_cpu else nullcontext)
+    return [("difference", algorithm, mode, float((found - expected).abs().max()))]
 
 
 # --- 2. Resumed to the same bits? ------------------------------------------------------------------------------------
@@ -336,7 +332,9 @@ def main(args: Args) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     resumes = [partial(resumed, args, name, mode) for mode in args.modes[:2] for name in args.algorithms]
     parts: dict[str, Callable[[], Iterator[Row]]] = {
-        "difference": lambda: in_processes([partial(differences, alone, name) for name in alone.algorithms]),
+        "difference": lambda: in_processes(
+            [partial(differences, alone, *task) for task in product(alone.algorithms, args.modes)]
+        ),
         "resume": lambda: in_processes(resumes),
         "speed": lambda: speeds(alone),
         "sharing": lambda: sharing(args),
