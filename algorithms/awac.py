@@ -181,13 +181,21 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, gamma: float) -> 
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2: as many transitions of equal weight say as much as the batch with its weights [batch]."""
+    weight = weight / weight.max().clamp(min=1e-30)  # whose squares might be too small, or too large, for float32
+    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
+
+
 def actor_loss(actor: Actor, advantages: Tensor, batch: Batch, beta: float) -> tuple[Tensor, Metrics]:
     """L_pi = E[ -w log pi(a | s) ],  w = exp(A / beta) over the batch's mean of it"""
     weight = len(advantages) * torch.softmax(advantages / beta, dim=0)  # [batch]: however large A is, their mean is 1
     log_prob = actor.log_prob(batch.observations, batch.actions)
     loss = -(weight * log_prob).mean()
-    metrics = {"actor/weight": weight.max(), "actor/log_prob": log_prob.detach().mean()}
-    return loss, {"actor/loss": loss.detach(), "actor/advantage": advantages.mean()} | metrics
+    metrics = {"actor/loss": loss.detach(), "actor/log_prob": log_prob.detach().mean()}
+    metrics |= {"actor/advantage": advantages.mean(), "actor/weight_max": weight.max()}
+    metrics["actor/effective_sample_size"] = effective_sample_size(weight)  # of the batch's transitions
+    return loss, metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -218,6 +226,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
@@ -228,6 +237,8 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -238,6 +249,7 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)

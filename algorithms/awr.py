@@ -198,6 +198,12 @@ def value_loss(advantages: Tensor) -> tuple[Tensor, Metrics]:
     return loss, {"value/loss": loss.detach(), "value/advantage": advantages.detach().mean()}
 
 
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2: as many transitions of equal weight say as much as the batch with its weights [batch]."""
+    weight = weight / weight.max().clamp(min=1e-30)  # whose squares might be too small, or too large, for float32
+    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
+
+
 def actor_loss(
     actor: Actor, advantages: Tensor, batch: Batch, beta: float, weight_clip: float, standardize: bool
 ) -> tuple[Tensor, Metrics]:
@@ -208,8 +214,10 @@ def actor_loss(
     weight = torch.exp(advantages / beta).clamp(max=weight_clip)
     log_prob = actor.log_prob(batch.observations, batch.actions)
     loss = -(weight * log_prob).mean()
-    metrics = {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
-    return loss, {"actor/loss": loss.detach()} | metrics
+    metrics = {"actor/loss": loss.detach(), "actor/log_prob": log_prob.detach().mean(), "actor/weight": weight.mean()}
+    metrics["actor/weight_clipped"] = (weight == weight_clip).float().mean()  # a share of the batch
+    metrics["actor/effective_sample_size"] = effective_sample_size(weight)  # of the batch's transitions
+    return loss, metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -237,6 +245,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
@@ -250,6 +259,8 @@ class Args(HyperParameters, ExperimentArgs):
     returns_every: int = 1_000
     """updates between computations of the returns with the newest V (authors' code: 1,000 of the policy). Each is a
     pass of V over all data. For 1,000,000 transitions it takes as long as several hundred updates: there, take 5,000"""
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data (authors' code)
 
     def validate(self) -> None:
@@ -265,6 +276,7 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
     _, _, rewards, next_observations, terminations = buffer.transitions
     rewards.mul_(1 - args.gamma)  # R and V are then averages of the rewards to come, of a size that V learns soon
     episodes = rewards, next_observations, terminations, buffer.episode_lengths

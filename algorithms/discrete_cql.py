@@ -182,6 +182,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
@@ -193,6 +194,8 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     dataset_id: str = BUILT_IN_DISCRETE_ID  # built-in or Minari id, local first, else downloaded; of discrete actions
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -205,6 +208,7 @@ def main(args: Args) -> None:
     device = set_up(args)
     dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.num_actions, args, device, Adam)
     train = compiled(update, learner, args)

@@ -149,6 +149,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -163,6 +164,8 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     dataset_id: str = BUILT_IN_DISCRETE_ID  # built-in or Minari id, local first, else downloaded; of discrete actions
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
 
@@ -181,6 +184,7 @@ def main(args: Args) -> None:
     device = set_up(args)
     dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
     initial_observations = buffer.transitions.observations[buffer.episode_starts.to(device)]
 
     learner = build(buffer.observation_dim, buffer.num_actions, args, device, Adam)
@@ -189,7 +193,11 @@ def main(args: Args) -> None:
     for step in range(run.first_step, args.num_updates + 1):
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         if run.is_due(step, args.eval_every):
-            returns = None if run.environments is None else evaluate(run.policy, run.environments, gamma=args.gamma)[0]
+            returns = None
+            if run.environments is not None:
+                returns, lengths = evaluate(run.policy, run.environments, gamma=args.gamma)
+                shifts = args.reward_shift * np.array([(args.gamma ** np.arange(count)).sum() for count in lengths])
+                returns = buffer.reward_scale * (returns + shifts)  # of the rewards that Q has learned from
             metrics |= overestimate(learner.actor.critic, initial_observations, returns)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -189,6 +189,12 @@ def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tup
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(sum w)^2 / sum w^2: as many transitions of equal weight say as much as the batch with its weights [batch]."""
+    weight = weight / weight.max().clamp(min=1e-30)  # whose squares might be too small, or too large, for float32
+    return weight.sum().square() / weight.square().sum().clamp(min=1e-30)
+
+
 def actor_loss(
     actor: Actor, advantages: Tensor, batch: Batch, beta: float, weight_clip: float
 ) -> tuple[Tensor, Metrics]:
@@ -196,8 +202,10 @@ def actor_loss(
     weight = torch.exp(beta * advantages.detach()).clamp(max=weight_clip)
     log_prob = actor.log_prob(batch.observations, batch.actions)
     loss = -(weight * log_prob).mean()
-    metrics = {"actor/weight": weight.mean(), "actor/log_prob": log_prob.detach().mean()}
-    return loss, {"actor/loss": loss.detach()} | metrics
+    metrics = {"actor/loss": loss.detach(), "actor/log_prob": log_prob.detach().mean(), "actor/weight": weight.mean()}
+    metrics["actor/weight_clipped"] = (weight == weight_clip).float().mean()  # a share of the batch
+    metrics["actor/effective_sample_size"] = effective_sample_size(weight)  # of the batch's transitions
+    return loss, metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
@@ -244,8 +252,9 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
-    reward_scale: float | Literal["return-range"] = 1.0
-    """multiplies rewards; return-range: 1000 / (best - worst episode return), as the authors do in locomotion tasks"""
+    reward_scale: float | Literal["return-range"] = "return-range"
+    """multiplies rewards; return-range: their returns span 1,000 (authors' code in locomotion; elsewhere 1)"""
+    reward_shift: float = 0.0  # added to rewards first (authors' code: -1 in antmaze)
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -253,23 +262,12 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "expectile", 0 < self.expectile < 1, "must be in (0, 1)")
         check_argument(self, "beta", self.beta >= 0, "must not be negative")
         check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
-        if self.reward_scale != "return-range":
-            check_argument(self, "reward_scale", self.reward_scale > 0, "must be positive")
-
-
-def reward_scale(args: Args, returns: Tensor) -> float:
-    """The factor on rewards that --reward-scale asks for, given the `returns` [episodes] of the data."""
-    if args.reward_scale != "return-range":
-        return args.reward_scale
-    spread = float(returns.max() - returns.min())
-    check_argument(args, "reward_scale", spread > 0, "all episodes of the dataset have the same return")
-    return 1000 / spread
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
-    buffer.transitions.rewards.mul_(reward_scale(args, buffer.episode_returns))
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)

@@ -1,6 +1,6 @@
 """How far a trained policy has gone from its data, and whether its Q can be believed there: a table, and a picture.
 
-D is the data, pi the policy as it is evaluated, Q the mean of the run's critics in the environment's units of reward.
+D is the data, pi the policy as it is evaluated, Q the mean of the run's critics in the units it learned in.
 States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes (of fewer than ten: of short pieces)
 is left out of all that is fitted or searched. At their states, three actions are compared: `data` is D's own, `policy`
 is pi(s), `random` is drawn uniformly. The numbers of `data` are the scale. `visits` are the (s, a) of pi's own episodes
@@ -164,9 +164,10 @@ def judge_values(scene: Scene) -> Findings:
     spread = float(torch.cat([measures.discounted_returns(rewards, run.gamma) for rewards in episodes]).std())
     highest = float(data.rewards.max())
     possible = max(highest, highest / max(1 - run.gamma, 1e-9)) + spread / 10
-    q = {name: run.q(data.observations[scene.rows], actions) for name, actions in scene.actions.items()}  # [critics, n]
+    states = data.observations[scene.rows]
+    q = {name: run.critic(states, actions) for name, actions in scene.actions.items()}  # [critics, n]
     if visits is not None:
-        q["visits"] = run.q(visits.observations, visits.actions)
+        q["visits"] = run.critic(visits.observations, visits.actions)
     mean = {name: values.mean(dim=0) for name, values in q.items()}
     rows = [Row("Q", {name: float(values.mean()) for name, values in mean.items()})]
     shares = {name: float((values > possible).float().mean()) for name, values in mean.items()}
@@ -311,7 +312,7 @@ def draw_training(axes: Any, run: Trained) -> None:
     for name, column in LOGGED.items():
         rows = [row for row in run.metrics if row.get(name)]
         if rows and not (name == "actor/q" and "critic/q_policy" in rows[0]):
-            steps, values = zip(*((int(row["step"]), float(row[name]) / run.reward_scale) for row in rows), strict=True)
+            steps, values = zip(*((int(row["step"]), float(row[name])) for row in rows), strict=True)
             style = {"linewidth": 3, "alpha": 0.5} if column in ("data", "batches") else {"linewidth": 1}
             axes.plot(steps, values, label=column, color=COLOURS.get(column, "black"), **style)
     if axes.lines:

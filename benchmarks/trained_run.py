@@ -29,12 +29,9 @@ class Trained(NamedTuple):
     policy: Policy
     critic: nn.Module | None
     gamma: float
-    reward_scale: float  # of Q's units, in those of the environment
+    reward_scale: float  # rewards, returns and Q are those that the script learned from: scale (reward + shift)
+    reward_shift: float
     metrics: list[dict[str, str]]  # the rows of metrics.csv
-
-    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Q_i of every critic in the environment's units: [critics, n]. For runs with a critic."""
-        return self.critic(observations, actions) / self.reward_scale  # type: ignore[misc]
 
 
 class Visits(NamedTuple):
@@ -42,7 +39,7 @@ class Visits(NamedTuple):
 
     observations: Tensor  # [n, observation_dim], as the buffer has them
     actions: Tensor  # [n, action_dim] in [-1, 1]
-    returns: Tensor  # [n], G; nan where an episode was cut too soon to know it
+    returns: Tensor  # [n], G of the rewards as learned from; nan where an episode was cut too soon to know it
     episodes: Tensor  # [n], their numbers
 
 
@@ -81,8 +78,11 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         except RuntimeError as error:
             raise BadInput(f"{folder}: checkpoint.pt does not fit {module.__file__}: {one_line(error)}") from None
         critic.requires_grad_(False).eval()
-    scale = module.reward_scale(args, buffer.episode_returns) if hasattr(module, "reward_scale") else 1.0
-    return Trained(args, buffer, policy, critic, getattr(args, "gamma", 0.99), scale, metrics)
+    scale, shift = 1.0, 0.0
+    if hasattr(args, "reward_scale"):
+        buffer.scale_rewards(args.reward_scale, args.reward_shift)
+        scale, shift = buffer.reward_scale, args.reward_shift
+    return Trained(args, buffer, policy, critic, getattr(args, "gamma", 0.99), scale, shift, metrics)
 
 
 def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str | None) -> Any:
@@ -142,7 +142,8 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
     evaluate(run.policy, recorders)
     columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for number, episode in enumerate(recorders):
-        returns = discounted_returns(torch.tensor(episode.rewards), gamma)
+        rewards = run.reward_scale * (torch.tensor(episode.rewards, dtype=torch.float64) + run.reward_shift)
+        returns = discounted_returns(rewards, gamma)
         if not episode.terminated:
             returns[max(0, len(returns) - horizon) :] = torch.nan
         numbers = torch.full((len(returns),), number)

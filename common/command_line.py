@@ -108,6 +108,7 @@ class ExperimentArgs:
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (name.endswith("learning_rate") and value <= 0, "must be positive"),
+                (name == "reward_scale" and value != "return-range" and value <= 0, "must be positive"),
                 (name.endswith("hidden_dims") and min(value, default=0) < 1, "must be one or more positive sizes"),
             ]
             for broken, rule in rules:
@@ -120,9 +121,7 @@ def parse_args(args_class: type[Any], command_line: list[str] | None = None) -> 
 
 
 class Interruption:
-    """Handles SIGINT and SIGTERM: the first ends the program, or waits as `number` for the end of a run's update; a
-    second one kills the program.
-    """
+    """Of SIGINT and SIGTERM: the first ends the program, or waits as `number` for a run's update; the second kills."""
 
     number, waiting = 0, False
     close: Callable[[], object] = staticmethod(lambda: None)  # of a progress bar, before the last line

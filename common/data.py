@@ -19,7 +19,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import Tensor
 
-from common.command_line import BUILT_IN_ID, BadInput, check, explain
+from common.command_line import BUILT_IN_ID, BadInput, check, explain, warn
 
 BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
@@ -165,7 +165,6 @@ class ReplayBuffer:
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
         storage = storage[: sum(lengths)]  # a view
         self.fingerprint = hashlib.blake2b(storage.numpy().data, digest_size=16).hexdigest()
-
         self.storage = storage.to(device)
         self.transitions = self._columns(self.storage)
         self.normalization = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
@@ -174,6 +173,15 @@ class ReplayBuffer:
             self.normalization = torch.stack([mean, std + 1e-3])  # a constant entry stays near zero
             for observations in (self.transitions.observations, self.transitions.next_observations):
                 observations.sub_(self.normalization[0]).div_(self.normalization[1])
+
+    def scale_rewards(self, scale: float | str, shift: float) -> None:
+        """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
+        span = float(np.ptp((self.episode_returns + shift * self.episode_lengths).numpy()))
+        check(span > 0 or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number: 1")
+        self.reward_scale = 1000 / span if scale == "return-range" else float(scale)
+        self.transitions.rewards.add_(shift).mul_(self.reward_scale)
+        if span and not 30 < (span := span * self.reward_scale) < 30_000:  # learning rates and weights suit about 1,000
+            warn(f"the data's returns span {span:.3g}, losses and rates suit 1,000: try --reward-scale return-range")
 
     def draw(self, batch_size: int) -> Tensor:
         """Rows [batch], drawn uniformly with replacement."""

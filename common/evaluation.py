@@ -115,9 +115,7 @@ class NoEnvironment(BadInput):
 
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
-    """An installed environment; its episodes end after 1,000 steps if nothing else says when. Only of a `users` own id
-    is the module, of "module:Id", imported: it is code. Raises NoEnvironment.
-    """
+    """An installed environment; unless it says when, episodes end after 1,000 steps. Only a `users` module is run."""
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         gym.register_envs(importlib.import_module("gymnasium_robotics"))
     try:

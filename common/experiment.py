@@ -116,6 +116,8 @@ class Run:
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """What follows an update: evaluation, a row of metrics and a checkpoint, each when it is due and at the end."""
         self.step = step
+        if self.device.type == "cuda" and self.is_due(step, self.args.log_every):
+            torch.cuda.synchronize()  # else its updates are still to come, and their time is taken for the log's
         self.update_seconds += time.perf_counter() - self.began
         evaluating = self.is_due(step, self.args.eval_every)
         if evaluating:
@@ -305,7 +307,6 @@ def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[st
         # a run that was killed goes on under the id that W&B keeps in this folder
         run = wandb.init(**names, name=folder.name, dir=folder.resolve(), config=config, resume="auto")
         run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
-        run.define_metric("dynamics/*", step_metric="dynamics/epoch")
         while "algorithm" not in (row := rows.get()):  # the result is the last one
             run.log(row)
         run.summary.update(row)

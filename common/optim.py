@@ -55,8 +55,7 @@ class Adam:
 
     def state_dict(self) -> dict[str, list[list[Tensor]]]:
         """What changes beside the weights, always in place."""
-        parts = ([group["lr"], group["step"], *group["means"], *group["squares"]] for group in self.param_groups)
-        return {"groups": list(parts)}
+        return {"groups": [[g["lr"], g["step"], *g["means"], *g["squares"]] for g in self.param_groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for tensor, value in zip(tree_leaves(self.state_dict()), tree_leaves(state), strict=True):
@@ -87,8 +86,7 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
     and targets. With --precision bf16, networks round what their matrix products take in and give out, nothing else.
     """
     device = next(learner[0].parameters()).device
-    # without autocast's cache of the rounded weights: they change within an update
-    rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # weights change within an update
     if not args.compile:
         return rounding(update) if args.precision == "bf16" else update
     compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")

@@ -90,14 +90,16 @@ def test_actor_loss(learner):
     weight = np.exp(u.numpy().astype(np.float64) / 0.7)
     weight /= weight.mean()
     assert loss.item() == pytest.approx(-np.mean(weight * np.log(density).sum(axis=1)), rel=1e-5)
-    assert metrics["actor/weight"].item() == pytest.approx(weight.max(), rel=1e-5)
+    assert metrics["actor/weight_max"].item() == pytest.approx(weight.max(), rel=1e-5)
+    assert metrics["actor/effective_sample_size"].item() == pytest.approx(8**2 / np.sum(weight**2), rel=1e-5)
 
 
 def test_advantages_of_any_size_give_finite_weights(learner):
     """exp(1e4) is beyond float32: the largest of a batch takes all the weight instead."""
     u = torch.tensor([-1e6, 1e4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     loss, metrics = awac.actor_loss(learner.actor, u, random_batch(), beta=1.0)
-    assert loss.isfinite() and metrics["actor/weight"].item() == pytest.approx(8)
+    assert loss.isfinite() and metrics["actor/weight_max"].item() == pytest.approx(8)
+    assert metrics["actor/effective_sample_size"].item() == pytest.approx(1)
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner):

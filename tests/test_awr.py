@@ -172,6 +172,9 @@ def test_actor_loss_clips_the_weights(learner):
     assert (weight == 20).sum() == 2  # exp(4) and exp(18)
     assert loss.item() == pytest.approx(-np.mean(weight * numpy_log_prob(learner.actor, batch)), rel=1e-5)
     assert metrics["actor/weight"].item() == pytest.approx(weight.mean(), rel=1e-5)
+    assert metrics["actor/weight_clipped"].item() == 2 / 8
+    expected = weight.sum() ** 2 / np.sum(weight**2)
+    assert metrics["actor/effective_sample_size"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_actor_loss_standardizes_the_advantage(learner):

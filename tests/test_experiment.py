@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(m
     huge = [random_episode(seed) | {"rewards": np.full(30, 1e30)} for seed in range(4)]
     dataset_id = make_dataset(episodes=huge)
     arguments = ["--num-updates", "400", "--checkpoint-every", "1", "--run-dir", str(tmp_path / "run"), *SHORT]
-    run = run_script("iql", "--dataset-id", dataset_id, *arguments)
+    run = run_script("iql", "--dataset-id", dataset_id, "--reward-scale", "1", *arguments)
     assert run.returncode == 3
     assert re.search(r"error: .* is (nan|inf|not finite) at update \d+; the last check", run.stderr.splitlines()[-1])
     assert "Traceback" not in run.stderr
@@ -412,6 +412,7 @@ NONSENSE = {
     "alpha": "-1",
     "weight_clip": "0",
     "reward_scale": "0",
+    "reward_shift": "inf",
     "policy_noise": "-1",
     "noise_clip": "-1",
     "policy_every": "0",

@@ -106,7 +106,7 @@ def test_logged_data_without_environment_trains_and_says_so(make_dataset, tmp_pa
     episodes = [random_episode(seed, actions=np.random.default_rng(seed).integers(1, 4, 30)) for seed in range(3)]
     dataset_id = make_dataset(episodes=episodes, action_space=gym.spaces.Discrete(3, start=1))
     words = ["--dataset-id", dataset_id, "--num-updates", "5", "--run-dir", str(tmp_path / "run"), *SHORT]
-    run = run_script("fqi", *words)
+    run = run_script("fqi", *words, "--reward-scale", "return-range")
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("warning") == 1 and "names no environment" in run.stderr
     (row,) = csv.DictReader((tmp_path / "run" / "metrics.csv").open())

@@ -2,6 +2,8 @@
 
 import math
 
+import awac
+import awr
 import iql
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def test_actor_loss(learner):
     batch, u = random_batch(), torch.tensor([-2.0, -1, -0.5, 0, 0.5, 1, 2, 9])
     with torch.no_grad():
         learner.actor.log_std.copy_(torch.tensor([-0.5, -7.0]))  # the second is below the clamp at -5
-    loss, _ = iql.actor_loss(learner.actor, u, batch, beta=3.0, weight_clip=100.0)
+    loss, metrics = iql.actor_loss(learner.actor, u, batch, beta=3.0, weight_clip=100.0)
     mean = np.tanh(numpy_mlp(learner.actor.net, batch.observations.numpy()))
     std = np.exp([-0.5, -5.0])
     density = np.exp(-0.5 * ((batch.actions.numpy()[:, 0] - mean[:, 0]) / std[0]) ** 2) / (
@@ -78,6 +80,19 @@ def test_actor_loss(learner):
     log_prob = np.log(density) - 0.5 * z**2 - np.log(std[1]) - 0.5 * np.log(2 * np.pi)
     weight = np.minimum(np.exp(3.0 * u.numpy()), 100)
     assert loss.item() == pytest.approx(-np.mean(weight * log_prob), rel=1e-5)
+    assert metrics["actor/weight_clipped"].item() == 2 / 8  # exp(6) and exp(27)
+    expected = weight.sum() ** 2 / np.sum(weight**2)
+    assert metrics["actor/effective_sample_size"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [iql, awr, awac])
+def test_effective_sample_size(module):
+    """From 1, where one weight is all, to the number of equal weights; of weights of any size."""
+    sizes = {1e-25: [1.0, 1, 1, 1], 1.0: [1.0, 0, 0, 0], 1e25: [3.0, 1, 1, 1]}
+    for scale, expected in zip(sizes, (4, 1, 36 / 12), strict=True):
+        weight = torch.tensor(sizes[scale]) * scale
+        assert module.effective_sample_size(weight).item() == pytest.approx(expected, rel=1e-5)
+    assert module.effective_sample_size(torch.zeros(4)).item() == 0  # where exp(beta A) is too small for float32
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner):

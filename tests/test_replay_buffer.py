@@ -206,3 +206,52 @@ def test_ring_buffer_goes_through_a_checkpoint(tmp_path):
     for buffer in (ring, restored):
         buffer.add(numbered(7, 8))
     assert torch.equal(restored.storage, ring.storage)
+
+
+def returning(make_dataset, *returns: float, name: str = "test/data-v0") -> ReplayBuffer:
+    """Episodes of 2, 3, ... steps with these returns, a part of each in every step."""
+    lengths = range(2, 2 + len(returns))
+    rewards = [np.full(length, total / length) for length, total in zip(lengths, returns, strict=True)]
+    return load(make_dataset(name, [random_episode(0, len(values), rewards=values) for values in rewards]))
+
+
+def test_rewards_are_shifted_and_then_scaled(make_dataset, capsys):
+    buffer = returning(make_dataset, 60.0, -30.0, 300.0)
+    buffer.scale_rewards(2.0, -1.0)
+    expected = [58.0, 58, -22, -22, -22, 148, 148, 148, 148]
+    assert buffer.transitions.rewards.tolist() == pytest.approx(expected)
+    assert buffer.reward_scale == 2 and buffer.episode_returns.tolist() == pytest.approx([60, -30, 300])  # as they were
+    assert capsys.readouterr().err == ""
+
+
+def test_the_return_range_is_that_of_the_shifted_rewards(make_dataset, capsys):
+    buffer = returning(make_dataset, 60.0, -30.0, 300.0)
+    buffer.scale_rewards("return-range", -1.0)
+    assert buffer.reward_scale == pytest.approx(1000 / ((300 - 4) - (-30 - 3)))
+    sums = [episode.sum().item() for episode in buffer.transitions.rewards.split([2, 3, 4])]
+    assert max(sums) - min(sums) == pytest.approx(1000, rel=1e-5)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_return_range_makes_units_of_rewards_alike(make_dataset):
+    units = {"test/hundredth-v0": 0.01, "test/one-v0": 1.0, "test/hundred-v0": 100.0}
+    scaled = [returning(make_dataset, 60 * u, -30 * u, 300 * u, name=name) for name, u in units.items()]
+    for buffer in scaled:
+        buffer.scale_rewards("return-range", 0.0)
+    for buffer in scaled:
+        torch.testing.assert_close(buffer.transitions.rewards, scaled[1].transitions.rewards)
+
+
+@pytest.mark.parametrize(("unit", "span"), [(0.01, "3.3"), (100.0, "3.3e+04"), (1.0, None)])
+def test_returns_of_another_size_than_usual_name_the_switch(make_dataset, capsys, unit, span):
+    returning(make_dataset, 60 * unit, -30 * unit, 300 * unit).scale_rewards(1.0, 0.0)
+    said = capsys.readouterr().err
+    assert said == "" if span is None else f"span {span}," in said and "--reward-scale return-range" in said
+
+
+def test_equal_returns_have_no_range(make_dataset):
+    buffer = returning(make_dataset, 5.0, 5.0)
+    with pytest.raises(BadInput, match="all returns are equal; give a number"):
+        buffer.scale_rewards("return-range", 0.0)
+    buffer.scale_rewards(3.0, 0.0)
+    assert buffer.transitions.rewards.tolist() == pytest.approx([7.5, 7.5, 5, 5, 5])

@@ -253,14 +253,18 @@ def test_q_and_policy_are_those_of_the_checkpoint(runs, algorithm):
     np.testing.assert_allclose(2 * actions, load_policy(folder)(raw), atol=1e-4)
     for name, values in saved["actor"].items():
         assert torch.equal(run.policy.actor.state_dict()[name], values)
-    assert run.q(observations, actions).shape == (3 if algorithm == "edac" else 2, 50)
+    assert run.critic(observations, actions).shape == (3 if algorithm == "edac" else 2, 50)
 
 
-def test_q_is_in_the_units_of_the_environment(runs):
-    run = load_run(runs("iql", "--reward-scale", "0.1"))
-    batch = run.buffer.transitions
-    critic = run.critic(batch.observations[:9], batch.actions[:9])
-    assert torch.equal(run.q(batch.observations[:9], batch.actions[:9]), critic / 0.1)
+def test_rewards_are_those_that_the_script_learned_from(runs):
+    """G of the visits, the data's returns and Q are all in the units of --reward-scale and --reward-shift."""
+    folder = runs("iql", "--gamma", "0.9", "--reward-scale", "0.1", "--reward-shift", "2")
+    run, plain = load_run(folder), load_run(runs("iql", "--gamma", "0.9", "--reward-scale", "1"))
+    torch.testing.assert_close(run.buffer.transitions.rewards, 0.1 * (plain.buffer.transitions.rewards + 2))
+    shifted, same = visit(run, 2), visit(run._replace(reward_scale=1.0, reward_shift=0.0), 2)
+    horizon = math.ceil(math.log(0.01) / math.log(0.9))
+    steps = sum(0.9**k for k in range(200 + horizon))  # of the first visit, until the data of G ends
+    assert float(shifted.returns[0]) == pytest.approx(0.1 * (float(same.returns[0]) + 2 * steps), rel=1e-5)
 
 
 def test_visits_are_the_episodes_played_by_hand(runs):
