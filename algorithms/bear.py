@@ -52,7 +52,8 @@ class HyperParameters:
     threshold: float = 0.05  # largest mean MMD (paper)
     warm_start: int = 2_000  # updates of the MMD alone, before Q counts (authors' code: 40,000, in longer training)
     num_target_actions: int = 10  # actions sampled at s' for the target (authors' code)
-    num_acting_actions: int = 100  # candidates among which the policy takes the best (authors' code)
+    num_acting_actions: int = 100
+    """candidates among which the policy takes the best, the first tanh(mean): 1 is the mean alone (authors' code)"""
     noise_clip: float = math.inf  # largest noise of the actor's samples (authors' code: none; in their first 0.5)
     q_mix: float = 0.75  # weight of the lower twin in the target, 1 - that of the higher (authors' code, from BCQ)
     latent_clip: float = 0.5
@@ -175,9 +176,9 @@ class Actor(nn.Module):
         super().__init__()
         self.policy = SquashedGaussian(observation_dim, action_dim, args)
         self.critic = Critic(observation_dim, action_dim, args)
-        self.register_buffer(
-            "noise", torch.randn(args.num_acting_actions, 1, action_dim)
-        )  # [candidates, 1, action_dim]
+        noise = torch.randn(args.num_acting_actions, 1, action_dim)  # [candidates, 1, action_dim]
+        noise[0] = 0  # tanh(mean) is the first
+        self.register_buffer("noise", noise)
 
     def forward(self, observations: Tensor) -> Tensor:
         """The action: [batch, action_dim] in [-1, 1]."""

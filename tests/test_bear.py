@@ -273,13 +273,20 @@ def test_acting_takes_the_candidate_of_highest_q1(learner):
     np.testing.assert_allclose(actions.numpy(), np.array(candidates)[best, np.arange(50)], atol=1e-5)
 
 
+def test_one_candidate_is_the_mean(args):
+    args.num_acting_actions = 1
+    actor, observations = bear.build(3, 2, args, CPU, Adam).actor, normal(50, 3)
+    mean = np.tanh(numpy_policy(actor.policy, observations.numpy(), np.zeros((50, 2))))
+    np.testing.assert_allclose(actor(observations).detach().numpy(), mean, atol=1e-6)
+
+
 def test_acting_is_a_function_of_the_observation(learner, args):
     """The noise is drawn at the start, from the seed; training leaves it alone."""
     observations, noise = normal(20, 3), learner.actor.noise.clone()
     first = learner.actor(observations)
     torch.randn(100)
     assert torch.equal(first, learner.actor(observations))
-    assert noise.shape == (7, 1, 2) and noise.unique().numel() == 14
+    assert noise.shape == (7, 1, 2) and noise.unique().numel() == 13  # zero twice: the mean is a candidate
     bear.update(learner, random_batch(), 1, args)
     assert torch.equal(noise, learner.actor.noise)
     torch.manual_seed(0)
