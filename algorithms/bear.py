@@ -1,34 +1,31 @@
 """Bootstrapping error accumulation reduction (BEAR): any policy whose actions the data might have held.
 
-A second policy, b, is fitted to the data. The actor maximises Q while its samples could be samples of b: a price alpha
-holds their maximum mean discrepancy (MMD) below a threshold, by rising while it is above. A few samples tell where two
-policies act better than how often. So the actor is free to choose among what the data did. With Q' and pi' the target
-networks, samples u before tanh and u_b those of b:
+A conditional variational auto-encoder (VAE) learns which actions the data takes at s. The actor maximises Q while its
+samples could be samples of the VAE: a price alpha holds their maximum mean discrepancy (MMD) below a threshold, by
+rising while it is above. A few samples tell where two policies act better than how often, so the actor is free to
+choose among what the data did. With Q' the target networks, and u the samples of an action before tanh:
 
-    L_b     = E[ -log b(a | s) ]
+    L_VAE   = E[ (tanh(decoder(s, mean + std noise)) - a)^2 ] + k KL(Normal(mean, std) || Normal(0, 1))
     y       = r + gamma (1 - termination) max_i [ mix min_j Q'_j(s', a'_i) + (1 - mix) max_j Q'_j(s', a'_i) ],
-              a'_i ~ pi'(.|s')
+              a'_i ~ pi(.|s')
     L_Q     = E[ sum_j (y - Q_j(s, a))^2 ]
-    L_pi    = E[ -min_j mean_i Q_j(s, a_i) + alpha D(s) ],  a_i ~ pi(.|s), differentiable
-    L_alpha = E[ -alpha (D(s) - threshold) ]
+    L_pi    = E[ -min_j Q_j(s, a_1) + alpha MMD(s) ],  a_1 = tanh(u_1), differentiable
+    L_alpha = E[ -alpha (MMD(s) - threshold) ]
+    MMD^2   = mean_ij k(u_i, u_j) - 2 mean_ij k(u_i, v_j) + mean_ij k(v_i, v_j),
+              u_i ~ pi(.|s), v_i = decoder(s, z_i), z_i = clip(noise_i, -c, c)
+    pi(s)   = argmax_{a_i} Q_1(s, a_i),  a_i ~ pi(.|s)
 
---divergence chooses D. With n samples each and a --kernel k(x, y) = exp(-|x - y| / (2 bandwidth)), where |.| sums
-absolute differences (laplacian) or squared ones (gaussian):
-
-    mmd  MMD(s)^2 = mean_ij k(u_i, u_j) - 2 mean_ij k(u_i, u_bj) + mean_ij k(u_bi, u_bj)
-    kl   KL(pi(.|s) || b(.|s)), BRAC's default: two normal distributions have it in closed form, and tanh keeps it
+with mean, std = encoder(s, a) and a --kernel k(x, y) = exp(-|x - y| / (2 bandwidth)), where |.| sums absolute
+differences (laplacian) or squared ones (gaussian). Q enters L_pi after --warm-start updates: until then the actor
+learns to act as the VAE does.
 
 Paper: Kumar, Fu, Tucker, Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction", 2019,
-arXiv 1906.00949; BRAC is Wu, Tucker, Nachum, "Behavior Regularized Offline Reinforcement Learning", 2019,
-arXiv 1911.11361.
-Differences from the authors' code (BEAR, not the later one in d4rl_evaluations): b is a squashed Gaussian like the
-actor, as in BRAC, where theirs is a VAE; the actor maximises Q from the start. Their MMD compares samples that are
-clipped to half a standard deviation; ours does not clip. Samples of two equal policies then have an MMD of 0.04 to 0.3,
-which grows with their width and with the dimensions of actions; the threshold must lie above it. Acting takes tanh of
-the mean, where theirs takes the best of 10 samples by Q_1. One optimiser step trains everything, each loss seeing the
-others as they were before it. Of BRAC this is the actor's penalty with an adaptive weight; its authors also subtract
-alpha D in the target (BRAC-v), and keep alpha fixed by default. Networks are smaller, the batch larger, observations
-normalised.
+arXiv 1906.00949.
+Differences from the authors' later code (d4rl_evaluations, tuned for D4RL): the noise of the policy's candidates a_i is
+drawn once, at the start, so that it is a function of s; they draw it anew at each step. One optimiser step trains
+everything, each loss seeing the others as they were before it. The VAE is smaller, the warm start shorter, observations
+are normalised. Their first code differs from the later one: a target actor in y, Q averaged over all samples in L_pi,
+noise of the actor's samples clipped to 0.5 (--noise-clip), 10 candidates, rates of 1e-3.
 
 Run: python algorithms/bear.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -42,31 +39,33 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import softplus
 
 Metrics = dict[str, Tensor]
-
-THRESHOLDS = {"mmd": 0.2, "kl": 2.0}  # where none is given
 
 
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
-    divergence: Literal["mmd", "kl"] = "mmd"  # D, what holds the policy to the data's: BEAR's or BRAC's
-    kernel: Literal["laplacian", "gaussian"] = "laplacian"  # of the MMD (paper: either)
-    bandwidth: float = 20.0  # sigma of the kernel (authors' code: 10 or 20)
-    num_samples: int = 10
-    """n, actions drawn per state of each policy: few compare supports, many densities (authors' code; its readme: 5)"""
-    threshold: float | None = None
-    """largest mean of D; default: 0.2 for mmd (authors: 0.05, of samples they clip), 2 for kl (both tried here)"""
+    kernel: Literal["laplacian", "gaussian"] = "laplacian"  # of the MMD (authors' code; gaussian for halfcheetah)
+    bandwidth: float = 20.0  # sigma of the kernel (authors' code)
+    num_samples: int = 4  # actions drawn per state of each policy: few compare supports, many densities (authors' code)
+    threshold: float = 0.05  # largest mean MMD (paper)
+    warm_start: int = 2_000  # updates of the MMD alone, before Q counts (authors' code: 40,000, in longer training)
     num_target_actions: int = 10  # actions sampled at s' for the target (authors' code)
+    num_acting_actions: int = 100
+    """candidates among which the policy takes the best, the first tanh(mean): 1 is the mean alone (authors' code)"""
+    noise_clip: float = math.inf  # largest noise of the actor's samples (authors' code: none; in their first 0.5)
     q_mix: float = 0.75  # weight of the lower twin in the target, 1 - that of the higher (authors' code, from BCQ)
+    latent_clip: float = 0.5
+    """c, the largest latent that is sampled: the smaller, the more typical of the data the actions (authors' code)"""
+    kl_weight: float = 0.5  # k, the weight of the KL term in L_VAE (authors' code)
     tau: float = 0.005  # rate at which the target networks follow (authors' code)
-    actor_learning_rate: float = 1e-3  # of Adam (authors' code)
-    critic_learning_rate: float = 1e-3  # of Adam (authors' code)
-    behaviour_learning_rate: float = 1e-3  # of Adam, for b (authors' code, of the VAE)
+    actor_learning_rate: float = 1e-4  # of Adam (authors' code)
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    vae_learning_rate: float = 3e-4  # of Adam (authors' code)
     alpha_learning_rate: float = 1e-3  # of Adam, for the logarithm of alpha (authors' code)
-    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (authors' code: 400 300)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics (authors' code)
+    vae_hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of encoder and decoder (authors' code: 750 750)
 
 
 class Batch(NamedTuple):
@@ -91,18 +90,39 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
-def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
-    """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
-
-    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
-    stays finite where tanh(u) is rounded to 1.
-    """
-    log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
-    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+def join(observations: Tensor, x: Tensor) -> Tensor:
+    """Every x [..., batch, x_dim] beside its observation [batch, observation_dim], of which many x may share one."""
+    return torch.cat([observations.expand(*x.shape[:-1], -1), x], dim=-1)
 
 
-class Actor(nn.Module):
-    """pi(a | s), or b(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+class Encoder(nn.Module):
+    """q(z | s, a) = Normal(mean, std): the latents that stand for the action a at s."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        latent_dim = 2 * action_dim  # the authors' choice
+        self.net = nn.Sequential(*mlp(observation_dim + action_dim, args.vae_hidden_dims, 2 * latent_dim))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the logarithm of the standard deviation, [batch, latent_dim] each."""
+        mean, log_std = self.net(join(observations, actions)).chunk(2, dim=-1)
+        return mean, log_std.clamp(-4, 15)  # the authors' range
+
+
+class Decoder(nn.Module):
+    """v = decoder(s, z): the action, before tanh, that the latent z stands for at s."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        latent_dim = 2 * action_dim  # the authors' choice
+        self.net = nn.Sequential(*mlp(observation_dim + latent_dim, args.vae_hidden_dims, action_dim))
+
+    def forward(self, observations: Tensor, latents: Tensor) -> Tensor:
+        return self.net(join(observations, latents))  # [..., batch, action_dim]
+
+
+class SquashedGaussian(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
@@ -110,28 +130,10 @@ class Actor(nn.Module):
         self.trunk, self.mean = nn.Sequential(*hidden), mean
         self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
 
-    def forward(self, observations: Tensor) -> Tensor:
-        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
-        return self.mean(self.trunk(observations)).tanh()
-
-    def distribution(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of u, the action before tanh: [batch, action_dim] each."""
+    def forward(self, observations: Tensor, noise: Tensor) -> Tensor:
+        """u = mean + std noise: [samples, batch, action_dim], of a standard normal `noise` of this shape."""
         hidden = self.trunk(observations)
-        return self.mean(hidden), self.log_std(hidden).clamp(-5, 2).exp()  # CQL's range; SAC's begins at -20
-
-    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions tanh(mean + std noise), [..., batch, action_dim], of a standard normal `noise` of their shape, and
-        log pi(a | s), [..., batch].
-        """
-        mean, std = self.distribution(observations)
-        u = mean + std * noise
-        return u.tanh(), squashed_log_prob(noise, std, u)
-
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """log pi(a | s), [batch], of actions of the data."""
-        mean, std = self.distribution(observations)
-        u = actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # clipped as in BRAC: tanh reaches no bound
-        return squashed_log_prob((u - mean) / std, std, u)
+        return self.mean(hidden) + self.log_std(hidden).clamp(-5, 2).exp() * noise  # the authors' range
 
 
 class EnsembleLinear(nn.Module):
@@ -144,6 +146,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) == 1:  # the first alone
+            return torch.baddbmm(self.bias[:1], inputs, self.weight[:1])
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
@@ -155,13 +159,32 @@ class Critic(nn.Module):
         widths = [observation_dim + action_dim, *args.hidden_dims, 1]
         self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
-        observations = observations.expand(*actions.shape[:-1], -1)
-        x = torch.cat([observations, actions], dim=-1).flatten(0, -2).expand(2, -1, -1)
+    def forward(self, observations: Tensor, actions: Tensor, twins: int = 2) -> Tensor:
+        """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [twins, ..., batch]."""
+        x = join(observations, actions).flatten(0, -2).expand(twins, -1, -1)
         for layer in self.layers[:-1]:
             x = torch.relu_(layer(x))
-        return self.layers[-1](x).view(2, *actions.shape[:-1])
+        return self.layers[-1](x).view(twins, *actions.shape[:-1])
+
+
+class Actor(nn.Module):
+    """pi(s) = argmax_{a_i} Q_1(s, a_i): a deterministic policy, since the noise of the candidates a_i is fixed."""
+
+    noise: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        self.policy = SquashedGaussian(observation_dim, action_dim, args)
+        self.critic = Critic(observation_dim, action_dim, args)
+        noise = torch.randn(args.num_acting_actions, 1, action_dim)  # [candidates, 1, action_dim]
+        noise[0] = 0  # tanh(mean) is the first
+        self.register_buffer("noise", noise)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The action: [batch, action_dim] in [-1, 1]."""
+        candidates = self.policy(observations, self.noise).tanh()  # [candidates, batch, action_dim]
+        q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
+        return candidates.take_along_dim(q.argmax(dim=0)[None, :, None], dim=0)[0]
 
 
 class Coefficient(nn.Module):
@@ -178,10 +201,9 @@ class Coefficient(nn.Module):
 class Learner(NamedTuple):
     """Everything that training changes; a checkpoint holds the state_dict of each."""
 
-    actor: Actor
-    behaviour: Actor
-    critic: Critic
-    target_actor: Actor
+    actor: Actor  # policy and critic: acting needs both
+    encoder: Encoder
+    decoder: Decoder
     target_critic: Critic
     alpha: Coefficient
     optimizer: Any
@@ -194,20 +216,19 @@ def build(
     device: torch.device | str = "cpu",
     adam: Any = torch.optim.Adam,
 ) -> Learner:
-    """Fresh networks and their optimiser: one Adam with a parameter group per network, the actor's first."""
+    """Fresh networks and their optimiser: one Adam with a parameter group per network, the policy's first."""
     actor = Actor(observation_dim, action_dim, args).to(device)
-    behaviour = Actor(observation_dim, action_dim, args).to(device)
-    critic = Critic(observation_dim, action_dim, args).to(device)
+    encoder = Encoder(observation_dim, action_dim, args).to(device)
+    decoder = Decoder(observation_dim, action_dim, args).to(device)
     alpha = Coefficient().to(device)
     groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-        {"params": behaviour.parameters(), "lr": args.behaviour_learning_rate},
+        {"params": actor.policy.parameters(), "lr": args.actor_learning_rate},
+        {"params": actor.critic.parameters(), "lr": args.critic_learning_rate},
+        {"params": [*encoder.parameters(), *decoder.parameters()], "lr": args.vae_learning_rate},
         {"params": alpha.parameters(), "lr": args.alpha_learning_rate},
     ]
-    target_actor = copy.deepcopy(actor).requires_grad_(False)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
-    return Learner(actor, behaviour, critic, target_actor, target_critic, alpha, adam(groups))
+    target_critic = copy.deepcopy(actor.critic).requires_grad_(False)
+    return Learner(actor, encoder, decoder, target_critic, alpha, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -226,19 +247,19 @@ def mmd(x: Tensor, y: Tensor, args: HyperParameters) -> Tensor:
     return (squared + 1e-6).sqrt()  # the square root has no slope at 0
 
 
-def kl(policy: tuple[Tensor, Tensor], behaviour: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(pi || b) of two squashed Gaussians by mean and std [batch, action_dim] each: [batch]. It is that of the
-    Gaussians: a map that can be undone, such as tanh, changes both densities alike.
+def vae_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_VAE = E[ (tanh(decoder(s, mean + std noise)) - a)^2 ] + k KL(Normal(mean, std) || Normal(0, 1))
+
+    The square is averaged over the action's dimensions, KL over the latent's; both over the batch, as the authors do.
+    `noise` [batch, latent_dim] is standard normal.
     """
-    (mean, std), (mean_b, std_b) = policy, behaviour
-    ratio, distance = std / std_b, (mean - mean_b) / std_b
-    return (0.5 * (ratio.square() + distance.square() - 1) - ratio.log()).sum(dim=-1)
-
-
-def behaviour_loss(behaviour: Actor, batch: Batch) -> tuple[Tensor, Metrics]:
-    """L_b = E[ -log b(a | s) ]"""
-    loss = -behaviour.log_prob(batch.observations, batch.actions).mean()
-    return loss, {"behaviour/loss": loss.detach()}
+    mean, log_std = learner.encoder(batch.observations, batch.actions)
+    std = log_std.exp()
+    decoded = learner.decoder(batch.observations, mean + std * noise).tanh()
+    reconstruction = (decoded - batch.actions).square().mean()
+    kl = (0.5 * (mean.square() + std.square() - 1) - log_std).mean()
+    loss = reconstruction + args.kl_weight * kl
+    return loss, {"vae/loss": loss.detach(), "vae/reconstruction": reconstruction.detach(), "vae/kl": kl.detach()}
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
@@ -248,72 +269,71 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParame
     `noise` [num_target_actions, batch, action_dim] is standard normal.
     """
     with torch.no_grad():
-        next_actions, _ = learner.target_actor.sample(batch.next_observations, noise)  # [samples, batch, action_dim]
+        next_actions = learner.actor.policy(batch.next_observations, noise).tanh()  # [samples, batch, action_dim]
         lower, higher = learner.target_critic(batch.next_observations, next_actions).aminmax(dim=0)  # over the twins
         next_q = (args.q_mix * lower + (1 - args.q_mix) * higher).amax(dim=0)  # [batch], of the best sample
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
-    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    q = learner.actor.critic(batch.observations, batch.actions)  # [2, batch]
     loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
-    """L_pi + L_alpha = E[ -min_j mean_i Q_j(s, a_i) + alpha D(s) ] + E[ -alpha (D(s) - threshold) ]
+def actor_loss(
+    learner: Learner, batch: Batch, latents: Tensor, noise: Tensor, warm: bool, args: HyperParameters
+) -> tuple[Tensor, Metrics]:
+    """L_pi + L_alpha = E[ -min_j Q_j(s, a_1) + alpha MMD(s) ] + E[ -alpha (MMD(s) - threshold) ]
 
-    The first reaches the actor alone, the second alpha. `noise` [2, num_samples, batch, action_dim] is standard normal,
-    for pi and for b.
+    The first reaches the policy alone, the second alpha; without Q while the start is `warm`. `latents` [num_samples,
+    batch, latent_dim] and `noise` [num_samples, batch, action_dim] are standard normal.
     """
-    mean, std = learner.actor.distribution(batch.observations)
     with torch.no_grad():
-        mean_b, std_b = learner.behaviour.distribution(batch.observations)
-    u = mean + std * noise[0]  # [num_samples, batch, action_dim], before tanh: it would hide differences near its ends
-    if args.divergence == "mmd":
-        divergence = mmd(u, mean_b + std_b * noise[1], args).mean()
-    else:
-        divergence = kl((mean, std), (mean_b, std_b)).mean()
-
-    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
-    # functional_call runs a network with the weights it is given in place of its own.
-    constants = {name: weight.detach() for name, weight in learner.critic.named_parameters()}
-    q = functional_call(learner.critic, constants, (batch.observations, u.tanh()))  # [2, num_samples, batch]
-    q = q.mean(dim=1).amin(dim=0)  # [batch]
-    alpha, threshold = learner.alpha(), THRESHOLDS[args.divergence] if args.threshold is None else args.threshold
-    loss = alpha.detach() * divergence - q.mean()
-    loss_alpha = -alpha * (divergence.detach() - threshold)  # alpha grows while D is above the threshold
-    return loss + loss_alpha, {
-        "actor/loss": loss.detach(),
-        "actor/q": q.detach().mean(),
-        "actor/divergence": divergence.detach(),
-        "actor/alpha": alpha.detach(),
-        "actor/std": std.detach().mean(),
-    }
+        v = learner.decoder(batch.observations, latents.clamp(-args.latent_clip, args.latent_clip))
+    # before tanh, which would hide differences near its ends: [num_samples, batch, action_dim]
+    u = learner.actor.policy(batch.observations, noise.clamp(-args.noise_clip, args.noise_clip))
+    divergence, alpha = mmd(u, v, args).mean(), learner.alpha()
+    loss = alpha.detach() * divergence
+    loss_alpha = -alpha * (divergence.detach() - args.threshold)  # alpha grows while the MMD is above the threshold
+    metrics = {"actor/mmd": divergence.detach(), "actor/alpha": alpha.detach()}
+    if not warm:
+        # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q
+        # itself. functional_call runs a network with the weights it is given in place of its own.
+        critic = learner.actor.critic
+        constants = {name: weight.detach() for name, weight in critic.named_parameters()}
+        q = functional_call(critic, constants, (batch.observations, u[0].tanh())).amin(dim=0)  # [batch]
+        loss = loss - q.mean()
+        metrics["actor/q"] = q.detach().mean()
+    return loss + loss_alpha, {"actor/loss": loss.detach()} | metrics
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
-    """L_b + L_Q + L_pi + L_alpha. Each reaches the weights of one network only, so one backward pass serves all."""
-    loss_b, metrics_b = behaviour_loss(learner.behaviour, batch)
-    loss_q, metrics_q = critic_loss(learner, batch, noise[: args.num_target_actions], args)
-    samples = noise[args.num_target_actions :].unflatten(0, (2, args.num_samples))
-    loss_pi, metrics_pi = actor_loss(learner, batch, samples, args)
-    return loss_b + loss_q + loss_pi, metrics_b | metrics_q | metrics_pi
+def total_loss(
+    learner: Learner, batch: Batch, latents: Tensor, noise: Tensor, warm: bool, args: HyperParameters
+) -> tuple[Tensor, Metrics]:
+    """L_VAE + L_Q + L_pi + L_alpha. Each reaches its own networks only, so one backward pass serves all."""
+    loss_vae, metrics_vae = vae_loss(learner, batch, latents[0], args)
+    loss_pi, metrics_pi = actor_loss(learner, batch, latents[1:], noise[: args.num_samples], warm, args)
+    loss_q, metrics_q = critic_loss(learner, batch, noise[args.num_samples :], args)
+    return loss_vae + loss_q + loss_pi, metrics_vae | metrics_q | metrics_pi
 
 
 def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
-    """One gradient step of the three networks and alpha, then the targets follow. `step` counts from 1."""
-    shape = args.num_target_actions + 2 * args.num_samples, *batch.actions.shape
-    loss, metrics = total_loss(learner, batch, torch.randn(shape, device=batch.actions.device), args)
+    """One gradient step of the networks and alpha, then the target follows. `step` counts from 1."""
+    actor, _, _, target_critic, alpha, optimizer = learner
+    batch_size, action_dim = batch.actions.shape
+    latents = torch.randn((1 + args.num_samples, batch_size, 2 * action_dim), device=batch.actions.device)
+    shape = args.num_samples + args.num_target_actions, batch_size, action_dim
+    noise = torch.randn(shape, device=batch.actions.device)
+    loss, metrics = total_loss(learner, batch, latents, noise, step <= args.warm_start, args)
     loss.backward()
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
 
     with torch.no_grad():
-        learner.alpha.log.clamp_(-5, 10)  # the authors' range
+        alpha.log.clamp_(-5, 10)  # the authors' range
         # target <- target + tau (network - target)
-        torch._foreach_lerp_(list(learner.target_actor.parameters()), list(learner.actor.parameters()), args.tau)
-        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+        torch._foreach_lerp_(list(target_critic.parameters()), list(actor.critic.parameters()), args.tau)
     return metrics
 
 
@@ -337,9 +357,11 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "bandwidth", self.bandwidth > 0, "must be positive")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
-        threshold = THRESHOLDS[self.divergence] if self.threshold is None else self.threshold
-        check_argument(self, "threshold", threshold >= 0, "must not be negative")
+        check_argument(self, "threshold", self.threshold >= 0, "must not be negative")
+        check_argument(self, "noise_clip", self.noise_clip > 0, "must be positive")
         check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
+        check_argument(self, "latent_clip", self.latent_clip > 0, "must be positive")
+        check_argument(self, "kl_weight", self.kl_weight >= 0, "must not be negative")
 
 
 def main(args: Args) -> None:

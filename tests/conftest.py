@@ -45,7 +45,7 @@ SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
     "cql": ["--num-samples", "3"],
     "edac": ["--num-critics", "3"],
-    "bear": ["--num-samples", "3", "--num-target-actions", "3"],
+    "bear": ["--num-samples", "3", "--num-target-actions", "3", "--num-acting-actions", "5", "--vae-hidden-dims", "16"],
     "mopo": MODEL,
     "combo": MODEL,
     "sac": ["--random-steps", "200", "--replay-size", "2000"],

@@ -1,4 +1,4 @@
-"""BEAR's losses against NumPy on small numbers, both divergences by hand, and what each of them may touch."""
+"""BEAR's losses against NumPy on small numbers, MMD by hand, the warm start, and what each loss may touch."""
 
 import copy
 import math
@@ -7,40 +7,67 @@ import bear
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, networks_of, numpy_mlp, numpy_twins, random_batch
+from conftest import assert_each_trains_its_own, numpy_mlp, numpy_twins, random_batch
 
-from common.optim import Adam
+from common.command_line import BadInput
+from common.evaluation import Policy, load_policy
+from common.optim import Adam, compiled
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def args():
-    return bear.Args(hidden_dims=(6, 5), num_samples=3, num_target_actions=4, bandwidth=0.7, gamma=0.9)
+    return bear.Args(
+        hidden_dims=(6, 5),
+        vae_hidden_dims=(5, 4),
+        num_samples=3,
+        num_target_actions=4,
+        num_acting_actions=7,
+        bandwidth=0.7,
+        gamma=0.9,
+    )
 
 
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
     learner = bear.build(3, 2, args, CPU, Adam)
-    with torch.no_grad():  # so that the targets differ from what they follow, and alpha from 1
-        for module in (learner.target_actor, learner.target_critic, learner.actor, learner.behaviour):
+    with torch.no_grad():  # so that the target differs from what it follows, policy from VAE, and alpha from 1
+        for module in (learner.target_critic, learner.actor.policy, learner.decoder):
             for parameter in module.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
         learner.alpha.log.fill_(math.log(0.3))
     return learner
 
 
+def distance(pair):
+    return (pair[0] - pair[1]).abs().max().item()
+
+
 def normal(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def numpy_distribution(actor, observations):
-    hidden = np.maximum(numpy_mlp(actor.trunk, observations), 0)  # numpy_mlp has none after its last layer
+def parts(learner):
+    """The weights that each of the four losses trains."""
+    vae = [*learner.encoder.parameters(), *learner.decoder.parameters()]
+    actor, critic = list(learner.actor.policy.parameters()), list(learner.actor.critic.parameters())
+    return {"vae": vae, "critic": critic, "actor": actor, "alpha": list(learner.alpha.parameters())}
+
+
+def numpy_policy(policy, observations, noise):
+    """u = mean + std noise, the action before tanh."""
+    hidden = np.maximum(numpy_mlp(policy.trunk, observations), 0)  # numpy_mlp has none after its last layer
     mean, log_std = (
-        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (actor.mean, actor.log_std)
+        hidden @ head.weight.detach().numpy().T + head.bias.detach().numpy() for head in (policy.mean, policy.log_std)
     )
-    return mean, np.exp(np.clip(log_std, -5, 2))
+    return mean + np.exp(np.clip(log_std, -5, 2)) * np.asarray(noise)
+
+
+def numpy_network(network, observations, inputs):
+    """Of encoder or decoder."""
+    return numpy_mlp(network.net, np.concatenate([observations, inputs], axis=1))
 
 
 def numpy_kernel(x, y, kernel, bandwidth):
@@ -57,7 +84,7 @@ def numpy_mmd(x, y, kernel, bandwidth):
     return math.sqrt(means[0] - 2 * means[1] + means[2] + 1e-6)
 
 
-# --- Divergences ---
+# --- MMD ---
 
 
 @pytest.mark.parametrize("kernel", ["laplacian", "gaussian"])
@@ -78,86 +105,65 @@ def test_mmd_of_two_points_by_hand(args, kernel, exponent):
     assert bear.mmd(x, x, args).item() == pytest.approx(1e-3)
 
 
-def test_samples_of_equal_policies_differ_by_what_the_docstring_says():
-    args, x = bear.Args(), normal(2, 10, 2000, 1)
-    assert 0.05 < bear.mmd(x[0], x[1], args).mean() < 0.12 < bear.THRESHOLDS["mmd"]
-
-
 def test_mmd_has_a_gradient_where_all_samples_are_the_same(args):
     x = torch.zeros(3, 1, 2, requires_grad=True)
     bear.mmd(x, torch.zeros(3, 1, 2), args).sum().backward()
     assert x.grad.isfinite().all()
 
 
-def test_kl_against_an_integral_over_the_actions_themselves():
-    """Of the squashed densities, by a sum over a fine grid: tanh changes nothing."""
-    mean, std, mean_b, std_b = 0.3, 0.5, -0.4, 0.8
-    u, width = np.linspace(-6, 6, 200_001, retstep=True)
-    actions = np.tanh(u)
-
-    def density(mean, std):
-        return np.exp(-0.5 * ((u - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)) / (1 - actions**2)
-
-    p, b = density(mean, std), density(mean_b, std_b)
-    expected = np.sum(p * np.log(p / b) * (1 - actions**2)) * width  # da = (1 - a^2) du
-    one = [torch.full((4, 1), value) for value in (mean, std, mean_b, std_b)]
-    np.testing.assert_allclose(bear.kl((one[0], one[1]), (one[2], one[3])).numpy(), np.full(4, expected), rtol=1e-5)
-    two = [tensor.expand(4, 2) for tensor in one]
-    np.testing.assert_allclose(bear.kl((two[0], two[1]), (two[2], two[3])).numpy(), np.full(4, 2 * expected), rtol=1e-5)
-    assert bear.kl((one[0], one[1]), (one[0], one[1])).abs().max() < 1e-6
-
-
 # --- Losses ---
 
 
-def test_behaviour_loss(learner):
-    batch = random_batch()
-    batch.actions[0, 0], batch.actions[1, 1] = 1.0, -1.0  # at a bound no density is finite
-    mean, std = numpy_distribution(learner.behaviour, batch.observations.numpy())
-    actions = np.clip(batch.actions.numpy().astype(np.float64), -0.999, 0.999)
-    density = np.exp(-0.5 * ((np.arctanh(actions) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-    expected = -np.log(density / (1 - actions**2)).sum(axis=1).mean()
-    assert bear.behaviour_loss(learner.behaviour, batch)[0].item() == pytest.approx(expected, rel=1e-4)
+def test_vae_loss(learner, args):
+    batch, noise = random_batch(), normal(8, 4)
+    with torch.no_grad():  # so that some of the encoder's deviations are clamped
+        learner.encoder.net[-1].bias[4:].sub_(4)
+    loss, metrics = bear.vae_loss(learner, batch, noise, args)
+    observations, actions = batch.observations.numpy(), batch.actions.numpy()
+    encoded = numpy_network(learner.encoder, observations, actions)
+    assert (encoded[:, 4:] < -4).any() and (encoded[:, 4:] > -4).any()
+    mean, log_std = encoded[:, :4], np.clip(encoded[:, 4:], -4, 15)
+    decoded = np.tanh(numpy_network(learner.decoder, observations, mean + np.exp(log_std) * noise.numpy()))
+    reconstruction = np.mean((decoded - actions) ** 2)
+    variance = np.exp(2 * log_std)
+    kl = np.mean(0.5 * (variance + mean**2 - 1 - np.log(variance)))
+    assert metrics["vae/reconstruction"].item() == pytest.approx(reconstruction, rel=1e-5)
+    assert metrics["vae/kl"].item() == pytest.approx(kl, rel=1e-5)
+    assert loss.item() == pytest.approx(reconstruction + 0.5 * kl, rel=1e-5)
 
 
 def test_critic_loss(learner, args):
     batch, noise = random_batch(), normal(4, 8, 2)
     next_observations = batch.next_observations.numpy()
-    mean, std = numpy_distribution(learner.target_actor, next_observations)
     values = []
-    for sample in noise.numpy():
-        q = numpy_twins(learner.target_critic, next_observations, np.tanh(mean + std * sample))
+    for sample in noise:
+        actions = np.tanh(numpy_policy(learner.actor.policy, next_observations, sample))
+        q = numpy_twins(learner.target_critic, next_observations, actions)
         values.append(0.75 * np.minimum(q[0], q[1]) + 0.25 * np.maximum(q[0], q[1]))
     assert len(set(np.argmax(values, axis=0))) > 1  # no sample is the best for every state
     next_q = np.max(values, axis=0)
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    q = numpy_twins(learner.actor.critic, batch.observations.numpy(), batch.actions.numpy())
     loss, _ = bear.critic_loss(learner, batch, noise, args)
     assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("divergence", ["mmd", "kl"])
-@pytest.mark.parametrize("threshold", [None, 0.7])
-def test_actor_loss(learner, args, divergence, threshold):
-    args.divergence, args.threshold = divergence, threshold
-    batch, noise = random_batch(), normal(2, 3, 8, 2)
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize(("noise_clip", "largest"), [(math.inf, 100), (0.5, 0.5)])
+def test_actor_loss(learner, args, warm, noise_clip, largest):
+    args.threshold, args.noise_clip = 0.7, noise_clip
+    batch, latents, noise = random_batch(), normal(3, 8, 4), normal(3, 8, 2, seed=2)
     observations = batch.observations.numpy()
-    (mean, std), (mean_b, std_b) = (
-        numpy_distribution(actor, observations) for actor in (learner.actor, learner.behaviour)
-    )
-    u, u_b = mean + std * noise[0].numpy(), mean_b + std_b * noise[1].numpy()
-    q = np.stack([numpy_twins(learner.critic, observations, np.tanh(sample)) for sample in u])  # [samples, 2, batch]
-    if divergence == "mmd":
-        expected = np.mean([numpy_mmd(u[:, state], u_b[:, state], "laplacian", 0.7) for state in range(8)])
-    else:
-        terms = np.log(std_b / std) + (std**2 + (mean - mean_b) ** 2) / (2 * std_b**2) - 0.5
-        expected = terms.sum(axis=1).mean()
-    limit = {"mmd": 0.2, "kl": 2.0}[divergence] if threshold is None else 0.7
-    loss, metrics = bear.actor_loss(learner, batch, noise, args)
-    assert metrics["actor/divergence"].item() == pytest.approx(expected, rel=1e-4)
-    loss_pi = 0.3 * expected - q.mean(axis=0).min(axis=0).mean()
+    clipped = np.clip(latents.numpy(), -0.5, 0.5)
+    v = np.stack([numpy_network(learner.decoder, observations, sample) for sample in clipped])
+    u = numpy_policy(learner.actor.policy, observations, np.clip(noise.numpy(), -largest, largest))
+    mmd = np.mean([numpy_mmd(u[:, state], v[:, state], "laplacian", 0.7) for state in range(8)])
+    q = numpy_twins(learner.actor.critic, observations, np.tanh(u[0]))
+    loss, metrics = bear.actor_loss(learner, batch, latents, noise, warm, args)
+    assert metrics["actor/mmd"].item() == pytest.approx(mmd, rel=1e-4)
+    loss_pi = 0.3 * mmd - (0 if warm else q.min(axis=0).mean())
     assert metrics["actor/loss"].item() == pytest.approx(loss_pi, rel=1e-4)
-    assert loss.item() == pytest.approx(loss_pi - 0.3 * (expected - limit), rel=1e-4)
+    assert loss.item() == pytest.approx(loss_pi - 0.3 * (mmd - 0.7), rel=1e-4)
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner, args):
@@ -173,27 +179,43 @@ def test_termination_ends_the_target_and_truncation_does_not(learner, args):
 # --- Update ---
 
 
-@pytest.mark.parametrize("divergence", ["mmd", "kl"])
-def test_each_loss_trains_its_own_network_only(learner, args, divergence):
-    args.divergence = divergence
-    batch, noise = random_batch(), normal(10, 8, 2)
+@pytest.mark.parametrize("warm", [True, False])
+def test_each_loss_trains_its_own_network_only(learner, args, warm):
+    batch, latents, noise = random_batch(), normal(4, 8, 4), normal(7, 8, 2)
     losses = {
-        "behaviour": bear.behaviour_loss(learner.behaviour, batch)[0],
-        "critic": bear.critic_loss(learner, batch, noise[:4], args)[0],
-        "actor alpha": bear.actor_loss(learner, batch, noise[4:].unflatten(0, (2, 3)), args)[0],
+        "vae": bear.vae_loss(learner, batch, latents[0], args)[0],
+        "actor alpha": bear.actor_loss(learner, batch, latents[1:], noise[:3], warm, args)[0],
+        "critic": bear.critic_loss(learner, batch, noise[3:], args)[0],
     }
-    assert_each_trains_its_own(losses, networks_of(learner, "actor", "behaviour", "critic", "alpha"))
-    total, _ = bear.total_loss(learner, batch, noise, args)
+    assert_each_trains_its_own(losses, parts(learner))
+    total, _ = bear.total_loss(learner, batch, latents, noise, warm, args)
     assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("divergence", ["mmd", "kl"])
+def test_q_moves_the_policy_after_the_warm_start_only(learner, args):
+    """Without a price of the MMD nothing else moves it; the critic learns from the first update on."""
+    args.warm_start = 3
+    with torch.no_grad():
+        learner.alpha.log.fill_(-100.0)  # brought to -5 by the first update
+    for step in range(1, 5):
+        before = copy.deepcopy(learner)
+        with torch.no_grad():
+            learner.alpha.log.fill_(-100.0)
+        metrics = bear.update(learner, random_batch(), step, args)
+        moved = {
+            name: max(map(distance, zip(parts(before)[name], weights, strict=True)))
+            for name, weights in parts(learner).items()
+        }
+        assert moved["critic"] > 1e-5 and moved["vae"] > 1e-5
+        assert (moved["actor"] > 1e-5) == (step == 4) == ("actor/q" in metrics)
+
+
 @pytest.mark.parametrize(("threshold", "rises"), [(0.0, True), (100.0, False)])
-def test_alpha_rises_while_the_divergence_is_too_large(learner, args, divergence, threshold, rises):
-    args.divergence, args.threshold = divergence, threshold
-    before = learner.alpha().item()
+def test_alpha_rises_while_the_mmd_is_too_large(learner, args, threshold, rises):
+    """Also in the warm start. Adam's first step is as long as the rate."""
+    args.threshold, before = threshold, learner.alpha.log.item()
     bear.update(learner, random_batch(), 1, args)
-    assert (learner.alpha().item() > before) == rises and learner.alpha().item() != before
+    assert learner.alpha.log.item() == pytest.approx(before + (1e-3 if rises else -1e-3), rel=1e-4)
 
 
 @pytest.mark.parametrize(("threshold", "start", "bound"), [(0.0, 9.9999, 10.0), (100.0, -4.9999, -5.0)])
@@ -205,31 +227,117 @@ def test_alpha_stays_in_the_authors_range(learner, args, threshold, start, bound
     assert learner.alpha.log.item() == bound
 
 
-def test_update_moves_every_network_and_targets_follow(learner, args):
+def test_update_moves_every_network_and_the_target_follows(learner, args):
     before = copy.deepcopy(learner)
     bear.update(learner, random_batch(), 1, args)
-    for name in ("actor", "behaviour", "critic", "alpha"):
-        pairs = zip(getattr(before, name).parameters(), getattr(learner, name).parameters(), strict=True)
-        assert not any(torch.equal(old, new) for old, new in pairs)
-    for name in ("actor", "critic"):
-        networks = getattr(before, f"target_{name}"), getattr(learner, f"target_{name}"), getattr(learner, name)
-        for old, new, followed in zip(*(network.parameters() for network in networks), strict=True):
-            torch.testing.assert_close(new, old + args.tau * (followed - old))
+    for name, weights in parts(learner).items():
+        assert not any(torch.equal(old, new) for old, new in zip(parts(before)[name], weights, strict=True)), name
+    networks = before.target_critic, learner.target_critic, learner.actor.critic
+    for old, new, followed in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(new, old + args.tau * (followed - old))
 
 
-@pytest.mark.parametrize("divergence", ["mmd", "kl"])
-def test_a_tight_threshold_is_kept_and_a_loose_one_is_not_needed(args, divergence):
+@pytest.mark.slow
+def test_compiled_updates_equal_eager_ones_across_the_end_of_the_warm_start(args):
+    torch.set_default_dtype(torch.float64)
+    try:
+        finals = []
+        for args.compile in (False, True):
+            args.warm_start = 4
+            torch.manual_seed(0)
+            learner = bear.build(3, 2, args, CPU, Adam)
+            train = compiled(bear.update, learner, args)
+            batch = bear.Batch(*(column.double() for column in random_batch()))
+            metrics = [train(learner, batch, step, args) for step in range(1, 13)]
+            assert ["actor/q" in row for row in metrics] == [False] * 4 + [True] * 8
+            finals.append([weight.detach().clone() for weights in parts(learner).values() for weight in weights])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for eager, graph in zip(*finals, strict=True):
+        torch.testing.assert_close(eager, graph, atol=1e-9, rtol=1e-7)
+
+
+# --- Policy ---
+
+
+def test_acting_takes_the_candidate_of_highest_q1(learner):
+    observations = normal(50, 3)
+    actions = learner.actor(observations).detach()
+    assert actions.abs().max() <= 1
+    candidates, q1 = [], []
+    for noise in learner.actor.noise.squeeze(1):
+        candidates.append(np.tanh(numpy_policy(learner.actor.policy, observations.numpy(), noise)))
+        q1.append(numpy_twins(learner.actor.critic, observations.numpy(), candidates[-1])[0])
+    best = np.argmax(q1, axis=0)
+    assert len(set(best)) > 1
+    np.testing.assert_allclose(actions.numpy(), np.array(candidates)[best, np.arange(50)], atol=1e-5)
+
+
+def test_one_candidate_is_the_mean(args):
+    args.num_acting_actions = 1
+    actor, observations = bear.build(3, 2, args, CPU, Adam).actor, normal(50, 3)
+    mean = np.tanh(numpy_policy(actor.policy, observations.numpy(), np.zeros((50, 2))))
+    np.testing.assert_allclose(actor(observations).detach().numpy(), mean, atol=1e-6)
+
+
+def test_acting_is_a_function_of_the_observation(learner, args):
+    """The noise is drawn at the start, from the seed; training leaves it alone."""
+    observations, noise = normal(20, 3), learner.actor.noise.clone()
+    first = learner.actor(observations)
+    torch.randn(100)
+    assert torch.equal(first, learner.actor(observations))
+    assert noise.shape == (7, 1, 2) and noise.unique().numel() == 13  # zero twice: the mean is a candidate
+    bear.update(learner, random_batch(), 1, args)
+    assert torch.equal(noise, learner.actor.noise)
+    torch.manual_seed(0)
+    assert torch.equal(bear.build(3, 2, args, CPU, Adam).actor.noise, noise)
+    torch.manual_seed(1)
+    assert not torch.equal(bear.build(3, 2, args, CPU, Adam).actor.noise, noise)
+
+
+def test_a_tight_threshold_is_kept_and_a_loose_one_is_not_needed(args):
     """Rewards grow with the action, of which the data has a narrow band: only the threshold holds the actor to it."""
-    args.divergence, args.gamma, args.alpha_learning_rate, args.bandwidth = divergence, 0.0, 0.1, 20.0
-    args.hidden_dims, args.actor_learning_rate, args.critic_learning_rate = (16, 16), 1e-2, 1e-2
+    args.gamma, args.alpha_learning_rate, args.bandwidth, args.warm_start = 0.0, 0.1, 20.0, 50
+    args.hidden_dims = args.vae_hidden_dims = 16, 16
+    args.actor_learning_rate = args.critic_learning_rate = args.vae_learning_rate = 1e-2
     generator = torch.Generator().manual_seed(0)
     actions = 0.4 * torch.rand(256, 1, generator=generator)
     batch = random_batch(256, action_dim=1)._replace(actions=actions, rewards=actions[:, 0])
     means = []
-    for args.threshold in ({"mmd": 0.07, "kl": 0.1}[divergence], 1000.0):
+    for args.threshold in (0.05, 1000.0):
         torch.manual_seed(0)
         learner = bear.build(3, 1, args, CPU, Adam)
-        for step in range(1, 201):
+        for step in range(1, 251):
             metrics = bear.update(learner, batch, step, args)
         means.append(learner.actor(batch.observations).mean().item())
     assert 0.1 < means[0] < 0.5 and means[1] > means[0] + 0.2, (means, metrics)
+
+
+def test_load_policy_equals_the_evaluated_policy(learner, args, tmp_path):
+    for step in range(1, 11):
+        bear.update(learner, random_batch(), step, args)
+    bounds = np.array([[-2.0, -1.0], [2.0, 3.0]], np.float32)
+    normalization, origin = torch.tensor([[0.5, 0.0, 1.0], [1.0, 2.0, 3.0]]), {"script": "bear"}
+    policy = Policy(learner.actor, normalization, bounds, False, origin | {"hyper_parameters": vars(args)})
+    with (tmp_path / "policy.pt").open("wb") as file:
+        policy.save(file)
+    observations = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    np.testing.assert_array_equal(load_policy(tmp_path)(observations), policy(observations))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("bandwidth", 0.0, "must be positive"),
+        ("num_samples", 1, "must be at least 2"),
+        ("threshold", -0.1, "must not be negative"),
+        ("noise_clip", 0.0, "must be positive"),
+        ("warm_start", 0, "must be at least 1"),
+        ("q_mix", 1.1, "must be in"),
+        ("latent_clip", 0.0, "must be positive"),
+        ("kl_weight", -1.0, "must not be negative"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name, value, rule):
+    with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} {value}: {rule}"):
+        bear.Args(**{name: value}).validate()

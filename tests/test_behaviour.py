@@ -23,7 +23,12 @@ RATES = {
     "rebrac": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3},
     "cql": {"actor_learning_rate": 1e-2, "critic_learning_rate": 1e-3},  # the actor's is the temperature's, too
     # alpha has to settle: the faster it and the actor are, the longer one swings around the other
-    "bear": {"actor_learning_rate": 1e-3, "critic_learning_rate": 3e-3, "alpha_learning_rate": 1e-2},
+    "bear": {
+        "actor_learning_rate": 1e-3,
+        "critic_learning_rate": 3e-3,
+        "vae_learning_rate": 3e-3,
+        "alpha_learning_rate": 1e-2,
+    },
 }
 SMALL = {"hidden_dims": (32, 32), "batch_size": 64}
 
@@ -76,8 +81,7 @@ STATES = -1.0, -0.3, 0.2, 0.9
         ("bcq", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5}),
         ("rebrac", {"actor_beta": 3.0}),
         ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0}),
-        ("bear", {"threshold": 0.1, "num_target_actions": 2}),
-        ("bear", {"divergence": "kl", "threshold": 1.0, "num_target_actions": 2}),
+        ("bear", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5, "warm_start": 100}),
     ],
 )
 def test_chooses_the_best_of_the_data_and_not_beyond(bandit, algorithm, arguments):

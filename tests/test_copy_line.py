@@ -17,7 +17,7 @@ SMALLER = {
     "bcq": {"vae_hidden_dims": (16,), "num_target_actions": 3, "num_acting_actions": 5},
     "cql": {"num_samples": 3},
     "edac": {"num_critics": 3},
-    "bear": {"num_samples": 3, "num_target_actions": 3},
+    "bear": {"vae_hidden_dims": (16,), "num_samples": 3, "num_acting_actions": 5, "warm_start": 2},
     "mopo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "combo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "sac": {"replay_size": 100},

@@ -11,8 +11,8 @@ from conftest import run_script
 
 SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
-FEW_SAMPLES = ["--num-samples", "4", "--num-target-actions", "5"]
 FEW = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "20"]
+WARM_START = ["--warm-start", "300", "--vae-learning-rate", "1e-3", *FEW]
 MODEL = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
 MODEL += ["--num-models", "3", "--num-elites", "2", "--rollout-batch-size", "5000", "--rollout-every", "250"]
 RUNS = {
@@ -26,7 +26,18 @@ RUNS = {
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
     "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
     "edac": ["--num-updates", "1500", *FAST, "--gamma", "0.95", "--num-critics", "5"],
-    "bear": ["--num-updates", "1500", *FAST, "--gamma", "0.95", "--alpha-learning-rate", "1e-2", *FEW_SAMPLES],
+    "bear": [
+        "--num-updates",
+        "1500",
+        *FAST,
+        "--gamma",
+        "0.95",
+        "--alpha-learning-rate",
+        "1e-2",
+        "--threshold",
+        "0.1",
+        *WARM_START,
+    ],
     "mopo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "combo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
 }
