@@ -76,7 +76,7 @@ STATES = -1.0, -0.3, 0.2, 0.9
         ("bcq", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5}),
         ("rebrac", {"actor_beta": 3.0}),
         ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0}),
-        ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0, "variant": "mean", "warm_start": 100}),
+        ("cql", {"variant": "mean", "cql_alpha": 0.1, "target_entropy": -2.0, "warm_start": 100}),
         ("bear", {"threshold": 0.1, "num_target_actions": 2}),
         ("bear", {"divergence": "kl", "threshold": 1.0, "num_target_actions": 2}),
     ],
