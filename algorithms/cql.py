@@ -11,21 +11,26 @@ extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's
 
 The gap is max_mu E_mu[Q(s, .)] + R(mu) - Q(s, a), and the choice of R is the --variant:
 
-    h    R = entropy of mu:        log integral exp Q(s, .) - Q(s, a)
-    rho  R = -KL(mu | rho):        E_rho[ Q exp(Q) / Z ] - Q(s, a),  Z = E_rho[ exp Q ]; R itself is left out, as in the
-                                   paper, and the gradient is the same with it
-    var  mu in a ball around pi:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
+    h     R = T entropy of mu:      T log integral exp(Q(s, .) / T) - Q(s, a),  T = --gap-softness
+    rho   R = -KL(mu | rho):        E_rho[ Q exp(Q) / Z ] - Q(s, a),  Z = E_rho[ exp Q ]; R itself is left out, as in
+                                    the paper, and the gradient is the same with it
+    var   mu in a ball around pi:   E_pi[Q] + sqrt(Var_pi[Q] / (d(s) |D|)) - Q(s, a)
+    mean  mu is uniform, R = 0:     E_mu[Q(s, .)] - Q(s, a), without the max                   (eq. 2, the basic form)
 
---lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0 leaves plain off-policy SAC, but for the entropy
-in the target: on narrow data, watch critic/q_policy rise above critic/q_data, and both above what the policy scores.
+In the first --warm-start updates the actor clones: L_pi has log pi(a | s), of the data, in place of min_i Q_i(s, a_pi).
+--max-backup has min_i max_k Q'_i(s', a'_k) in y, k = 1 .. num_samples; --entropy-in-backup subtracts
+temperature log pi(a' | s') there, as SAC does. --lagrange tunes cql_alpha until the gap is --target-gap. --cql-alpha 0
+leaves off-policy SAC: on narrow data, watch critic/q_policy rise above critic/q_data, and both above what the policy
+scores.
 
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
 arXiv 2006.04779; SAC is arXiv 1812.05905.
 Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it. The authors' actor imitates the data for its first 40,000 updates; this
-one never does. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the
-authors' last layers start within 0.003, as in rlkit. rho is the policy of the last target update, which is the actor as
-this update finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1.
+loss seeing the others as they were before it. The authors' actor clones for its first 40,000 updates, this one for
+none unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
+integral. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' last
+layers start within 0.003, as in rlkit. rho is the policy of the last target update, which is the actor as this update
+finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
@@ -47,17 +52,27 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (paper)
-    variant: Literal["h", "rho", "var"] = "h"
-    """regulariser of the adversary mu: CQL(H), CQL(rho) or CQL(var) (paper, section 3.2 and appendix A)"""
+    variant: Literal["h", "rho", "var", "mean"] = "h"
+    """regulariser of the adversary mu: CQL(H), CQL(rho) or CQL(var) (paper, section 3.2 and appendix A); mean: mu is
+    uniform, not an adversary (paper, eq. 2)"""
     rho: Literal["policy", "uniform"] = "policy"
     """the prior of CQL(rho): the policy of the last target update (paper), or uniform"""
+    gap_softness: float = 1.0
+    """T of CQL(H): if small, the gap takes the largest Q(s, .), if large its mean and a constant (authors: temp, 1)"""
     cql_alpha: float = 10.0
     """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10; 1)"""
     num_samples: int = 10
     """actions drawn per state: uniform, from pi(.|s), and for CQL(H) from pi(.|s') (paper: the first two)"""
     lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)
     target_gap: float = 5.0
-    """gap to aim at with --lagrange (paper: 5 or 10, with a log(3 num_samples) in them: 1.6 or 6.6 without)"""
+    """gap to aim at with --lagrange. The paper's 5 or 10 have log(3 num_samples) in them: here 1.6 or 6.6. The authors'
+    code multiplies that gap by min_q_weight, too: theirs is lagrange_thresh / min_q_weight - log(3 num_samples) here,
+    1.6 of its defaults, 5 / 1, and -2.4 of the 5 / 5 in its readme for AntMaze"""
+    max_backup: bool = False
+    """the target takes the best of num_samples actions at s', the lower of the twins' bests (authors' max_q_backup)"""
+    entropy_in_backup: bool = False
+    """the target has SAC's entropy term (authors' code: deterministic_backup False; its command line has True)"""
+    warm_start: int = 0  # updates for which the actor clones the data first (authors' code: policy_eval_start, 40,000)
     target_entropy: float | None = None  # the temperature holds the policy's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (paper)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (paper: 3e-5 to 3e-4)
@@ -123,6 +138,12 @@ class Actor(nn.Module):
         mean, std = self.distribution(observations)
         u = mean + std * noise
         return u.tanh(), squashed_log_prob(noise, std, u)
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """log pi(a | s), [batch], of actions of the data."""
+        mean, std = self.distribution(observations)
+        u = actions.clamp(-1 + 1e-3, 1 - 1e-3).atanh()  # clipped as in BRAC: tanh reaches no bound
+        return squashed_log_prob((u - mean) / std, std, u)
 
 
 class EnsembleLinear(nn.Module):
@@ -198,13 +219,14 @@ def build(
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def adversary_h(q: Tensor, log_density: Tensor) -> Tensor:
-    """CQL(H): log integral exp Q(s, a) da, estimated from actions [n, batch] of known density by importance sampling.
+def adversary_h(q: Tensor, log_density: Tensor, softness: float = 1.0) -> Tensor:
+    """CQL(H): T log integral exp(Q(s, a) / T) da, estimated from actions [n, batch] of known density by importance
+    sampling, where T is the `softness`.
 
-    log (1/n) sum_k exp(Q(s, a_k) - log density(a_k)): q [2, n, batch] -> [2, batch]. The sum goes over the actions of
-    one state; its gradient is the softmax of Q, largest at the action that the critic believes in most.
+    T log (1/n) sum_k exp(Q(s, a_k) / T - log density(a_k)): q [2, n, batch] -> [2, batch]. The sum goes over the
+    actions of one state; its gradient is the softmax of Q / T, largest at the action that the critic believes in most.
     """
-    return torch.logsumexp(q - log_density, dim=1) - math.log(q.shape[1])
+    return softness * (torch.logsumexp(q / softness - log_density, dim=1) - math.log(q.shape[1]))
 
 
 def adversary_rho(q: Tensor) -> Tensor:
@@ -234,7 +256,11 @@ def critic_loss(
     """
     with torch.no_grad():
         next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
-        next_q = learner.target_critic(batch.next_observations, next_actions[0]).min(dim=0).values  # [batch]
+        backup_actions = next_actions if args.max_backup else next_actions[:1]  # [n or 1, batch, action_dim]
+        next_q = learner.target_critic(batch.next_observations, backup_actions)  # [2, n or 1, batch]
+        next_q = next_q.amax(dim=1).min(dim=0).values  # [batch]: each twin's best action, then the lower twin
+        if args.entropy_in_backup:
+            next_q = next_q - learner.actor.log_temperature.exp() * next_log_prob[0]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     actions, log_prob = policy[0].detach(), policy[1].detach()
     candidates = [batch.actions.unsqueeze(0), uniform, actions]
@@ -246,11 +272,13 @@ def critic_loss(
 
     if args.variant == "h":
         log_uniform = torch.full_like(log_prob, -batch.actions.shape[-1] * math.log(2))  # density 1 / 2 per dimension
-        expected = adversary_h(q[:, 1:], torch.cat([log_uniform, log_prob, next_log_prob]))
+        expected = adversary_h(q[:, 1:], torch.cat([log_uniform, log_prob, next_log_prob]), args.gap_softness)
     elif args.variant == "rho":
         expected = adversary_rho(q_policy if args.rho == "policy" else q_random)
-    else:
+    elif args.variant == "var":
         expected = adversary_var(q_policy)
+    else:  # no adversary
+        expected = q_random.mean(dim=1)
     gap = (expected - q_data).mean(dim=1)  # [2]: pushes Q down where mu is, and up at the data
     cql_alpha = args.cql_alpha * learner.multiplier().clamp(max=1e6)
     bellman_error = (q_data - target).square().mean(dim=1)  # [2]
@@ -281,6 +309,13 @@ def actor_loss(
     return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
 
 
+def cloning_loss(actor: Actor, temperature: Tensor, batch: Batch, log_prob: Tensor) -> tuple[Tensor, Metrics]:
+    """L_pi of the warm start: E[ temperature log pi(a_pi | s) - log pi(a | s) ], a of the data"""
+    data_log_prob = actor.log_prob(batch.observations, batch.actions)
+    loss = (temperature.detach() * log_prob - data_log_prob).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/log_prob": data_log_prob.detach().mean()}
+
+
 def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
     """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
     entropy = -log_prob.detach().mean()
@@ -292,13 +327,16 @@ def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: floa
 
 
 def total_loss(
-    learner: Learner, batch: Batch, uniform: Tensor, noise: Tensor, args: HyperParameters
+    learner: Learner, batch: Batch, step: int, uniform: Tensor, noise: Tensor, args: HyperParameters
 ) -> tuple[Tensor, Metrics]:
     """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, noise[0])  # n per state: all for L_Q, one for L_pi
     loss_q, metrics_q = critic_loss(learner, (actions, log_prob), batch, uniform, noise[1], args)
-    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions[0], log_prob[0])
+    if step <= args.warm_start:
+        loss_pi, metrics_pi = cloning_loss(learner.actor, temperature, batch, log_prob[0])
+    else:
+        loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions[0], log_prob[0])
     target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
     loss_t, metrics_t = temperature_loss(temperature, log_prob[0], target_entropy)
     return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
@@ -309,7 +347,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     shape = args.num_samples, *batch.actions.shape
     uniform = torch.rand(shape, device=batch.actions.device) * 2 - 1
     noise = torch.randn(2, *shape, device=batch.actions.device)
-    loss, metrics = total_loss(learner, batch, uniform, noise, args)
+    loss, metrics = total_loss(learner, batch, step, uniform, noise, args)
     loss.backward()
     learner.optimizer.step()
     learner.optimizer.zero_grad()
@@ -340,6 +378,9 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
+        check_argument(self, "gap_softness", self.gap_softness > 0, "must be positive")
+        both = self.max_backup and self.entropy_in_backup
+        check_argument(self, "entropy_in_backup", not both, "not with --max-backup, whose action is chosen, not drawn")
 
 
 def main(args: Args) -> None:

@@ -103,8 +103,8 @@ class ExperimentArgs:
         for name, value in vars(self).items():
             rules = [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
-                (type(value) is int and name != "seed" and value < 1, "must be at least 1"),
-                (name == "seed" and not 0 <= value < 2**63, "must not be negative"),
+                (type(value) is int and name not in ("seed", "warm_start") and value < 1, "must be at least 1"),
+                (name in ("seed", "warm_start") and not 0 <= value < 2**63, "must not be negative"),
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (name.endswith("learning_rate") and value <= 0, "must be positive"),

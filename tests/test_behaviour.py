@@ -82,6 +82,7 @@ STATES = -1.0, -0.3, 0.2, 0.9
         ("rebrac", {"actor_beta": 3.0}),
         ("cql", {"cql_alpha": 0.3, "target_entropy": -2.0}),
         ("bear", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5, "warm_start": 100}),
+        ("cql", {"variant": "mean", "cql_alpha": 0.1, "target_entropy": -2.0, "warm_start": 100}),
     ],
 )
 def test_chooses_the_best_of_the_data_and_not_beyond(bandit, algorithm, arguments):

@@ -28,6 +28,8 @@ def double_precision():
     + [
         ("cql", {"variant": "rho", "lagrange": True}),
         ("cql", {"variant": "var"}),
+        ("cql", {"warm_start": 15, "max_backup": True, "gap_softness": 2.0}),
+        ("cql", {"variant": "mean", "entropy_in_backup": True}),
         ("discrete_cql", {"bc_weight": 1.0}),
         ("fqi", {"double": True}),
     ],

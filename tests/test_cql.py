@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    SHORT,
     assert_each_trains_its_own,
     networks_of,
+    numpy_mlp,
     numpy_sample,
     numpy_twins,
     random_batch,
+    run_script,
     sac_networks,
 )
 
+from common.command_line import BadInput
 from common.optim import Adam
 
 CPU = torch.device("cpu")
@@ -60,16 +64,20 @@ def numpy_q(critic, observations, actions):
 
 
 def numpy_terms(learner, batch, args):
-    """By hand: q [2, ...] at data, uniform and both policies' actions, their log-densities, and the Bellman target."""
+    """By hand: the Bellman target, q [2, ...] at data, uniform and both policies' actions, their log-densities."""
     uniform, noise = draws()
     observations, next_observations = batch.observations.numpy(), batch.next_observations.numpy()
     actions, log_prob = numpy_sample(learner.actor, observations, noise[0])
     next_actions, next_log_prob = numpy_sample(learner.actor, next_observations, noise[1])
     next_q = numpy_twins(learner.target_critic, next_observations, next_actions[0]).min(axis=0)
-    target = batch.rewards.numpy() + args.gamma * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    target = numpy_target(batch, args, next_q)
     q_data = numpy_twins(learner.critic, observations, batch.actions.numpy())
     q = [numpy_q(learner.critic, observations, rows) for rows in (uniform.numpy(), actions, next_actions)]
     return target, q_data, q, (log_prob, next_log_prob)
+
+
+def numpy_target(batch, args, next_q):
+    return batch.rewards.numpy() + args.gamma * np.where(batch.terminations.numpy() == 1, 0, next_q)
 
 
 def expected_loss(target, q_data, pushed_down, cql_alpha):
@@ -88,6 +96,18 @@ def test_critic_loss_of_cql_h(learner, args):
     assert metrics["critic/q_random"].item() == pytest.approx(q[0].mean(), rel=1e-4)
     assert metrics["critic/q_policy"].item() == pytest.approx(q[1].mean(), rel=1e-4)
     assert metrics["critic/q_data"].item() == pytest.approx(q_data.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("softness", [0.4, 3.0])
+def test_softness_of_cql_h(learner, args, softness):
+    """T log E[ exp(Q / T) / density ]: Q alone is divided, not the density's logarithm."""
+    args.gap_softness = softness
+    batch = random_batch()
+    target, q_data, q, (log_prob, next_log_prob) = numpy_terms(learner, batch, args)
+    density = np.concatenate([np.full_like(log_prob, 0.25), np.exp(log_prob), np.exp(next_log_prob)])
+    expected = softness * np.log((np.exp(np.concatenate(q, axis=1) / softness) / density).mean(axis=1))
+    loss, _ = critic_loss(learner, batch, args)
+    assert loss.item() == pytest.approx(expected_loss(target, q_data, expected, 2.0), rel=1e-4)
 
 
 @pytest.mark.parametrize("rho", ["policy", "uniform"])
@@ -111,6 +131,51 @@ def test_critic_loss_of_cql_var(learner, args):
     assert loss.item() == pytest.approx(expected_loss(target, q_data, expected, 2.0), rel=1e-4)
 
 
+def test_critic_loss_of_the_basic_form(learner, args):
+    args.variant = "mean"
+    batch = random_batch()
+    target, q_data, q, _ = numpy_terms(learner, batch, args)
+    loss, metrics = critic_loss(learner, batch, args)
+    assert loss.item() == pytest.approx(expected_loss(target, q_data, q[0].mean(axis=1), 2.0), rel=1e-4)
+    assert metrics["critic/gap"].item() == pytest.approx((q[0].mean(axis=1) - q_data).mean(), rel=1e-4)
+
+
+def test_max_backup(learner, args):
+    """Each twin takes its own best of the actions, then the lower one counts, as in the authors' code."""
+    batch, (_, noise) = random_batch(), draws()
+    next_observations = batch.next_observations.numpy()
+    next_actions, _ = numpy_sample(learner.actor, next_observations, noise[1])
+    with torch.no_grad():  # so that the twins have their bests at different actions
+        for parameter in learner.target_critic.parameters():
+            parameter[1] = parameter[0]
+        learner.target_critic.layers[-1].weight[1].neg_()
+    next_q = numpy_q(learner.target_critic, next_observations, next_actions)
+    target = numpy_target(batch, args, next_q.max(axis=1).min(axis=0))
+    assert not np.allclose(target, numpy_target(batch, args, next_q.min(axis=0).max(axis=0)))
+    q_data = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
+    args.max_backup = True
+    _, metrics = critic_loss(learner, batch, args)
+    assert metrics["critic/bellman_error"].item() == pytest.approx(expected_loss(target, q_data, 0, 0), rel=1e-4)
+
+
+def test_entropy_in_backup(learner, args):
+    batch = random_batch()
+    target, q_data, _, (_, next_log_prob) = numpy_terms(learner, batch, args)
+    temperature = learner.actor.log_temperature.exp().item()
+    entropy_term = np.where(batch.terminations.numpy() == 1, 0, temperature * next_log_prob[0])
+    args.entropy_in_backup = True
+    _, metrics = critic_loss(learner, batch, args)
+    expected = expected_loss(target - args.gamma * entropy_term, q_data, 0, 0)
+    assert metrics["critic/bellman_error"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_next_action_has_no_entropy():
+    for words in ({"max_backup": True}, {"entropy_in_backup": True}):
+        cql.Args(**words).validate()
+    with pytest.raises(BadInput, match="--entropy-in-backup True: not with --max-backup"):
+        cql.Args(max_backup=True, entropy_in_backup=True).validate()
+
+
 def test_adversary_rho_has_the_gradient_of_the_log_mean_exponential():
     """Of log E_rho[exp Q], which is what max_mu E_mu[Q] - KL(mu | rho) comes to."""
     q = torch.randn(2, 5, 4, requires_grad=True)
@@ -119,8 +184,9 @@ def test_adversary_rho_has_the_gradient_of_the_log_mean_exponential():
     torch.testing.assert_close(ours, exact)
 
 
-def test_logsumexp_estimate_meets_the_exact_integral():
-    """Q(a) = -c (a - m)^2 on [-1, 1]: log integral exp Q is a matter of erf, whatever the proposals."""
+@pytest.mark.parametrize("softness", [1.0, 0.5, 4.0])
+def test_logsumexp_estimate_meets_the_exact_integral(softness):
+    """Q(a) / T = -c (a - m)^2 on [-1, 1]: log integral exp(Q / T) is a matter of erf, whatever the proposals."""
     c, m, n = 4.0, 0.3, 20_000
     exact = math.log(math.sqrt(math.pi / c) / 2 * (math.erf(math.sqrt(c) * (1 - m)) + math.erf(math.sqrt(c) * (1 + m))))
     torch.manual_seed(0)
@@ -131,9 +197,9 @@ def test_logsumexp_estimate_meets_the_exact_integral():
         (policy.squeeze(-1), log_prob),
         (torch.cat([uniform, policy.squeeze(-1)]), torch.cat([torch.full((n, 1), -math.log(2)), log_prob])),
     ):
-        estimate = cql.adversary_h(-c * (actions - m).square().expand(2, -1, -1), log_density)
+        estimate = cql.adversary_h(-softness * c * (actions - m).square().expand(2, -1, -1), log_density, softness)
         assert estimate.shape == (2, 1)
-        np.testing.assert_allclose(estimate.numpy(), exact, atol=0.03)  # several standard errors
+        np.testing.assert_allclose(estimate.numpy() / softness, exact, atol=0.03)  # several standard errors
 
 
 def test_the_sum_goes_over_the_actions_of_one_state():
@@ -193,6 +259,23 @@ def test_actor_and_temperature_losses(learner):
     assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
 
 
+def test_cloning_loss(learner):
+    """By the change of variables as textbooks have it, for actions of which one is at its bound."""
+    batch, (_, noise) = random_batch(), draws()
+    batch.actions[0, 0] = 1.0
+    observations = batch.observations.numpy()
+    hidden = np.maximum(numpy_mlp(learner.actor.trunk, observations), 0)  # numpy_mlp has none after its last layer
+    mean, log_std = (numpy_mlp([head], hidden) for head in (learner.actor.mean, learner.actor.log_std))
+    std, actions = np.exp(np.clip(log_std, -5, 2)), np.clip(batch.actions.numpy(), -0.999, 0.999)
+    density = np.exp(-0.5 * ((np.arctanh(actions) - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi)) / (1 - actions**2)
+    data_log_prob = np.log(density).sum(axis=1)
+    _, log_prob = numpy_sample(learner.actor, observations, noise[0, 0])
+    _, ours = learner.actor.sample(batch.observations, noise[0, 0])
+    loss, metrics = cql.cloning_loss(learner.actor, torch.tensor(0.3), batch, ours)
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - data_log_prob), rel=1e-4)
+    assert metrics["actor/log_prob"].item() == pytest.approx(data_log_prob.mean(), rel=1e-4)
+
+
 def test_temperature_rises_while_the_entropy_is_too_low():
     for log_prob, rises in ((5.0, True), (-5.0, False)):
         temperature = torch.tensor(1.0, requires_grad=True)
@@ -211,19 +294,25 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
         "temperature": cql.temperature_loss(temperature, log_prob, -2.0)[0],
     }
+    losses["cloning actor"] = cql.cloning_loss(learner.actor, temperature, batch, log_prob)[0]
     assert_each_trains_its_own(losses, sac_networks(learner) | networks_of(learner, "multiplier"))
 
 
-def test_update_adds_the_three_losses(learner, args):
+@pytest.mark.parametrize("step", [2, 3])
+def test_update_adds_the_three_losses(learner, args, step):
+    """The actor's is that of the warm start up to and with its last update."""
+    args.warm_start = 2
     batch, (uniform, noise) = random_batch(), draws()
     temperature = learner.actor.log_temperature.exp()
     actions, log_prob = learner.actor.sample(batch.observations, noise[0, 0])
+    cloning = cql.cloning_loss(learner.actor, temperature, batch, log_prob)
+    own = cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
     losses = [
         critic_loss(learner, batch, args)[0],
-        cql.actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)[0],
+        (cloning if step == 2 else own)[0],
         cql.temperature_loss(temperature, log_prob, target_entropy=-2.0)[0],  # -action_dim
     ]
-    loss, _ = cql.total_loss(learner, batch, uniform, noise, args)
+    loss, _ = cql.total_loss(learner, batch, step, uniform, noise, args)
     assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-5)
     loss.backward()
     for parameters, expected in zip(sac_networks(learner).values(), losses, strict=True):
@@ -270,3 +359,14 @@ def test_target_critic_follows_by_tau(learner, args):
     after, online = learner.target_critic.parameters(), learner.critic.parameters()
     for old, new, target in zip(before, after, online, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+@pytest.mark.parametrize("stop", [5, 12])
+def test_a_run_resumed_before_or_after_the_warm_start_ends_goes_on_to_the_same_bits(stop, tmp_path, pendulum):
+    arguments = [*SHORT, "--num-samples", "3", "--batch-size", "32", "--warm-start", "8", "--run-dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_script("cql", "--num-updates", "16", *arguments, str(whole)).returncode == 0
+    assert run_script("cql", "--num-updates", str(stop), *arguments, str(stopped)).returncode == 0
+    assert run_script("cql", "--resume", "--num-updates", "16", *arguments, str(stopped)).returncode == 0
+    policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
+    assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])

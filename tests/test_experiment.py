@@ -433,6 +433,8 @@ NONSENSE = {
     "actor_beta": "-1",
     "critic_beta": "-1",
     "target_gap": "inf",
+    "gap_softness": "0",
+    "warm_start": "-1",
     "target_entropy": "nan",
     "hidden_dims": "0",
     "penalty_coefficient": "-1",
