@@ -1,9 +1,9 @@
 """Conservative offline model-based policy optimization (COMBO): doubt what the model makes up, not how sure it is.
 
 An ensemble of networks learns the dynamics from the data. SAC then learns from the data and from short rollouts of the
-current policy in that model. Nobody asks the model how uncertain it is. The critic is pushed down at the states and
-actions of the rollouts and up at those of the data: its value is to be a lower bound where the model took over. With
-x = (s, a), z = (s' - s, r), SAC's entropy `temperature`, and rho the distribution of the rollouts:
+current policy in that model. The critic is pushed down at the states and actions of the rollouts and up at those of the
+data: its value is to be a lower bound where the model took over. With x = (s, a), z = (s' - s, r), SAC's `temperature`,
+the distribution rho of the rollouts, and a mix of which the share f (--real-ratio) is data and the rest are rollouts:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
@@ -12,15 +12,13 @@ x = (s, a), z = (s' - s, r), SAC's entropy `temperature`, and rho the distributi
     L_pi = E_mix[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E_mix[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-In the mix, the share f (--real-ratio) is data and the rest are rollouts.
-
 Paper: Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn, "COMBO: Conservative Offline Model-Based Policy Optimization",
 2021, arXiv 2102.08363; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: rho holds the actions that the rollouts took, under the policies of their time, as in the paper's equation.
-Later implementations, such as OfflineRL-Kit, take the log-sum-exp of Q over sampled actions, as CQL does. The squared
-error has no factor 1/2. Observations and z are normalised. Each member of the model draws every batch anew (MBPO's keep
-one bootstrap each) and stops on its own. One step trains actor, critic and temperature, each loss seeing the others as
-they were. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)), MBPO's model from a truncated normal.
+No code of the authors is known to us. OfflineRL-Kit has E_mix[ log integral exp Q_i(s, a) da ] in place of E_rho[Q_i],
+and so has --regularizer logsumexp, from 3 num_samples actions where that takes 3. No factor 1/2 in the squared error.
+Observations and z are normalised. Members of the model draw every batch anew (MBPO's: one bootstrap each), and stop one
+by one. One step trains actor, critic and temperature. Layers start as PyTorch's do, MBPO's from a truncated normal.
 
 Run: python algorithms/combo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -44,6 +42,8 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (MOPO's code)
     beta: float = 1.0  # weight of the regulariser in L_Q (paper: 0.5 to 5, for its own form of it)
+    regularizer: Literal["rollouts", "logsumexp"] = "rollouts"  # where Q goes down: rho (paper), or as OfflineRL-Kit's
+    num_samples: int = 10  # of logsumexp, per state of the mix: uniform, from pi(.|s), from pi(.|s') (OfflineRL-Kit)
     rollout_policy: Literal["policy", "uniform"] = "policy"  # whose actions the rollouts take: rho's (paper: either)
     rollout_length: int = 5  # steps of a rollout, h (paper: 1 or 5)
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (MOPO's code)
@@ -78,22 +78,14 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
-def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for width in hidden_dims:
-        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
-        input_dim = width
-    return [*layers, nn.Linear(input_dim, output_dim)]
-
-
 class Actor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
-        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        widths = [observation_dim, *args.hidden_dims]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+        self.trunk, self.mean = nn.Sequential(*hidden), nn.Linear(widths[-1], action_dim)
         self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
         self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
@@ -215,11 +207,7 @@ class Learner(NamedTuple):
 
 
 def build(
-    observation_dim: int,
-    action_dim: int,
-    args: HyperParameters,
-    device: torch.device | str = "cpu",
-    adam: Any = torch.optim.Adam,
+    observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
     actor = Actor(observation_dim, action_dim, args).to(device)
@@ -245,8 +233,7 @@ def build(
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
 
-    x [members, batch, in], z [members, batch, out], normalised here, terminations [members, batch]. The bounds of the
-    variance are drawn together a little, so that they end where the data needs them (MBPO).
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
@@ -269,13 +256,11 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 @torch.no_grad()
 def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
-    """After an epoch: `best` takes the members that are better by 1% on held-out x, z, but none that was not so for
-    `patience` epochs. Returns the mean squared errors of all, [members].
-    """
+    """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
     best.epoch.add_(1)
-    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)
+    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
     best.holdout_error[better] = error[better]
@@ -323,7 +308,7 @@ def model_step(elites: Dynamics, observations: Tensor, actions: Tensor, normaliz
     z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
     next_observations, rewards = observations + z[:, :-1], z[:, -1]
     rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
-    terminations = rule(normalization[0] + normalization[1] * next_observations).float()
+    terminations = rule(normalization[0] + normalization[1] * next_observations).float()  # mean, standard deviation
     return Batch(observations, actions, rewards, next_observations, terminations)
 
 
@@ -331,17 +316,13 @@ def model_step(elites: Dynamics, observations: Tensor, actions: Tensor, normaliz
 def rollout(
     actor: Actor, elites: Dynamics, starts: Batch, normalization: Tensor, ending: str, args: HyperParameters
 ) -> Batch:
-    """The transitions of rollouts of the policy from the states of `starts`. `ending` is a key of TERMINATION_RULES or
-    "learned"; `normalization` [2, observation_dim] is the mean and standard deviation of states.
-    """
+    """Rollouts of the policy from the states of `starts`. `ending`: a key of TERMINATION_RULES or "learned"."""
     rolled = []
     for observations in starts.observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
-            shape = len(observations), starts.actions.shape[1]
-            if args.rollout_policy == "policy":
-                actions, _ = actor.sample(observations, torch.randn(shape, device=observations.device))
-            else:
-                actions = torch.rand(shape, device=observations.device) * 2 - 1
+            noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
+            uniform = args.rollout_policy == "uniform"
+            actions = torch.rand_like(noise) * 2 - 1 if uniform else actor.sample(observations, noise)[0]
             transitions = model_step(elites, observations, actions, normalization, ending)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
             rolled.append(transitions)
@@ -351,20 +332,29 @@ def rollout(
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }
+def log_integral(learner: Learner, batch: Batch, n: int) -> Tensor:
+    """log integral exp Q_i(s, a) da by importance sampling, as in CQL(H): [2, batch]. The actions are constants."""
+    uniform = torch.rand(n, *batch.actions.shape, device=batch.actions.device) * 2 - 1
+    draws = [(uniform, torch.full_like(uniform, -math.log(2)).sum(dim=-1))]  # density 1/2 in each dimension
+    for states in (batch.observations, batch.next_observations):  # pi(.|s') at s, too: what a policy near by would do
+        draws.append(learner.actor.sample(states, torch.randn_like(uniform)))
+    actions, log_density = (torch.cat(parts).detach() for parts in zip(*draws, strict=True))  # [3n, batch, ...]
+    q = learner.critic(batch.observations.repeat(3 * n, 1), actions.flatten(0, 1)).view(2, *log_density.shape)
+    return torch.logsumexp(q - log_density, dim=1) - math.log(3 * n)  # over the actions of one state
 
-    The first rows of the batch are data, the others rollouts. `noise` [batch, action_dim] is standard normal.
-    """
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }"""
     with torch.no_grad():
         next_actions, _ = learner.actor.sample(batch.next_observations, noise)
         next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     bellman_error = (target - q).square().mean(dim=1)  # [2]
-    num_real = round(args.real_ratio * len(batch.rewards))
+    num_real = round(args.real_ratio * len(batch.rewards))  # the first rows; the others are rollouts
     q_data, q_model = q[:, :num_real].mean(dim=1), q[:, num_real:].mean(dim=1)  # [2] each
-    loss = (bellman_error + args.beta * (q_model - q_data)).sum()  # Q goes down where the model is, and up at the data
+    down = q_model if args.regularizer == "rollouts" else log_integral(learner, batch, args.num_samples).mean(dim=1)
+    loss = (bellman_error + args.beta * (down - q_data)).sum()  # and Q goes up at the data
     metrics = {"critic/loss": loss.detach(), "critic/bellman_error": bellman_error.detach().sum()}
     return loss, metrics | {"critic/q_data": q_data.detach().mean(), "critic/q_model": q_model.detach().mean()}
 
@@ -421,7 +411,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check, check_argument, explain, launch
+from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import ReplayBuffer, load_dataset
 from common.experiment import Run, load_checkpoint, set_up
 from common.optim import Adam, compiled
@@ -429,7 +419,7 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
-    termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule if known
+    termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule that holds
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
@@ -452,23 +442,38 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
 
 
+def ending_of(args: Args, buffer: ReplayBuffer) -> str:
+    """What ends a rollout: a key of TERMINATION_RULES or "learned", also in place of a rule that data contradict."""
+    name, forced = (buffer.dataset.env_id or "").split("-")[0], args.termination == "rule"  # Hopper of Hopper-v5
+    check_argument(args, "termination", name in TERMINATION_RULES or not forced, "none is known; take learned or never")
+    if args.termination in ("learned", "never") or name not in TERMINATION_RULES:
+        return "never" if args.termination == "never" else "learned"
+    missed, false = 0, 0
+    for s, _, _, next_s, ended in zip(*(column.split(100_000) for column in buffer.transitions), strict=True):
+        ends = TERMINATION_RULES[name](buffer.normalization[0] + buffer.normalization[1] * next_s)
+        missed += int((~ends & (ended == 1) & (next_s != s).any(dim=1)).sum())  # where s' is s, it may not be known
+        false += int((ends & (ended == 0)).sum())
+    if missed + false <= 5:  # float32 may round a state past a threshold
+        return name
+    found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
+    then = "used all the same" if forced else "replaced by a learned one (--termination rule: used all the same)"
+    warn(f"{found} of the data, and would end {false:,} that went on; it is {then}")
+    return name if forced else "learned"
+
+
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
-    name = (buffer.dataset.env_id or "").split("-")[0]  # Hopper of Hopper-v5
-    known = name in TERMINATION_RULES
-    check_argument(args, "termination", known or args.termination != "rule", "none is known; take learned or never")
-    ending = args.termination if args.termination in ("learned", "never") else name if known else "learned"
+    ending = ending_of(args, buffer)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
-    train = compiled(update, learner, args)
+    train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
     run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
-        train_dynamics = compiled(dynamics_update, learner, args)
         for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):
             run.log(0, {"dynamics/epoch": learner.dynamics.epoch} | metrics)
             run.save_checkpoint()
@@ -483,8 +488,7 @@ def main(args: Args) -> None:
             starts = Batch(*buffer.sample(args.rollout_batch_size))
             transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
             learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
-            found = {"model/rewards": transitions.rewards.mean(), "model/terminations": transitions.terminations.mean()}
-            run.log(step, found)
+            run.log(step, {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")})
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
         metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due

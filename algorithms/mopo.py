@@ -79,22 +79,14 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
-def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for width in hidden_dims:
-        layers += [nn.Linear(input_dim, width), nn.ReLU(inplace=True)]
-        input_dim = width
-    return [*layers, nn.Linear(input_dim, output_dim)]
-
-
 class Actor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
 
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
-        *hidden, mean = mlp(observation_dim, args.hidden_dims, action_dim)
-        self.trunk, self.mean = nn.Sequential(*hidden), mean
+        widths = [observation_dim, *args.hidden_dims]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+        self.trunk, self.mean = nn.Sequential(*hidden), nn.Linear(widths[-1], action_dim)
         self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
         self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
 
@@ -216,11 +208,7 @@ class Learner(NamedTuple):
 
 
 def build(
-    observation_dim: int,
-    action_dim: int,
-    args: HyperParameters,
-    device: torch.device | str = "cpu",
-    adam: Any = torch.optim.Adam,
+    observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
     actor = Actor(observation_dim, action_dim, args).to(device)
@@ -246,8 +234,7 @@ def build(
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
 
-    x [members, batch, in], z [members, batch, out], normalised here, terminations [members, batch]. The bounds of the
-    variance are drawn together a little, so that they end where the data needs them (MBPO).
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
@@ -270,13 +257,11 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 @torch.no_grad()
 def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
-    """After an epoch: `best` takes the members that are better by 1% on held-out x, z, but none that was not so for
-    `patience` epochs. Returns the mean squared errors of all, [members].
-    """
+    """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
     best.epoch.add_(1)
-    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)
+    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
     best.holdout_error[better] = error[better]
@@ -335,7 +320,7 @@ def model_step(
     next_observations = observations + z[:, :-1]
     rewards = z[:, -1] - args.penalty_coefficient * u  # r~ = r - penalty_coefficient u(s, a)
     rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
-    terminations = rule(normalization[0] + normalization[1] * next_observations).float()
+    terminations = rule(normalization[0] + normalization[1] * next_observations).float()  # mean, standard deviation
     return Batch(observations, actions, rewards, next_observations, terminations), u
 
 
@@ -343,9 +328,7 @@ def model_step(
 def rollout(
     actor: Actor, elites: Dynamics, starts: Batch, normalization: Tensor, ending: str, args: HyperParameters
 ) -> tuple[Batch, Tensor]:
-    """The transitions of rollouts of the policy from the states of `starts`, and their u(s, a). `ending` is a key of
-    TERMINATION_RULES or "learned"; `normalization` [2, observation_dim] is the mean and standard deviation of states.
-    """
+    """Rollouts of the policy from `starts`, and their u(s, a). `ending`: a key of TERMINATION_RULES or "learned"."""
     rolled = []
     for observations in starts.observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
@@ -425,7 +408,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check, check_argument, explain, launch
+from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import ReplayBuffer, load_dataset
 from common.experiment import Run, load_checkpoint, set_up
 from common.optim import Adam, compiled
@@ -433,7 +416,7 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
-    termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule if known
+    termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule that holds
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
@@ -455,23 +438,38 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
 
 
+def ending_of(args: Args, buffer: ReplayBuffer) -> str:
+    """What ends a rollout: a key of TERMINATION_RULES or "learned", also in place of a rule that data contradict."""
+    name, forced = (buffer.dataset.env_id or "").split("-")[0], args.termination == "rule"  # Hopper of Hopper-v5
+    check_argument(args, "termination", name in TERMINATION_RULES or not forced, "none is known; take learned or never")
+    if args.termination in ("learned", "never") or name not in TERMINATION_RULES:
+        return "never" if args.termination == "never" else "learned"
+    missed, false = 0, 0
+    for s, _, _, next_s, ended in zip(*(column.split(100_000) for column in buffer.transitions), strict=True):
+        ends = TERMINATION_RULES[name](buffer.normalization[0] + buffer.normalization[1] * next_s)
+        missed += int((~ends & (ended == 1) & (next_s != s).any(dim=1)).sum())  # where s' is s, it may not be known
+        false += int((ends & (ended == 0)).sum())
+    if missed + false <= 5:  # float32 may round a state past a threshold
+        return name
+    found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
+    then = "used all the same" if forced else "replaced by a learned one (--termination rule: used all the same)"
+    warn(f"{found} of the data, and would end {false:,} that went on; it is {then}")
+    return name if forced else "learned"
+
+
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
-    name = (buffer.dataset.env_id or "").split("-")[0]  # Hopper of Hopper-v5
-    known = name in TERMINATION_RULES
-    check_argument(args, "termination", known or args.termination != "rule", "none is known; take learned or never")
-    ending = args.termination if args.termination in ("learned", "never") else name if known else "learned"
+    ending = ending_of(args, buffer)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
-    train = compiled(update, learner, args)
+    train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
     run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
-        train_dynamics = compiled(dynamics_update, learner, args)
         for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):
             run.log(0, {"dynamics/epoch": learner.dynamics.epoch} | metrics)
             run.save_checkpoint()

@@ -4,7 +4,16 @@ import combo
 import numpy as np
 import pytest
 import torch
-from conftest import draws, numpy_twins, random_batch, run_script, sac_learner
+from conftest import (
+    assert_each_trains_its_own,
+    draws,
+    numpy_sample,
+    numpy_twins,
+    random_batch,
+    run_script,
+    sac_learner,
+    sac_networks,
+)
 
 
 @pytest.fixture
@@ -30,6 +39,43 @@ def test_critic_loss(learner, args):
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert metrics["critic/q_data"].item() == pytest.approx(q[:, :3].mean(), rel=1e-4)
     assert metrics["critic/q_model"].item() == pytest.approx(q[:, 3:].mean(), rel=1e-4)
+
+
+def test_critic_loss_with_logsumexp(learner, args):
+    """Q goes down at actions drawn at the states of data and rollouts alike, in the place of the rollouts' actions."""
+    args.regularizer, args.num_samples = "logsumexp", 3
+    batch = random_batch()
+    torch.manual_seed(5)
+    loss, metrics = combo.critic_loss(learner, batch, draws()[0], args)
+    torch.manual_seed(5)
+    uniform = (torch.rand(3, 8, 2) * 2 - 1).numpy()
+    observations, next_observations = batch.observations.numpy(), batch.next_observations.numpy()
+    actions, log_prob = numpy_sample(learner.actor, observations, torch.randn(3, 8, 2))
+    actions_next, log_prob_next = numpy_sample(learner.actor, next_observations, torch.randn(3, 8, 2))
+    candidates = np.concatenate([uniform, actions, actions_next])
+    density = np.concatenate([np.full((3, 8), 1 / 4), np.exp(log_prob), np.exp(log_prob_next)])
+    q_sampled = np.stack([numpy_twins(learner.critic, observations, rows) for rows in candidates], axis=1)
+    pushed_down = np.log((np.exp(q_sampled) / density).mean(axis=1))  # [2, 8], over the nine actions of a state
+
+    next_actions, _ = learner.actor.sample(batch.next_observations, draws()[0])
+    next_q = numpy_twins(learner.target_critic, next_observations, next_actions.detach().numpy()).min(0)
+    target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
+    q = numpy_twins(learner.critic, observations, batch.actions.numpy())
+    regulariser = pushed_down.mean(axis=1) - q[:, :3].mean(axis=1)
+    expected = (((q - target) ** 2).mean(axis=1) + 2.0 * regulariser).sum()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert metrics["critic/q_model"].item() == pytest.approx(q[:, 3:].mean(), rel=1e-4)  # as with the rollouts
+    assert_each_trains_its_own({"critic": loss}, sac_networks(learner))
+
+
+def test_logsumexp_meets_the_exact_integral(learner):
+    """Q(s, a) = s_1 + 2 a_1: the integral of its exponential over [-1, 1]^2 is exp(s_1) 2 sinh(2)."""
+    linear = learner._replace(critic=lambda s, a: (s[:, 0] + 2 * a[:, 0]).expand(2, -1))
+    batch = random_batch()
+    torch.manual_seed(0)
+    found = combo.log_integral(linear, batch, 20_000)
+    expected = batch.observations[:, 0] + np.log(2 * np.sinh(2))
+    torch.testing.assert_close(found, expected.expand(2, -1), atol=0.03, rtol=0)
 
 
 def test_q_is_pushed_down_at_rollouts_and_up_at_data(learner, args):

@@ -5,9 +5,11 @@ import inspect
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def script(algorithm):
 
 
 SHARED = "Actor EnsembleLinear Critic Dynamics ModelBuffer Learner build dynamics_loss dynamics_update keep_better"
-SHARED += " fit_dynamics actor_loss temperature_loss total_loss update load_dynamics"
+SHARED += " fit_dynamics actor_loss temperature_loss total_loss update load_dynamics ending_of"
 
 
 @pytest.mark.parametrize("name", SHARED.split())
@@ -387,6 +389,75 @@ def test_termination_rules(script, name, alive, dead):
     assert ends.tolist() == [False] + [True] * len(dead)
 
 
+def buffer_of(script, next_states, ended, states=0.0, env_id="Pendulum-v1"):
+    """What `ending_of` reads of a buffer: transitions between states of one number, which are normalised."""
+    mean, std = 10.0, 2.0
+    next_observations = ((torch.as_tensor(next_states) - mean) / std).unsqueeze(1)
+    observations = ((torch.as_tensor(states) - mean) / std).expand(len(next_observations)).unsqueeze(1)
+    rest = torch.zeros(len(next_observations), 1)
+    transitions = script.Batch(observations, rest, rest[:, 0], next_observations, torch.as_tensor(ended))
+    normalization = torch.tensor([[mean], [std]])
+    dataset = SimpleNamespace(env_id=env_id)
+    return SimpleNamespace(dataset=dataset, transitions=transitions, normalization=normalization, storage=rest)
+
+
+WALK = [(1.0, 0.0)] * 90 + [(3.0, 1.0)] * 10  # next states and whether they ended the episode, as the rule below has it
+
+
+@pytest.mark.parametrize(
+    ("added", "termination", "ending", "said"),
+    [
+        ([], "auto", "Pendulum", None),
+        ([], "rule", "Pendulum", None),
+        ([(3.0, 0.0)] * 5, "auto", "Pendulum", None),  # a handful
+        (
+            [(3.0, 0.0)] * 6,
+            "auto",
+            "learned",
+            "misses 0 ends in 106 transitions of the data, and would end 6 that went",
+        ),
+        (
+            [(1.0, 1.0)] * 6,
+            "auto",
+            "learned",
+            "misses 6 ends in 106 transitions of the data, and would end 0 that went",
+        ),
+        (
+            [(3.0, 0.0)] * 3 + [(1.0, 1.0)] * 4,
+            "auto",
+            "learned",
+            "misses 4 ends in 107 transitions .* would end 3 that",
+        ),
+        ([(3.0, 0.0)] * 6, "rule", "Pendulum", "would end 6 that went on; it is used all the same$"),
+        ([(0.0, 1.0)] * 30, "auto", "Pendulum", None),  # s' is s: the file does not say where they ended
+        (
+            [(0.0, 1.0)] * 30 + [(3.0, 0.0)] * 6,
+            "auto",
+            "learned",
+            "misses 0 ends in 136 transitions .* would end 6 that",
+        ),
+        ([(3.0, 0.0)] * 6, "learned", "learned", None),
+        ([(3.0, 0.0)] * 6, "never", "never", None),
+    ],
+)
+def test_a_rule_must_hold_in_the_data(script, added, termination, ending, said, monkeypatch, capsys):
+    monkeypatch.setitem(script.TERMINATION_RULES, "Pendulum", lambda s: s[:, 0] > 2)
+    buffer = buffer_of(script, *zip(*(WALK + added), strict=True))
+    assert script.ending_of(script.Args(termination=termination), buffer) == ending
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (said is not None)
+    if said is not None:
+        assert re.match(f"warning: the rule for the ends of Pendulum .*{said}", lines[0])
+
+
+@pytest.mark.parametrize(("contradictions", "ending"), [(5, "Pendulum"), (6, "learned")])
+def test_a_rule_must_hold_in_all_rows(script, contradictions, ending):
+    """That nothing ever ends, too, and whichever of the pieces of the data says otherwise."""
+    ended = torch.zeros(250_000)
+    ended[torch.tensor([0, 99_999, 100_000, 150_000, 200_000, 249_999])[:contradictions]] = 1
+    assert script.ending_of(script.Args(), buffer_of(script, torch.ones(250_000), ended)) == ending
+
+
 @pytest.mark.parametrize(("target_entropy", "sign"), [(100.0, 1), (-100.0, -1), (None, 1)])
 def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy, sign):
     """By default to -action_dim: a policy of almost no noise has less, 2 (0.5 log(2 pi e) - 5) in two dimensions."""
@@ -548,6 +619,19 @@ def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said,
     run = run_script(algorithm, *words)
     assert run.returncode == 0, run.stderr
     assert f"terminations in the model: {said}\n" in run.stdout
+
+
+@pytest.mark.parametrize(("termination", "said"), [("auto", "learned"), ("rule", "Pendulum")])
+def test_a_run_on_data_that_contradict_the_rule_says_so(algorithm, termination, said, tmp_path, make_dataset):
+    """As where an environment was made with other arguments: these pendulums end."""
+    end = {"terminations": np.arange(30) == 29, "truncations": np.zeros(30, dtype=bool)}
+    dataset_id = make_dataset(episodes=[random_episode(seed, **end) for seed in range(6)], env="Pendulum-v1")
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
+    words = [*SMALL, *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
+    run = run_script(algorithm, *words)
+    assert run.returncode == 0, run.stderr
+    assert f"terminations in the model: {said}\n" in run.stdout
+    assert run.stderr.count("warning: the rule for the ends of Pendulum misses 6 ends in 180 transitions") == 1
 
 
 def test_a_rule_that_is_not_known_is_refused(algorithm, tmp_path, make_dataset):
