@@ -22,10 +22,11 @@ learns to act as the VAE does.
 Paper: Kumar, Fu, Tucker, Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction", 2019,
 arXiv 1906.00949.
 Differences from the authors' later code (d4rl_evaluations, tuned for D4RL): the noise of the policy's candidates a_i is
-drawn once, at the start, so that it is a function of s; they draw it anew at each step. One optimiser step trains
-everything, each loss seeing the others as they were before it. The VAE is smaller, the warm start shorter, observations
-are normalised. Their first code differs from the later one: a target actor in y, Q averaged over all samples in L_pi,
-noise of the actor's samples clipped to 0.5 (--noise-clip), 10 candidates, rates of 1e-3.
+drawn once, at the start, so that it is a function of s, and the first of them is tanh(mean); they draw all anew at each
+step. One optimiser step trains everything, each loss seeing the others as they were before it. Layers start as
+PyTorch's do, the VAE is smaller, the warm start shorter, observations are normalised. Their first code differs from the
+later one: a target actor in y, Q averaged over all samples in L_pi, noise of the actor's samples clipped to 0.5 there
+(--noise-clip), 10 candidates, rates of 1e-3, larger networks.
 
 Run: python algorithms/bear.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -50,7 +51,7 @@ class HyperParameters:
     bandwidth: float = 20.0  # sigma of the kernel (authors' code)
     num_samples: int = 4  # actions drawn per state of each policy: few compare supports, many densities (authors' code)
     threshold: float = 0.05  # largest mean MMD (paper)
-    log_alpha_max: float = 10.0  # of alpha's logarithm; 4.6 makes 100 the highest price (authors' code)
+    log_alpha_max: float = 10.0  # largest logarithm of alpha: 4.6 makes 100 the highest price (authors' code)
     warm_start: int = 2_000  # updates of the MMD alone, before Q counts (authors' code: 40,000, in longer training)
     num_target_actions: int = 10  # actions sampled at s' for the target (authors' code)
     num_acting_actions: int = 100
