@@ -22,10 +22,11 @@ learns to act as the VAE does.
 Paper: Kumar, Fu, Tucker, Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction", 2019,
 arXiv 1906.00949.
 Differences from the authors' later code (d4rl_evaluations, tuned for D4RL): the noise of the policy's candidates a_i is
-drawn once, at the start, so that it is a function of s; they draw it anew at each step. One optimiser step trains
-everything, each loss seeing the others as they were before it. The VAE is smaller, the warm start shorter, observations
-are normalised. Their first code differs from the later one: a target actor in y, Q averaged over all samples in L_pi,
-noise of the actor's samples clipped to 0.5 (--noise-clip), 10 candidates, rates of 1e-3.
+drawn once, at the start, so that it is a function of s, and the first of them is tanh(mean); they draw all anew at each
+step. One optimiser step trains everything, each loss seeing the others as they were before it. Layers start as
+PyTorch's do, the VAE is smaller, the warm start shorter, observations are normalised. Their first code differs from the
+later one: a target actor in y, Q averaged over all samples in L_pi, noise of the actor's samples clipped to 0.5 there
+(--noise-clip), 10 candidates, rates of 1e-3, larger networks.
 
 Run: python algorithms/bear.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -50,6 +51,7 @@ class HyperParameters:
     bandwidth: float = 20.0  # sigma of the kernel (authors' code)
     num_samples: int = 4  # actions drawn per state of each policy: few compare supports, many densities (authors' code)
     threshold: float = 0.05  # largest mean MMD (paper)
+    log_alpha_max: float = 10.0  # largest logarithm of alpha: 4.6 makes 100 the highest price (authors' code)
     warm_start: int = 2_000  # updates of the MMD alone, before Q counts (authors' code: 40,000, in longer training)
     num_target_actions: int = 10  # actions sampled at s' for the target (authors' code)
     num_acting_actions: int = 100
@@ -331,7 +333,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     optimizer.zero_grad()
 
     with torch.no_grad():
-        alpha.log.clamp_(-5, 10)  # the authors' range
+        alpha.log.clamp_(-5, args.log_alpha_max)  # the authors' range
         # target <- target + tau (network - target)
         torch._foreach_lerp_(list(target_critic.parameters()), list(actor.critic.parameters()), args.tau)
     return metrics
@@ -358,6 +360,7 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "bandwidth", self.bandwidth > 0, "must be positive")
         check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
         check_argument(self, "threshold", self.threshold >= 0, "must not be negative")
+        check_argument(self, "log_alpha_max", self.log_alpha_max > -5, "must be more than -5, alpha's lowest logarithm")
         check_argument(self, "noise_clip", self.noise_clip > 0, "must be positive")
         check_argument(self, "q_mix", 0 <= self.q_mix <= 1, "must be in [0, 1]")
         check_argument(self, "latent_clip", self.latent_clip > 0, "must be positive")

@@ -218,13 +218,15 @@ def test_alpha_rises_while_the_mmd_is_too_large(learner, args, threshold, rises)
     assert learner.alpha.log.item() == pytest.approx(before + (1e-3 if rises else -1e-3), rel=1e-4)
 
 
-@pytest.mark.parametrize(("threshold", "start", "bound"), [(0.0, 9.9999, 10.0), (100.0, -4.9999, -5.0)])
+@pytest.mark.parametrize(
+    ("threshold", "start", "bound"), [(0.0, 9.9999, 10.0), (0.0, 4.5999, 4.6), (100.0, -4.9999, -5.0)]
+)
 def test_alpha_stays_in_the_authors_range(learner, args, threshold, start, bound):
-    args.threshold = threshold
+    args.threshold, args.log_alpha_max = threshold, max(bound, 0)
     with torch.no_grad():
         learner.alpha.log.fill_(start)
     bear.update(learner, random_batch(), 1, args)
-    assert learner.alpha.log.item() == bound
+    assert learner.alpha.log.item() == pytest.approx(bound, abs=1e-6)
 
 
 def test_update_moves_every_network_and_the_target_follows(learner, args):
@@ -331,6 +333,7 @@ def test_load_policy_equals_the_evaluated_policy(learner, args, tmp_path):
         ("bandwidth", 0.0, "must be positive"),
         ("num_samples", 1, "must be at least 2"),
         ("threshold", -0.1, "must not be negative"),
+        ("log_alpha_max", -5.0, "must be more than -5"),
         ("noise_clip", 0.0, "must be positive"),
         ("warm_start", 0, "must be at least 1"),
         ("q_mix", 1.1, "must be in"),
