@@ -66,8 +66,8 @@ class HyperParameters:
     lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)
     target_gap: float = 5.0
     """gap to aim at with --lagrange (paper: tau, 5 or 10). The authors' code holds min_q_weight (gap +
-    log(3 num_samples)) at lagrange_thresh: weight 1 and 5, its defaults, are a gap of 1.6, 1 and 10 of 6.6, and 5 and 5,
-    as its readme has for AntMaze, of -2.4"""
+    log(3 num_samples)) at lagrange_thresh: weight 1 and 5, its defaults, are a gap of 1.6; 1 and 10 are 6.6; 5 and 5,
+    which its readme has for AntMaze, are -2.4"""
     max_backup: bool = False
     """the target takes the best of num_samples actions at s', the lower of the twins' bests (authors' max_q_backup)"""
     entropy_in_backup: bool = False
