@@ -65,13 +65,13 @@ class HyperParameters:
     """actions drawn per state: uniform, from pi(.|s), and for CQL(H) from pi(.|s') (paper: the first two)"""
     lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)
     target_gap: float = 5.0
-    """gap to aim at with --lagrange. The paper's 5 or 10 have log(3 num_samples) in them: here 1.6 or 6.6. The authors'
-    code multiplies that gap by min_q_weight, too: theirs is lagrange_thresh / min_q_weight - log(3 num_samples) here,
-    1.6 of its defaults, 5 / 1, and -2.4 of the 5 / 5 in its readme for AntMaze"""
+    """gap to aim at with --lagrange (paper: tau, 5 or 10). The authors' code holds min_q_weight (gap +
+    log(3 num_samples)) at lagrange_thresh: weight 1 and 5, its defaults, are a gap of 1.6; 1 and 10 are 6.6; 5 and 5,
+    which its readme has for AntMaze, are -2.4"""
     max_backup: bool = False
     """the target takes the best of num_samples actions at s', the lower of the twins' bests (authors' max_q_backup)"""
     entropy_in_backup: bool = False
-    """the target has SAC's entropy term (authors' code: deterministic_backup False; its command line has True)"""
+    """the target has SAC's entropy term (authors' code: deterministic_backup False, which is not their default)"""
     warm_start: int = 0  # updates for which the actor clones the data first (authors' code: policy_eval_start, 40,000)
     target_entropy: float | None = None  # the temperature holds the policy's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (paper)
