@@ -452,7 +452,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
     if missed + false <= 5:  # float32 may round a state past a threshold
         return name
     found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
-    then = "used all the same" if forced else "replaced by a learned one (--termination rule: used all the same)"
+    then = "used all the same" if forced else "replaced by a learned one; --termination rule uses it all the same"
     warn(f"{found} of the data, and would end {false:,} that went on; it is {then}")
     return name if forced else "learned"
 

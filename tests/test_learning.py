@@ -63,6 +63,11 @@ def test_offline_rl_passes_behaviour_cloning(algorithm, tmp_path, pendulum):
     assert train(algorithm, tmp_path) > 48  # ten points above what cloning is held below
 
 
+def test_combo_with_logsumexp_passes_behaviour_cloning(tmp_path, pendulum):
+    few = ["--num-samples", "2", "--num-updates", "1500"]
+    assert train("combo", tmp_path, "--regularizer", "logsumexp", *few) > 48
+
+
 def test_behaviour_cloning_learns_the_average_of_the_data(tmp_path, pendulum):
     assert 10 < train("bc", tmp_path) < 38
 
