@@ -353,6 +353,8 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -370,6 +372,7 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)

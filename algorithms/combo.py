@@ -268,9 +268,7 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     return error
 
 
-def fit_dynamics(
-    learner: Learner, data: Batch, args: HyperParameters, train: Callable = dynamics_update
-) -> Iterator[Metrics]:
+def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
     """Trains until every member is done; yields each epoch's metrics. Held out: a fifth, at most 1,000 transitions."""
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
@@ -300,22 +298,20 @@ TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def model_step(elites: Dynamics, observations: Tensor, actions: Tensor, normalization: Tensor, ending: str) -> Batch:
-    """One transition of the model from each state, its member drawn anew."""
+def model_step(elites: Dynamics, observations: Tensor, actions: Tensor, scale: Tensor, ending: str) -> Batch:
+    """One transition of the model from each state, its member drawn anew. `scale`: mean and deviation of states."""
     mean, std, logit = elites.predict(observations, actions)
     rows = torch.arange(len(observations), device=observations.device)
     member = torch.randint(len(mean), (len(rows),), device=rows.device)
     z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
     next_observations, rewards = observations + z[:, :-1], z[:, -1]
     rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
-    terminations = rule(normalization[0] + normalization[1] * next_observations).float()  # mean, standard deviation
+    terminations = rule(scale[0] + scale[1] * next_observations).float()
     return Batch(observations, actions, rewards, next_observations, terminations)
 
 
 @torch.no_grad()
-def rollout(
-    actor: Actor, elites: Dynamics, starts: Batch, normalization: Tensor, ending: str, args: HyperParameters
-) -> Batch:
+def rollout(actor: Actor, elites: Dynamics, starts: Batch, scale: Tensor, ending: str, args: HyperParameters) -> Batch:
     """Rollouts of the policy from the states of `starts`. `ending`: a key of TERMINATION_RULES or "learned"."""
     rolled = []
     for observations in starts.observations.split(2_000):  # pieces for a cache
@@ -323,7 +319,7 @@ def rollout(
             noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
             uniform = args.rollout_policy == "uniform"
             actions = torch.rand_like(noise) * 2 - 1 if uniform else actor.sample(observations, noise)[0]
-            transitions = model_step(elites, observations, actions, normalization, ending)
+            transitions = model_step(elites, observations, actions, scale, ending)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
             rolled.append(transitions)
     return Batch(*map(torch.cat, zip(*rolled, strict=True)))
@@ -421,6 +417,8 @@ from common.optim import Adam, compiled
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule that holds
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -436,9 +434,10 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check(torch.equal(saved["normalization"], buffer.normalization), "has the other --normalize-observations")
-        check("dynamics" in saved["learner"], "is a run without a model")
-        check(saved["step"] > 0, "was stopped before its model was done; go on with that run first")
+        done = saved["step"] > 0 and "dynamics" in saved["learner"]
+        check(done, "has no model, or was stopped before that was done; then go on with it first")
+        for name in ("normalize_observations", "reward_scale", "reward_shift"):
+            check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
 
 
@@ -466,6 +465,7 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it

@@ -269,9 +269,7 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     return error
 
 
-def fit_dynamics(
-    learner: Learner, data: Batch, args: HyperParameters, train: Callable = dynamics_update
-) -> Iterator[Metrics]:
+def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
     """Trains until every member is done; yields each epoch's metrics. Held out: a fifth, at most 1,000 transitions."""
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
@@ -418,6 +416,8 @@ from common.optim import Adam, compiled
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a rollout; auto: a rule that holds
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take
+    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:
@@ -432,9 +432,10 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check(torch.equal(saved["normalization"], buffer.normalization), "has the other --normalize-observations")
-        check("dynamics" in saved["learner"], "is a run without a model")
-        check(saved["step"] > 0, "was stopped before its model was done; go on with that run first")
+        done = saved["step"] > 0 and "dynamics" in saved["learner"]
+        check(done, "has no model, or was stopped before that was done; then go on with it first")
+        for name in ("normalize_observations", "reward_scale", "reward_shift"):
+            check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
 
 
@@ -462,6 +463,7 @@ def main(args: Args) -> None:
     buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
+    buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it

@@ -583,10 +583,12 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     other = make_dataset(episodes=[random_episode(0)], env="Pendulum-v1")
     for folder, wrong, reason in (
         (elsewhere, ["--dataset-id", other], f"was trained on other data than {other}"),
-        (elsewhere, ["--no-normalize-observations"], "has the other --normalize-observations"),
+        (elsewhere, ["--no-normalize-observations"], "has another normalize_observations: True"),
+        (elsewhere, ["--reward-scale", "0.5"], r"has another reward_scale: 1\.0"),
+        (elsewhere, ["--reward-shift", "-1"], r"has another reward_shift: 0\.0"),
         (elsewhere, ["--num-models", "3"], r"Error.* size mismatch for "),
-        (cloned, [], "is a run without a model"),
-        (stopped, [], "was stopped before its model was done; go on with that run first"),
+        (cloned, [], "has no model, or was stopped before that was done; then go on with it first"),
+        (stopped, [], "has no model, or was stopped before that was done; then go on with it first"),
         (tmp_path / "none", [], "cannot read "),
     ):
         words = ["--dynamics", str(folder), *wrong, "--run-dir", str(tmp_path / "wrong")]
