@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import random_episode
+from conftest import ALGORITHMS, DISCRETE, SHORT, SHORTER, checkpoint, random_episode, run_script
 from sac import RingBuffer
 
 from common.command_line import BadInput
@@ -255,3 +255,29 @@ def test_equal_returns_have_no_range(make_dataset):
         buffer.scale_rewards("return-range", 0.0)
     buffer.scale_rewards(3.0, 0.0)
     assert buffer.transitions.rewards.tolist() == pytest.approx([7.5, 7.5, 5, 5, 5])
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "bc"])  # bc only ranks returns
+def test_units_of_rewards_warn_or_make_no_difference(algorithm, make_dataset, tmp_path):
+    """The same data in units of a hundredth: with --reward-scale return-range the policy is the same, else a warning
+    names it; IQL has that by default.
+    """
+    policies = []
+    for unit in (100.0, 1.0):
+        episodes = [random_episode(seed) for seed in range(4)]
+        for episode in episodes:
+            episode["rewards"] = unit * episode["rewards"]
+            if algorithm in DISCRETE:
+                episode["actions"] = (episode["actions"][:, 0] > 0).astype(int)
+        space = {"action_space": gym.spaces.Discrete(2)} if algorithm in DISCRETE else {}
+        dataset_id = make_dataset(f"test/unit-{unit:.0f}-v0", episodes, **space)
+        words = ["--dataset-id", dataset_id, "--num-updates", "6", *SHORT, *SHORTER.get(algorithm, [])]
+        for name, arguments in (("scaled", ["--reward-scale", "return-range"]), ("plain", [])):
+            folder = tmp_path / f"{name}-{unit:.0f}"
+            run = run_script(algorithm, *words, *arguments, "--run-dir", str(folder))
+            assert run.returncode == 0, run.stderr
+            scaled = name == "scaled" or algorithm == "iql"
+            assert ("--reward-scale return-range" in run.stderr) == (unit == 1 and not scaled)
+        policies.append(checkpoint(tmp_path / f"scaled-{unit:.0f}")["learner"]["actor"])
+    for name, weight in policies[0].items():
+        torch.testing.assert_close(weight, policies[1][name], rtol=1e-3, atol=1e-4)

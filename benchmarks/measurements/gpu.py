@@ -18,7 +18,6 @@ Run: python -m benchmarks.measurements.gpu --out benchmarks/results
 
 import csv
 import importlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -295,7 +294,6 @@ def long_runs(args: Args) -> Iterator[Row]:
             began = time.perf_counter()
             run_script(args, algorithm, Path(scratch, "run"), *words)
             seconds = time.perf_counter() - began
-            result = json.loads(Path(scratch, "run", "result.json").read_text())
             with Path(scratch, "run", "metrics.csv").open() as file:
                 rows = list(csv.DictReader(file))
         half = [row for row in rows if int(row["step"]) >= args.long_updates // 2]
@@ -304,7 +302,6 @@ def long_runs(args: Args) -> Iterator[Row]:
         )
         yield f"seconds of {args.long_updates}", algorithm, mode, seconds
         yield "whole seconds of 1000000", algorithm, mode, seconds + (1_000_000 - args.long_updates) / steady
-        yield "updates_per_second of a run", algorithm, mode, result["updates_per_second"]
 
 
 # --- All of it --------------------------------------------------------------------------------------------------------
