@@ -11,8 +11,8 @@ better than V(s) it is. With Q' the target critic (a slow copy of Q) and A(s, a)
 Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021, arXiv 2110.06169.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
 authors update V first, then pi and Q with the new V). Observations are normalised, which the authors do not do.
-Rewards are rescaled, which they do for locomotion, only if --reward-scale asks for it. Layers start as PyTorch's do
-(uniform within 1 / sqrt(inputs)); the authors' start orthogonal.
+Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
+locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start orthogonal.
 
 Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
 """
