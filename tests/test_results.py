@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS
 
+from benchmarks.measurements import tables
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -18,7 +20,7 @@ def rows_of(section):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-ROWS, PEERS = rows_of("## Results\n"), rows_of("**Peers.**")
+ROWS, PEERS = rows_of("These are older: three seeds"), rows_of("**Peers.**")
 
 
 def script_of(label):
@@ -67,6 +69,28 @@ def test_the_readme_says_what_was_measured(row):
     assert script_of(label) in SCRIPTS
     found = [scores for what, *scores in measured() if what == (dataset_id, script_of(label), updates)]
     assert any(last == known[0] and last_five in ("", known[1]) for known in found), found
+
+
+def test_the_table_of_final_scores_is_what_its_command_makes():
+    made = README.split(tables.BEGIN)[1].split(tables.END)[0]
+    assert made == tables.final_scores(), "python -m benchmarks.measurements.tables"
+
+
+def test_the_table_is_put_between_its_comments(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}| old |\n{tables.END}\nafter\n")
+    tables.main(tables.Args(page))
+    assert page.read_text() == f"before\n{tables.BEGIN}{tables.final_scores()}{tables.END}\nafter\n"
+
+
+def test_final_scores_by_hand():
+    """A row of five seeds and one of two, from the files."""
+    rows = list(csv.DictReader((ROOT / "benchmarks/results/pendulum-five/results.csv").open()))
+    scores = np.array([float(row["final_score"]) for row in rows if row["algorithm"] == "td3_bc"])
+    half = 2.776 * scores.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom
+    line = next(line for line in tables.final_scores().splitlines() if "pendulum" in line and "| TD3+BC |" in line)
+    mean, low, high = map(float, re.findall(r"-?\d+\.\d", line)[:3])
+    assert [mean, low, high] == pytest.approx([scores.mean(), scores.mean() - half, scores.mean() + half], abs=0.15)
 
 
 @pytest.mark.parametrize("row", PEERS, ids=lambda row: " ".join(row[:3]))

@@ -1,7 +1,8 @@
-"""Fitted Q evaluation against the truth: policies of three kinds, what fqe.py makes of each, and their true returns.
+"""Fitted Q evaluation against the truth: policies of several kinds, what fqe.py makes of each, and their true returns.
 
-The policies are those of iql.py, of bc.py, and of a network with random weights (bc.py after one update). A run that is
-finished is not repeated: stop the command, and give it again. Arguments after `--` go to fqe.py.
+The last line is Spearman's correlation of the ranks by estimate and by truth. A policy with random weights is bc.py's
+after one update. A run that is finished is not repeated: stop the command, and give it again. Arguments after `--` go
+to fqe.py.
 
 Run: python -m benchmarks.measurements.estimates
 """
@@ -14,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import tyro
+from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -30,10 +33,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Args:
     dataset_id: str = "anchorl/pendulum/mixed-v0"
     """dataset of the policies and of the estimates"""
+    policies: tuple[str, ...] = ("random", "bc", "bc --top-fraction 0.1", "td3_bc", "awr", "iql")
+    """scripts in algorithms/, without .py; with arguments of their own in quotes"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the policies; an estimate has that of its policy"""
     num_updates: int = 3_000
-    """of iql.py and of bc.py"""
+    """of each policy but the random one"""
     eval_episodes: int = 100
     """of each policy, for its true return"""
     results: Path = ROOT / "benchmarks" / "results" / "pendulum-fqe.csv"
@@ -46,11 +51,12 @@ class Args:
     """after `--`: arguments of fqe.py"""
 
 
-def estimate(args: Args, policy: str, seed: int) -> list[object]:
+def estimate(args: Args, policy: str, seed: int) -> list[Any]:
     """Trains a policy and evaluates it: a row of the results. Raises SystemExit if a run fails."""
-    algorithm, num_updates = ("bc", 1) if policy == "random" else (policy, args.num_updates)
-    folder = args.runs_dir.resolve() / policy / str(seed)
-    training = ["--num-updates", str(num_updates), "--eval-episodes", "1"]
+    num_updates = 1 if policy == "random" else args.num_updates
+    algorithm, *own = ["bc"] if policy == "random" else policy.split()
+    folder = args.runs_dir.resolve() / run.as_name(policy) / str(seed)
+    training = [*own, "--num-updates", str(num_updates), "--eval-episodes", "1"]
     evaluation = ["--policy-run-dir", str(folder / algorithm), "--eval-episodes", str(args.eval_episodes), *args.script]
     for script, arguments in ((algorithm, training), ("fqe", evaluation)):
         cell = run.Cell(script, args.dataset_id, seed, folder / script)
@@ -64,13 +70,15 @@ def estimate(args: Args, policy: str, seed: int) -> list[object]:
 
 def main(args: Args) -> None:
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(estimate, args, *cell) for cell in product(("random", "bc", "iql"), args.seeds)]
+        jobs = [pool.submit(estimate, args, *cell) for cell in product(args.policies, args.seeds)]
         rows = [job.result() for job in jobs]
     known = ["dataset_id", "policy", "seed", "num_updates"]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with args.results.open("w", newline="") as file:
         columns = [*known, "estimate", "low", "high", "true_return", "standard_error"]
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    estimates, truths = zip(*((float(row[4]), float(row[7])) for row in rows), strict=True)
+    print(f"Spearman's rank correlation of {len(rows)} policies: {spearmanr(estimates, truths).statistic:.2f}")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,28 @@ Run: python -m benchmarks.measurements.tables
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import pandas as pd
-from read_runs import MEASURES, measures, read
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from read_runs import measures, read
 from report import words
 
+from common.command_line import launch
+
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("pendulum-five", "cartpole-five", "hopper-medium-expert", "hopper-more", "walker2d-medium-expert")
 NAMES = {"td3_bc": "TD3+BC", "sac_bc": "SAC+BC", "rebrac": "ReBRAC", "bc --top-fraction 0.1": "10% BC"}
 BEGIN, END = "<!-- made by benchmarks.measurements.tables -->\n", "<!-- the end of it -->"
+
+
+@dataclass
+class Args:
+    page: Path = ROOT / "README.md"
+    """the file that holds the two comments"""
 
 
 def label(algorithm: str) -> str:
@@ -48,15 +59,13 @@ def table(runs: pd.DataFrame, updates: pd.Series) -> str:
 def final_scores() -> str:
     folders = (ROOT / "benchmarks" / "results" / name for name in FOLDERS)
     rows = pd.concat([read((folder,), unequal=True) for folder in folders])
-    assert "last" in MEASURES and rows["final"].notna().all()
     return table(measures(rows, "last"), rows.groupby(["dataset_id", "algorithm"])["num_updates"].max())
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    path.write_text(re.sub(rf"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: final_scores(), text, flags=re.S))
+def main(args: Args) -> None:
+    pattern = f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})"
+    args.page.write_text(re.sub(pattern, lambda _: final_scores(), args.page.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)
