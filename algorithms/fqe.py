@@ -260,7 +260,7 @@ def act(policy: Policy, observations: Tensor, buffer: ReplayBuffer) -> Tensor:
     actions = []
     for rows in observations.split(1024):  # some at a time, so that memory stays small
         raw = (rows * buffer.normalization[1] + buffer.normalization[0]).cpu()  # in the environment's units
-        actions.append(policy.act((raw - policy.normalization[0]) / policy.normalization[1]))
+        actions.append(policy.act(((raw - policy.normalization[0]) / policy.normalization[1]).float()))
     return torch.cat(actions).to(observations.device)
 
 

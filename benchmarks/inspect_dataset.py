@@ -43,7 +43,7 @@ class Args:
 class Data(NamedTuple):
     """All steps of the episodes that can be used, and what is wrong with the others."""
 
-    observations: np.ndarray  # [N, observation_dim], float32 as the actions are
+    observations: np.ndarray  # [N, observation_dim], as the dataset has them; actions and rewards in float32
     actions: np.ndarray  # [N, action_dim]
     rewards: np.ndarray  # [N]
     terminations: np.ndarray  # [N]
@@ -105,12 +105,13 @@ def collect(dataset: Dataset) -> Data:
     kept: list[tuple[np.ndarray, ...]] = []
     returns, refused = [], []
     for index, (episode, truncations) in enumerate(read_episodes(dataset)):
+        observations = np.asarray(episode.observations)  # training rounds them when they are near 0
         with np.errstate(over="ignore"):  # what is too large for training's float32 becomes infinite, and is refused
             episode = Episode(*(np.asarray(values, np.float32) for values in episode))
         if reason := refusal(episode, truncations, dataset):
             refused.append(f"episode {index}: {reason}")
             continue
-        observations, actions, rewards, _, terminations = episode
+        _, actions, rewards, _, terminations = episode
         returns.append(float(np.sum(rewards, dtype=np.float64)))
         kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool)))
     check(bool(kept), f"{dataset.dataset_id}: the dataset is empty" + "".join(f"; {line}" for line in refused[:1]))

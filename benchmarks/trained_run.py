@@ -122,7 +122,7 @@ class Recorder(gym.Wrapper):
 
     def _flat(self, observation: Any) -> Tensor:
         flat = flatten_observations(observation, self.env.observation_space)
-        return torch.tensor(flat, dtype=torch.float32)  # a copy: environments may write to their array again
+        return torch.tensor(flat, dtype=torch.float64)  # a copy: environments may write to their array again
 
 
 def visit(run: Trained, num_episodes: int) -> Visits | None:
@@ -153,4 +153,5 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
     observations, actions, returns, numbers = map(torch.cat, columns)
     low, high = torch.as_tensor(dataset.action_low), torch.as_tensor(dataset.action_high)
     actions = (actions - (high + low) / 2) / ((high - low) / 2)
-    return Visits((observations - buffer.normalization[0]) / buffer.normalization[1], actions, returns, numbers)
+    observations = ((observations - buffer.normalization[0]) / buffer.normalization[1]).float()
+    return Visits(observations, actions, returns, numbers)

@@ -89,12 +89,10 @@ class ExperimentArgs:
     wandb_entity: str | None = None  # W&B user or team
 
     @property
-    def algorithm(self) -> str:
-        """The name of the script that defines the arguments: iql, or that of a user's own, my_iql."""
+    def algorithm(self) -> str:  # the script that defines the arguments: iql, or a user's own, my_iql
         return Path(inspect.getfile(type(self))).stem
 
-    def hyper_parameters(self) -> dict[str, Any]:
-        """What the script adds to the arguments above."""
+    def hyper_parameters(self) -> dict[str, Any]:  # what the script adds to the arguments above
         shared = {field.name for field in dataclasses.fields(ExperimentArgs)}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in shared}
 

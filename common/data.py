@@ -148,10 +148,9 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
 
 class ReplayBuffer:
     """All transitions of a dataset. A row of `storage` is one, so that a batch is a single gather.
-
     Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
     `episode_starts`, `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
-    [2, observation_dim], mean and deviation; `fingerprint`, a hash; `num_actions`, 0 unless discrete. Raises BadInput.
+    [2, observation_dim], mean and deviation in float64; `fingerprint`, a hash; `num_actions`, 0 unless discrete.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
@@ -159,20 +158,20 @@ class ReplayBuffer:
         self.observation_dim, self.action_dim = dataset.observation_dim, len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
-        lengths, returns = self._fill(storage)
+        self.origin = np.zeros(self.observation_dim)  # of the stored observations: near theirs float32 is fine enough
+        lengths, returns = self._fill(storage, normalize_observations)
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
-        storage = storage[: sum(lengths)]  # a view
-        self.fingerprint = hashlib.blake2b(storage.numpy().data, digest_size=16).hexdigest()
-        self.storage = storage.to(device)
+        self.storage = storage[: sum(lengths)].to(device)
         self.transitions = self._columns(self.storage)
-        self.normalization = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
+        mean, std = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
         if normalize_observations:
             std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
-            self.normalization = torch.stack([mean, std + 1e-3])  # a constant entry stays near zero
+            std += 1e-3  # a constant entry stays near zero
             for observations in (self.transitions.observations, self.transitions.next_observations):
-                observations.sub_(self.normalization[0]).div_(self.normalization[1])
+                observations.sub_(mean).div_(std)
+        self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -191,7 +190,6 @@ class ReplayBuffer:
         return self._columns(self.storage.index_select(0, rows))
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch of transitions drawn uniformly with replacement."""
         return self.take(self.draw(batch_size))
 
     def _columns(self, rows: Tensor, integers: bool = True) -> Batch:
@@ -201,9 +199,10 @@ class ReplayBuffer:
         actions = actions.long() if self.num_actions and integers else actions
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
-    def _fill(self, storage: Tensor) -> tuple[list[int], list[float]]:
+    def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:
         """Copies the episodes, one by one, into `storage`. Gives their lengths and returns."""
-        dataset, lengths, returns, end = self.dataset, [], [], 0
+        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
+        digest = hashlib.blake2b(digest_size=16)
         for index, episode in enumerate(dataset.read_episodes()):
             with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):  # refused as infinite
                 start, end = end, end + len(episode.rewards)
@@ -212,27 +211,34 @@ class ReplayBuffer:
                 for name, values, column in zip(Batch._fields, map(np.asarray, episode), columns, strict=True):
                     shapes = f"{values.shape} where its rewards ask for {tuple(column.shape)}"
                     check(values.shape == column.shape, f"{name} of shape {shapes}")
+                    if relative and start == 0 and name == "observations" and len(values):
+                        self.origin = values[0].astype(np.float64)
                     column.copy_(torch.from_numpy(self._checked(name, values)))
+                    digest.update(np.ascontiguousarray(values).data)
+                    if name == "observations":  # neighbours that are apart, but not in float32
+                        merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths.append(end - start)
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
+        self.fingerprint = digest.hexdigest()
+        if len(worst := np.flatnonzero(merged > 0.01 * end)):
+            warn(f"float32 merges different values of observation {worst.tolist()}: subtract something, or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
         """An episode's `values` in float32, actions scaled to [-1, 1] or, if they are discrete, counted from 0."""
         low, high, numbered = self.dataset.action_low, self.dataset.action_high, name == "actions" and self.num_actions
         check(not np.iscomplexobj(values), f"{name} are complex numbers")
-        if numbered:  # subtracted before the rounding to float32
-            values = values.astype(np.float64) - int(low[0])
+        if numbered or name.endswith("observations"):  # subtracted before the rounding to float32
+            values = values.astype(np.float64) - (int(low[0]) if numbered else self.origin)
         values = values.astype(np.float32, copy=False)
         wrong = ~np.isfinite(values)
         if numbered:
             wrong |= (values < 0) | (values >= self.num_actions) | (values % 1 != 0)
         if wrong.any():
-            value = values[wrong][0] + (low[0] if numbered else 0)
+            step, value = np.argwhere(wrong)[0, 0], values[wrong][0] + (low[0] if numbered else 0)
             rule = f", which is not a whole number from {low[0]} to {high[0]}" if numbered else ""
-            step = f"step {np.argwhere(wrong)[0, 0]}"
-            raise BadInput(f"{step}: {name} hold {value:g}{rule}; repair or remove that episode")
+            raise BadInput(f"step {step}: {name} hold {value:g}{rule}; repair or remove that episode")
         if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
             values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)
         return values

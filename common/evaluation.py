@@ -38,8 +38,8 @@ class Policy:
         mean, std = self.normalization
         if np.ndim(observations) != 2 or np.shape(observations)[1] != len(mean):
             raise ValueError(f"observations must have shape [N, {len(mean)}], not {list(np.shape(observations))}")
-        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float32)).to(mean.device)
-        outputs = self.act((inputs - mean) / std).cpu().numpy()
+        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(mean.device)
+        outputs = self.act(((inputs - mean) / std).float()).cpu().numpy()  # rounded when it is near 0
         low, high = self.action_low, self.action_high
         if self.discrete:
             return low[0] + outputs.argmax(axis=1)

@@ -161,8 +161,7 @@ class Run:
         if self.tracker.is_alive():
             self.tracked.put(row)
 
-    def rows(self) -> Iterator[dict[str, str]]:
-        """Those of metrics.csv so far."""
+    def rows(self) -> Iterator[dict[str, str]]:  # of metrics.csv so far
         if self.metrics_path.exists():
             with self.metrics_path.open(newline="") as file:
                 yield from csv.DictReader(file)
@@ -228,8 +227,7 @@ class Run:
     def _plot(self, file: IO[bytes], curve: Any, level: float, unit: str) -> None:
         from matplotlib.figure import Figure  # slow to import, and needed once
 
-        figure, args = Figure(figsize=(6.4, 4), layout="constrained"), self.args
-        axes = figure.subplots()
+        axes, args = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots(), self.args
         axes.plot(*curve, marker=".", label=f"{args.algorithm}, seed {args.seed}")
         axes.axhline(level, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
         axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
@@ -241,8 +239,7 @@ class Run:
         for name, value in values.items():
             leaves = tree_leaves(value if isinstance(value, (int, float)) else value.state_dict())
             tensors = (torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (float, torch.Tensor)))
-            pieces = (piece for tensor in tensors for piece in tensor.flatten().split(2**22))  # spares memory
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 problem = f"{name} is {value if isinstance(value, float) else 'not finite'} at update {self.step}"
                 raise Diverged(f"{problem}; the last checkpoint in {self.dir} is kept")
 

@@ -19,7 +19,6 @@ OPTIONS: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON, "amsg
 class Adam:
     """torch.optim.Adam for small networks: PyTorch's fused kernel or, while an update is compiled, the same arithmetic
     in the open. What torch.optim.Adam does around that kernel takes longer than the kernel, and ends a graph.
-
     A group holds `params` and may hold `lr`, here a tensor, so that filling in another needs no other graph, and
     `weight_decay` (L2, added to the gradient). Source: Kingma, Ba, 2015, arXiv 1412.6980, algorithm 1.
     """

@@ -52,7 +52,7 @@ def learn(algorithm, buffer, num_updates, **arguments):
     @torch.no_grad()
     def act(*observations):
         inputs = (torch.tensor(observations)[:, None] - buffer.normalization[0]) / buffer.normalization[1]
-        return learner.actor(inputs)[:, 0].numpy()
+        return learner.actor(inputs.float())[:, 0].numpy()
 
     return act
 

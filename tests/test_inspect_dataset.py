@@ -199,6 +199,18 @@ def test_noise_has_no_problems(make_dataset):
     assert inspect(make_dataset(episodes=[random_episode(seed) for seed in range(4)])).endswith("found: none\n")
 
 
+def test_two_values_far_from_0_are_not_one(make_dataset):
+    """20,000,000 and one more are the same number in float32."""
+    space = {"observation_space": spaces.Box(-np.inf, np.inf, (3,), np.float64)}
+    episodes = [random_episode(seed) for seed in range(4)]
+    for episode in episodes:
+        episode["observations"] = episode["observations"].astype(np.float64)
+        episode["observations"][:, 1] = 20_000_000 + np.arange(31) % 2
+    text = inspect(make_dataset(episodes=episodes, **space))
+    assert text.endswith("found: none\n")
+    assert float(next(line for line in text.splitlines() if line.startswith("observation 1")).split()[5]) > 0.4  # std
+
+
 def test_one_episode(make_dataset):
     assert "1. there is one episode only\n   -> mark where" in inspect(make_dataset(episodes=[random_episode(0)]))
 

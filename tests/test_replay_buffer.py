@@ -9,6 +9,7 @@ from sac import RingBuffer
 
 from common.command_line import BadInput
 from common.data import Batch, ReplayBuffer, load_dataset
+from common.evaluation import Policy
 
 CPU = torch.device("cpu")
 
@@ -281,3 +282,50 @@ def test_units_of_rewards_warn_or_make_no_difference(algorithm, make_dataset, tm
         policies.append(checkpoint(tmp_path / f"scaled-{unit:.0f}")["learner"]["actor"])
     for name, weight in policies[0].items():
         torch.testing.assert_close(weight, policies[1][name], rtol=1e-3, atol=1e-4)
+
+
+def large(make_dataset, columns: list[np.ndarray], name: str = "test/data-v0", **options) -> ReplayBuffer:
+    """One episode of float64 observations with these columns [N + 1]."""
+    observations = np.stack(columns, axis=1)
+    episode = random_episode(0, len(observations) - 1, observation_dim=len(columns)) | {"observations": observations}
+    space = gym.spaces.Box(-np.inf, np.inf, (len(columns),), np.float64)
+    return ReplayBuffer(load_dataset(make_dataset(name, [episode], observation_space=space)), CPU, **options)
+
+
+def test_values_far_from_0_are_told_apart(make_dataset, capsys):
+    """Unix seconds every minute, two values one apart at 20,000,000, and noise of size 1 around 1e8."""
+    rng = np.random.default_rng(0)
+    columns = [1.7e9 + 60.0 * np.arange(401), 2e7 + rng.integers(0, 2, 401), 1e8 + rng.uniform(size=401)]
+    buffer = large(make_dataset, columns)
+    x = np.stack(columns, axis=1)
+    mean, std = x[:-1].mean(axis=0), x[:-1].std(axis=0) + 1e-3
+    np.testing.assert_allclose(buffer.normalization, [mean, std], rtol=1e-6)
+    np.testing.assert_allclose(buffer.transitions.observations, (x[:-1] - mean) / std, atol=1e-4)
+    np.testing.assert_allclose(buffer.transitions.next_observations, (x[1:] - mean) / std, atol=1e-4)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_policy_sees_what_the_buffer_holds(make_dataset):
+    """Normalised in double precision, too: an actor of tanh alone gives that of the buffer's rows."""
+    columns = [1.7e9 + 60.0 * np.arange(401), 2e7 + np.arange(401) % 2]
+    buffer = large(make_dataset, columns)
+    bounds = -np.ones(2, np.float32), np.ones(2, np.float32)
+    policy = Policy(torch.nn.Tanh(), buffer.normalization, bounds, False, {})
+    seen = policy(np.stack(columns, axis=1)[:-1])
+    np.testing.assert_allclose(seen, buffer.transitions.observations.tanh(), atol=1e-5)
+
+
+def test_values_that_float32_merges_are_named(make_dataset, capsys):
+    columns = [np.zeros(401), 1e12 * (np.arange(401) == 0) + np.arange(401), np.arange(401.0)]
+    large(make_dataset, columns)
+    assert "merges different values of observation [1]" in capsys.readouterr().err
+    columns = [np.arange(401.0), 2e7 + np.arange(401) % 2]
+    large(make_dataset, columns, "test/raw-v0", normalize_observations=False)
+    assert "merges different values of observation [1]" in capsys.readouterr().err
+
+
+def test_what_is_not_normalised_is_stored_as_it_is(make_dataset):
+    columns = [5.0 + np.arange(9), -3.0 * np.arange(9)]
+    buffer = large(make_dataset, columns, normalize_observations=False)
+    np.testing.assert_array_equal(buffer.transitions.observations, np.stack(columns, axis=1)[:-1])
+    assert buffer.normalization.tolist() == [[0, 0], [1, 1]]
