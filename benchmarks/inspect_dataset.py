@@ -222,6 +222,12 @@ def _endings(data: Data) -> Problems:
     if not data.terminations.any() and shortest < longest:
         todo = "if the task ends episodes (a robot falls), mark terminations: Q would see past its end"
         yield f"no episode is terminated, yet their lengths differ ({shortest:,} to {longest:,})", todo
+    single = int(((data.lengths == 1) & terminated).sum())
+    if 0.01 * len(data.lengths) < single < len(data.lengths):
+        todo = (
+            "if an end repeats (a reached goal stays), cut episodes at the first: a step each, these look like the best"
+        )
+        yield f"{single:,} of {len(data.lengths):,} episodes are a single step that terminates", todo
     if len(data.lengths) == 1:
         yield "there is one episode only", "mark where episodes end, if the log holds several"
 
@@ -257,6 +263,10 @@ def _values(data: Data) -> Problems:
         yield f"{names('observation', far)}: values far beyond all others", todo
     if outliers(data.rewards[:, None]).any():
         yield "rewards: values far beyond all others", "check that they are meant: they decide what Q learns"
+    span = np.ptp(data.returns)
+    if span and not 30 < span < 30_000:  # as training warns
+        todo = "--reward-scale return-range makes it 1,000, for which learning rates and weights of losses are made"
+        yield f"from the worst to the best return it is {span:.3g}", todo
     if data.rewards.min() == data.rewards.max():
         todo = "only the lengths of episodes can tell good from bad; if they do not, imitate (bc.py)"
         yield f"every reward is {data.rewards[0]:.6g}", todo

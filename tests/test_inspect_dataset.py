@@ -195,8 +195,21 @@ def test_faults_of_the_whole(make_dataset, name):
     assert line in text.split("problems found: ")[1]
 
 
-def test_noise_has_no_problems(make_dataset):
-    assert inspect(make_dataset(episodes=[random_episode(seed) for seed in range(4)])).endswith("found: none\n")
+def test_noise_has_no_problems_but_the_size_of_its_rewards(make_dataset):
+    episodes = [random_episode(seed) for seed in range(4)]
+    assert "found: 1\n1. from the worst to the best return it is 11.4\n" in inspect(make_dataset(episodes=episodes))
+    for episode in episodes:
+        episode["rewards"] = 20 * episode["rewards"]
+    assert inspect(make_dataset("test/larger-v0", episodes)).endswith("found: none\n")
+
+
+def test_ends_that_repeat_are_seen(make_dataset):
+    """As antmaze's data has them: the goal is reached, and the rows after it are ends, too."""
+    single = random_episode(7, 1, terminations=np.array([True]), truncations=np.array([False]))
+    text = inspect(make_dataset(episodes=[random_episode(seed) for seed in range(4)] + [single] * 3))
+    assert "3 of 7 episodes are a single step that terminates" in text.split("problems found: ")[1]
+    text = inspect(make_dataset("test/bandit-v0", episodes=[single] * 4))
+    assert "are a single step" not in text
 
 
 def test_two_values_far_from_0_are_not_one(make_dataset):
@@ -206,6 +219,7 @@ def test_two_values_far_from_0_are_not_one(make_dataset):
     for episode in episodes:
         episode["observations"] = episode["observations"].astype(np.float64)
         episode["observations"][:, 1] = 20_000_000 + np.arange(31) % 2
+        episode["rewards"] = 20 * episode["rewards"]
     text = inspect(make_dataset(episodes=episodes, **space))
     assert text.endswith("found: none\n")
     assert float(next(line for line in text.splitlines() if line.startswith("observation 1")).split()[5]) > 0.4  # std
