@@ -293,7 +293,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.data import Dataset, Episode, ReplayBuffer, action_bounds, flat_observation_dim, flatten_observations
+from common.data import Batch as Episode
+from common.data import Dataset, ReplayBuffer, action_bounds, flat_observation_dim, flatten_observations
 from common.evaluation import make_environment
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled

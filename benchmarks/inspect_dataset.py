@@ -22,7 +22,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import BadInput, check, launch, one_line
-from common.data import Dataset, Episode, find_dataset, flat_observation_dim, flatten_observations, load_dataset
+from common.data import Batch as Episode
+from common.data import Dataset, find_dataset, flat_observation_dim, flatten_observations, load_dataset
 
 PICTURED_STATES = 5_000
 AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it

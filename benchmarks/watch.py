@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import BadInput, check, launch, one_line
-from common.data import Dataset, Episode, flatten_observations, load_dataset
+from common.data import Batch as Episode
+from common.data import Dataset, flatten_observations, load_dataset
 from common.evaluation import EVALUATION_SEED, Policy, load_policy, make_environments
 
 FRAMES_PER_SECOND = 25

@@ -107,7 +107,8 @@ class ExperimentArgs:
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (name.endswith("learning_rate") and value <= 0, "must be positive"),
                 (name == "reward_scale" and value != "return-range" and value <= 0, "must be positive"),
-                (name.endswith("hidden_dims") and min(value, default=0) < 1, "must be one or more positive sizes"),
+                (name.endswith("dims") and not 1 <= min(value, default=0) <= max(value) <= 10**5, "1 to 100,000 each"),
+                (name.endswith(("size", "episodes")) and value > 10**7, "must be at most 10,000,000"),
             ]
             for broken, rule in rules:
                 check_argument(self, name, not broken, rule)

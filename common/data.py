@@ -26,16 +26,13 @@ BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.bu
 
 
 class Batch(NamedTuple):
-    """N transitions: float32 tensors on the buffer's device."""
+    """N transitions: float32 tensors on the buffer's device; of an episode NumPy arrays in the environment's units."""
 
     observations: Any  # [N, observation_dim], normalised as the buffer is
     actions: Any  # [N, action_dim], scaled to [-1, 1]; discrete ones [N], int64, counted from 0
     rewards: Any  # [N]
     next_observations: Any  # [N, observation_dim]
     terminations: Any  # [N], 1 where the environment ended the episode; a truncation does not, it bootstraps
-
-
-Episode = Batch  # the N transitions of one episode, as NumPy arrays in the environment's own units
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Dataset:
     observation_dim: int
     action_low: np.ndarray  # [action_dim], as is action_high; of discrete actions [1], the first and the last number
     action_high: np.ndarray
-    read_episodes: Callable[[], Iterator[Episode]] = field(repr=False)
+    read_episodes: Callable[[], Iterator[Batch]] = field(repr=False)
     env_id: str | None = None  # of the evaluation environment
     env_spec: dict[str, Any] | None = None  # what the dataset says of it; None where the user named it
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
@@ -100,11 +97,11 @@ def find_dataset(dataset_id: str) -> Path:
     return path
 
 
-def _read_episodes(dataset: minari.MinariDataset) -> Iterator[Episode]:
+def _read_episodes(dataset: minari.MinariDataset) -> Iterator[Batch]:
     with explain(f"cannot read dataset {dataset.spec.dataset_id}"):
         for episode in dataset.iterate_episodes():
             states = flatten_observations(episode.observations, dataset.observation_space)  # one more than steps
-            yield Episode(states[:-1], episode.actions, episode.rewards, states[1:], episode.terminations)
+            yield Batch(states[:-1], episode.actions, episode.rewards, states[1:], episode.terminations)
 
 
 def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:

@@ -87,6 +87,7 @@ class Run:
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
             except NoEnvironment as reason:
+                check(args.env_id is None, f"--env-id: {reason}")
                 warn(f"{reason}: training goes on without evaluation")
         default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
@@ -264,6 +265,7 @@ class Run:
                 check(value == before, f"{name} is {before} in it, not {value}; start a new run to change it")
             same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
             check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
+            check(checkpoint["step"] <= self.args.num_updates, f"it has made {checkpoint['step']:,} updates already")
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["learner"][name])
         state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])

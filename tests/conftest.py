@@ -27,7 +27,8 @@ import torch
 from minari.data_collector import EpisodeBuffer
 
 from common.command_line import BUILT_IN_ID, interruption, launch
-from common.data import BUILT_IN_DISCRETE_ID, Batch, Episode, ReplayBuffer, load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, Batch, ReplayBuffer, load_dataset
+from common.data import Batch as Episode
 from common.data import _read_episodes as read_episodes
 from common.evaluation import Policy
 from common.optim import Adam

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import batch_of
 
-from common.data import Dataset, Episode, ReplayBuffer
+from common.data import Batch as Episode
+from common.data import Dataset, ReplayBuffer
 from common.optim import Adam
 
 CPU = torch.device("cpu")

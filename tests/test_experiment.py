@@ -175,9 +175,12 @@ def test_logged_data_without_environment_trains_and_says_so(make_dataset, tmp_pa
     assert "not evaluated" in run.stdout
 
 
-def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, tmp_path):
-    dataset_id = make_dataset()
-    arguments = ["--dataset-id", dataset_id, "--env-id", "NotInstalled-v0", "--num-updates", "5"]
+def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, datasets_path, tmp_path):
+    """Where the dataset names it. What the user names and is not there is a typing error (test_bad_input_...)."""
+    dataset_id = make_dataset(env="Pendulum-v1")
+    metadata = datasets_path / dataset_id / "data" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("Pendulum-v1", "NotInstalled-v0"))
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "5"]
     run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"), *SHORT)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
@@ -254,6 +257,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     before = (tmp_path / "run" / "metrics.csv").read_text()
     resume = ["--num-updates", "3", *SHORT, "--resume", "--run-dir", folder]
     assert_one_line(run_script("td3_bc", *resume), "does not fit this run: algorithm is iql in it, not td3_bc")
+    assert_one_line(run_script("iql", *resume, "--num-updates", "2"), "it has made 3 updates already")
     assert_one_line(run_script("iql", *resume, "--gamma", "0.9"), "gamma is 0.99 in it, not 0.9; start a new run")
     other = ["--dataset-id", make_dataset(env="Pendulum-v1")]
     assert_one_line(run_script("iql", *resume, *other), f"dataset_id is {BUILT_IN_ID} in it")
@@ -485,6 +489,14 @@ def test_cuda_without_cuda():
     [
         (["--batch-size", "0"], "error: --batch-size 0: must be at least 1"),
         (["--expectile", "1.5"], r"error: --expectile 1.5: must be in \(0, 1\)"),
+        (
+            ["--hidden-dims", "64", "9223372036854775807"],
+            r"error: --hidden-dims \(64, 9223372036854775807\): 1 to 100,000",
+        ),
+        (["--batch-size", "1000000000000"], "error: --batch-size 1000000000000: must be at most 10,000,000"),
+        (["--final-eval-episodes", "100000000"], "error: --final-eval-episodes 100000000: must be at most 10,000,000"),
+        (["--env-id", "Penduluum-v1"], "error: --env-id: environment 'Penduluum-v1' is not installed"),
+        (["--env-id", "no_such_module:Env-v0"], "error: --env-id: .*no_such_module"),
         (["--dataset-id", "anchorl/none-v0"], "unknown built-in dataset"),
         (["--dataset-id", "none"], "no dataset 'none'"),
         (["--env-id", "MountainCarContinuous-v0"], "MountainCarContinuous-v0 has"),

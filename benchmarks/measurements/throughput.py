@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 from common.command_line import check, launch
-from common.data import Batch, Dataset, Episode, ReplayBuffer
+from common.data import Batch, Dataset, ReplayBuffer
+from common.data import Batch as Episode
 from common.experiment import set_up
 from common.optim import Adam, compiled
 
