@@ -225,6 +225,33 @@ def test_a_signal_before_the_first_update(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+SWALLOWED = """
+import os, runpy, signal, sys
+from common import data
+
+class Gone:  # as an object of h5py is: what is raised in its finaliser is lost
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+
+def load(self, *arguments):
+    Gone()
+    fill(self, *arguments)
+
+fill, data.ReplayBuffer.__init__ = data.ReplayBuffer.__init__, load
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_data_load_is_not_lost(name, tmp_path):
+    """It comes in a finaliser, from which no exception gets out: the run ends where it would begin."""
+    words = [str(ROOT / "algorithms" / "bc.py"), "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT]
+    code = f"import sys; sys.argv[:1] = []\n{SWALLOWED.format(name=name)}"
+    run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 128 + getattr(signal, name), run.stderr
+    assert run.stderr.splitlines()[-1].startswith("interrupted at update 0; go on with")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1, 6, 15])
 def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
