@@ -7,7 +7,7 @@ Scores are normalised; where a dataset has no reference scores, returns stand fo
     last five   the mean of the last five evaluations (of all, where there are fewer), which swings less
     best        the highest evaluation of each seed: what one who may choose by the simulator would get, and a fair
                 estimate of nothing else
-    ± episodes  the standard error of one run's final score that comes of its episodes; where seeds differ by no more,
+    +- episodes  the standard error of one run's final score that comes of its episodes; where seeds differ by no more,
                 they may be all the same
 
 A number is the mean over seeds. Below five seeds each one's value stands behind it, [lowest first]; from five on the
@@ -132,7 +132,7 @@ def per_dataset(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         line |= {"seeds": len(own), "failed": (own["problem"] != "").sum()}
         line |= {"updates": f"{of_runs['num_updates'].max():,}"}
         line |= {name: words([own[name].to_numpy()]) for name in MEASURES}
-        line |= {"± episodes": f"{np.sqrt((own['episode_error'] ** 2).mean()):.1f}"}
+        line |= {"+- episodes": f"{np.sqrt((own['episode_error'] ** 2).mean()):.1f}"}
         line |= {name.replace("_", " "): f"{of_runs.groupby('seed')[name].first().mean():.3g}" for name in TIMES}
         table.append(line)
     cells = pd.DataFrame(table).replace("nan", "")

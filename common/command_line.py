@@ -17,7 +17,7 @@ from tqdm import tqdm
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
-class CannotWrite(RuntimeError):
+class CannotWrite(OSError):
     """The disk is full, the quota used up or the folder read-only. The message is one line. Exit code 1."""
 
 
@@ -33,8 +33,7 @@ class Stopped(KeyboardInterrupt):
     """SIGINT (Ctrl-C) or SIGTERM (what schedulers send) ends the program. Exit code 130 or 143."""
 
 
-def check(condition: bool, message: str) -> None:
-    """Raises BadInput with `message` unless `condition` holds."""
+def check(condition: bool, message: str) -> None:  # raises BadInput unless it holds
     if not condition:
         raise BadInput(message)
 
@@ -58,8 +57,7 @@ def explain(problem: str) -> Iterator[None]:
         raise BadInput(f"{problem}: {one_line(error)}") from None
 
 
-def warn(message: str) -> None:
-    """One line on stderr, above a progress bar."""
+def warn(message: str) -> None:  # one line on stderr, above a progress bar
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
@@ -143,9 +141,11 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
             signal.signal(number, interruption)
     try:
         return main(parse_args(args_class))
-    except (CannotWrite, BadInput, Diverged) as error:
+    except (OSError, BadInput, Diverged) as error:
         words = f"error: {error}"
-        code = 1 if isinstance(error, CannotWrite) else 2 if isinstance(error, BadInput) else 3
+        code = 1 if isinstance(error, OSError) else 2 if isinstance(error, BadInput) else 3
+        if not isinstance(error, (CannotWrite, BadInput, Diverged)):  # the output is closed, or its disk full
+            sys.stdout = None  # type: ignore[assignment]  # else what it has not taken fails again at the exit
     except Stopped as stopped:
         code, words = 128 + interruption.number, str(stopped)
     interruption.close()

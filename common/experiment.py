@@ -220,7 +220,7 @@ class Run:
         result |= {"final_score": final if dataset.reference_returns else None, "final_standard_error": error}
         result |= {"final_return_mean": float(returns.mean()), "final_return_std": float(returns.std())}
         result |= {"final_returns": returns.tolist(), "final_lengths": lengths.tolist()}
-        outcome = f"{unit} {final:.1f} ± {error:.1f} in {len(returns)} episodes, dataset average {scale(mean):.1f}"
+        outcome = f"{unit} {final:.1f} +- {error:.1f} in {len(returns)} episodes, dataset average {scale(mean):.1f}"
         rows = [row for row in self.rows() if row.get("eval/return_mean")]
         curve = [int(row["step"]) for row in rows], [scale(float(row["eval/return_mean"])) for row in rows]
         return result, outcome, lambda file: self._plot(file, curve, scale(mean), unit)

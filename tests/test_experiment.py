@@ -131,7 +131,7 @@ def test_run_folder(algorithm, tmp_path, data):
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     last = run.stdout.strip().splitlines()[-1]
     assert (
-        f"score {final.mean():.1f} ± " in last and "dataset average" in last and str(folder) in last and " s, " in last
+        f"score {final.mean():.1f} +- " in last and "dataset average" in last and str(folder) in last and " s, " in last
     )
     assert "score" in run.stderr  # the progress bar
 

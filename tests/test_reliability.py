@@ -349,6 +349,22 @@ def test_a_disk_that_takes_no_more_is_one_line(number, tmp_path, monkeypatch):
     assert run_script("bc", *arguments, *SHORT, "--resume").returncode == 0
 
 
+@pytest.mark.parametrize("program", ["algorithms/bc.py", "benchmarks/inspect_dataset.py"])
+def test_output_that_nobody_takes_is_one_line(program, tmp_path):
+    """A full disk behind > and, of a tool, a pipe that is closed. What a run has saved is kept."""
+    training = ["--num-updates", "3", "--run-dir", str(tmp_path / "run"), *SHORT]
+    words = [sys.executable, program, *(training if "bc" in program else ["anchorl/pendulum/mixed-v0"])]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert "Traceback" not in run.stderr and "ignored" not in run.stderr
+    if "bc" in program:
+        assert (tmp_path / "run" / "result.json").exists()
+    else:
+        run = subprocess.run(f"{' '.join(words)} | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert run.stderr == "error: [Errno 32] Broken pipe\n" and run.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize("limit", [5_000, 40_000])
 def test_a_quota_is_one_line(limit, tmp_path, pendulum):
     """The first checkpoint has more than 5,000 bytes; metrics.csv gets to 40,000 after some 800 rows."""

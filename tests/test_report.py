@@ -320,7 +320,7 @@ def test_the_last_is_the_final_score_where_all_runs_have_one(tmp_path):
     assert report.measures(table)["last"].tolist() == [25, 25, 0]
     (line,) = report.per_dataset(table, report.measures(table)).to_dict("records")
     assert line["last"] == "16.7 [0.0, 25.0, 25.0]" and line["last five"] == "2.7 [0.0, 2.0, 6.0]"
-    assert line["± episodes"] == "6.5"
+    assert line["+- episodes"] == "6.5"
     table = report.read((grid(tmp_path, runs, [rows[0], "x,1,1,,,7,70"]),))
     assert report.measures(table)["last"].tolist() == [3, 7]
     (tmp_path / "results.csv").write_text(RESULTS + "x,a,0,1,,oh,25,250\n")
