@@ -43,8 +43,7 @@ def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:
     check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
 
 
-def one_line(error: Exception) -> str:
-    """The message of somebody else's exception, fit for the one line of ours."""
+def one_line(error: Exception) -> str:  # the message of somebody else's, fit for the one line of ours
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -39,6 +39,8 @@ class Policy:
         if np.ndim(observations) != 2 or np.shape(observations)[1] != len(mean):
             raise ValueError(f"observations must have shape [N, {len(mean)}], not {list(np.shape(observations))}")
         inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(mean.device)
+        if not inputs.isfinite().all():
+            raise BadInput("an observation holds what is not a finite number: there is no action for that")
         outputs = self.act(((inputs - mean) / std).float()).cpu().numpy()  # rounded when it is near 0
         low, high = self.action_low, self.action_high
         if self.discrete:
@@ -110,8 +112,7 @@ def load_script(name: str, path: str | Path | None = None) -> ModuleType:
     return module
 
 
-class NoEnvironment(BadInput):
-    """There is none to evaluate in."""
+class NoEnvironment(BadInput): ...  # to evaluate in
 
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:

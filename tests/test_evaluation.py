@@ -142,6 +142,12 @@ def save(policy, folder):
     return folder
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e400])
+def test_a_policy_refuses_an_observation_that_is_no_number(policy, value):
+    with pytest.raises(BadInput, match="not a finite number"):
+        policy(np.array([[0.0, 0.0, 0.0], [0.0, value, 0.0]]))
+
+
 def test_load_policy_equals_the_saved_one(any_policy, tmp_path):
     observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     first = load_policy(save(any_policy, tmp_path / "first"))
