@@ -35,6 +35,7 @@ Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
 """
 
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -54,13 +55,13 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from log_hdf5 import RobomimicOptions, read_hdf5_log
+from log_hdf5 import Hdf5Options, read_hdf5_log
 from log_steps import Log, split_episodes
 from log_tables import TableOptions, read_table_log
 from reference_returns import find_reference_returns
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, launch, one_line
+from common.command_line import BadInput, check, launch, one_line, warn
 from common.data import action_bounds, flat_observation_dim
 from common.evaluation import NoEnvironment, make_environment
 
@@ -68,7 +69,7 @@ from common.evaluation import NoEnvironment, make_environment
 @dataclass
 class Args:
     file: tyro.conf.Positional[Path]
-    """the logs: .csv (with commas and a header), .parquet, .hdf5 or .h5"""
+    """the logs: .csv or .tsv with a header, also with .gz; .parquet, .hdf5 or .h5"""
     dataset_id: str
     """Minari id of the dataset to write, such as my/logs-v0"""
     env_id: str | None = None
@@ -80,7 +81,7 @@ class Args:
     action_high: tuple[float, ...] | None = None
     """highest actions, one per number or one for all; default: the environment's, else the data's or 1"""
     table: Annotated[TableOptions, tyro.conf.arg(name="")] = field(default_factory=TableOptions)
-    robomimic: Annotated[RobomimicOptions, tyro.conf.arg(name="")] = field(default_factory=RobomimicOptions)
+    hdf5: Annotated[Hdf5Options, tyro.conf.arg(name="")] = field(default_factory=Hdf5Options)
 
 
 class Environment(NamedTuple):
@@ -95,16 +96,17 @@ class Environment(NamedTuple):
 
 def read_log(args: Args) -> Log:
     """The checked steps. Raises BadInput at the first thing that is wrong with the file, or with the options for it."""
-    path, suffix = args.file, args.file.suffix.lower()
-    known = suffix in (".csv", ".parquet", ".hdf5", ".h5")
-    check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .parquet, .hdf5 or .h5")
+    path = args.file
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    known = suffix in (".csv", ".tsv") or (path.suffix.lower() == suffix and suffix in (".parquet", ".hdf5", ".h5"))
+    check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .tsv, .csv.gz, .parquet, .hdf5 or .h5")
     check(path.is_file(), f"no file {path}: give the path of a .csv, .parquet, .hdf5 or .h5 file")
     if suffix in (".hdf5", ".h5"):
-        options = "--episode, --reward, --terminated, --truncated and the prefixes"
+        options = "--episode, --order, --reward, --terminated, --truncated, --delimiter, --decimal and the prefixes"
         check(args.table == TableOptions(), f"{options} are for tables, which {path} is not")
-        return read_hdf5_log(path, args.robomimic)
-    options = "--observation-keys and --dones are for robomimic's HDF5 files"
-    check(args.robomimic == RobomimicOptions(), f"{options}, which {path} is not")
+        return read_hdf5_log(path, args.hdf5)
+    options = "--timeouts, --observation-keys and --dones are for HDF5 files"
+    check(args.hdf5 == Hdf5Options(), f"{options}, which {path} is not")
     return read_table_log(path, args.table)
 
 
@@ -152,7 +154,8 @@ def check_id(dataset_id: str) -> None:
         if namespace is not None:
             validate_namespace(namespace)
     except (ValueError, TypeError):  # the latter for an id without version
-        raise BadInput(f"--dataset-id {dataset_id}: no Minari id: give one such as my/logs-v0") from None
+        reason = explain_id(dataset_id)
+        raise BadInput(f"--dataset-id {dataset_id}: no Minari id: {reason}: give one such as my/logs-v0") from None
     reserved = dataset_id.startswith("anchorl/")
     check(not reserved, f"--dataset-id {dataset_id}: anchorl/ is for built-in datasets: give another namespace")
     try:
@@ -160,6 +163,20 @@ def check_id(dataset_id: str) -> None:
     except OSError as error:
         raise cannot_write(dataset_id, error) from None
     check(not exists, f"--dataset-id {dataset_id}: exists: take another id, such as the next version")
+
+
+def explain_id(dataset_id: str) -> str:
+    """Which of Minari's rules an id breaks: [namespace/]name-v<number>, a namespace of two characters or more."""
+    strange = sorted(set(re.findall(r"[^-\w/]", dataset_id)))
+    if strange:
+        return (
+            f"it has {', '.join(map(repr, strange))}, and may have letters, digits, _ and -, with / between namespaces"
+        )
+    if not re.search(r"-v\d+$", dataset_id):
+        return "it has no version at its end"
+    if len(dataset_id.rpartition("/")[0]) == 1:
+        return "its namespace has one character, and needs two or more"
+    return "it needs a name, and a namespace that neither begins nor ends with /"
 
 
 def cannot_write(dataset_id: str, error: Exception) -> BadInput:
@@ -180,6 +197,7 @@ def action_space(args: Args, log: Log, environment: Environment | None, actions:
             extent = highest - lowest
         problem = f"{name}: the bounds {lowest:g} and {highest:g} do not make a finite interval"
         check(bool(0 < extent < np.inf), f"{problem}: give --action-low and --action-high")
+    warn_of_whole_numbers(names, actions)
     print("actions:", ", ".join(f"{name} from {a:g} to {b:g}" for name, a, b in zip(names, low, high, strict=True)))
     beyond = int(((actions < low) | (actions > high)).any(axis=1).sum())
     if beyond:
@@ -204,11 +222,26 @@ def find_bounds(
         return -np.ones_like(low), np.ones_like(high)
     constant = low == high
     if args.action_low is None and args.action_high is None and constant.any():
+        values = ", ".join(f"{log.actions[index]} is {low[index]:g}" for index in np.flatnonzero(constant))
         # an actuator that never moved still needs an interval around its value; a narrow one keeps policies near it
         margin = np.where(constant, np.maximum(np.abs(low), 1) * np.float32(1e-3), 0).astype(np.float32)
         low, high = low - margin, high + margin
-        print(f"constant, with bounds just around it: {', '.join(np.array(log.actions)[constant])}")
+        told = "its bounds are just around it, so that policies stay there (--action-low and --action-high set others)"
+        warn(f"{values} in all rows, so that nothing is learned of it: {told}")
     return low, high
+
+
+def warn_of_whole_numbers(names: list[str], actions: np.ndarray) -> None:
+    """Says how whole numbers are read, in columns of few: they may be names of choices."""
+    found = []
+    for name, column in zip(names, actions.T, strict=True):
+        values = np.unique(column)
+        if 2 <= len(values) <= 20 and np.array_equal(values, values.round()):
+            found.append(f"{name} ({', '.join(f'{value:g}' for value in values[:5])}{', ...' * (len(values) > 5)})")
+    if found:
+        reading = "they are read as amounts, and policies choose any number between"
+        choices = "if they name choices, leave it: import_logs has no discrete actions yet"
+        warn(f"whole numbers alone in {', '.join(found)}: {reading}; {choices}")
 
 
 def given_bounds(option: str, values: tuple[float, ...], names: list[str]) -> np.ndarray:
