@@ -111,6 +111,6 @@ def explain_cells(table: Table, name: str, values: np.ndarray, bad: np.ndarray) 
                 return f"{where} holds {kind}, such as {cell} in row {row}: {advice}"
         if np.isnan(values[strange]).all() and strange.sum() > len(strange) / 2:
             return f"{where} holds text, such as {cell} in row {row}: {TEXT}"
-    more = f", nor are {strange.sum() - 1} more cells" if strange.sum() > 1 else ""
+    more = f" ({strange.sum()} such cells)" if strange.sum() > 1 else ""
     advice = "repair the row or remove its episode"
     return f"{table.path}, row {row}, column {name}: {cell} is not a finite number{more}: {advice}"

@@ -5,7 +5,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from log_cells import Table, as_text, count_blanks, is_blank, to_floats
+from log_cells import Table, count_blanks, is_blank, to_floats
 
 from common.command_line import BadInput, check, warn
 
@@ -118,7 +118,7 @@ def readings(table: Table, name: str) -> list[np.ndarray]:
         return [column.astype("int64").to_numpy()]
     numbers = to_floats(table, name)
     bad = int(np.argmax(~np.isfinite(numbers)))
-    found = [numbers] if np.isfinite(numbers).all() else read_dates(as_text(table, name).str.upper())
+    found = [numbers] if np.isfinite(numbers).all() else read_dates(column.astype(str).str.strip())
     what = f"{str(column.iloc[bad])!r} in row {bad + 1} is no number, and the column not all dates or times of one form"
     check(bool(found), f"{table.path}, column {name}: {what}: an order needs numbers, or dates as 2020-12-31 23:00")
     return found

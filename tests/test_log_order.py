@@ -109,8 +109,8 @@ def test_rows_of_one_time_keep_the_files_order(tmp_path):
     outcome = outcome_of(nights(hour=np.tile([0, 1, 1, 1, 2, 3], 4)), tmp_path, "--order", "hour")
     assert load().transitions.rewards.tolist() == nights()["reward"].tolist()
     assert outcome.stderr == (
-        "warning: 8 rows have the same hour as another of their episode, the first in row 3: these keep the file's order"
-        "; two episodes under one id look so, too\n"
+        "warning: 8 rows have the same hour as another of their episode, the first in row 3: these keep the file's "
+        "order; two episodes under one id look so, too\n"
     )
 
 
@@ -118,8 +118,8 @@ def test_gaps_are_counted(tmp_path):
     values = nights().drop(index=[2, 9, 10])
     outcome = outcome_of(values, tmp_path, "--order", "hour")
     assert outcome.stderr == (
-        "warning: 2 steps of hour are unlike the usual one, the first in row 3, from 1 to 3: rows may be missing there; "
-        "what follows a gap can have an episode id of its own\n"
+        "warning: 2 steps of hour are unlike the usual one, the first in row 3, from 1 to 3: rows may be missing there"
+        "; what follows a gap can have an episode id of its own\n"
     )
 
 
