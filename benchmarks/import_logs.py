@@ -1,17 +1,20 @@
 """Converts logs to a local Minari dataset that every script trains on: tables, and HDF5 files as D4RL and robomimic
 lay them out. What a file holds says which it is, and nothing in it is ever run.
 
-A table, .csv or .parquet, has one row per step; the rows of an episode follow each other, in order. A row holds what
-was observed, the action taken on it, the reward that came of it, and whether it ended the episode: `terminated` if the
-task did, `truncated` if a time limit did; an episode with neither is taken as cut where its rows end. The columns of a
-vector share a prefix: those that are numbered (obs_0, obs_1, ...) go by number, others stay in the table's order. Rows
-are counted from 1, without the header.
+A table, .csv or .parquet, has one row per step; the rows of an episode follow each other, in order, or --order names
+the column of numbers, dates or times that sorts them: then they may lie anywhere in the file, and repeats, gaps and
+steps back are counted. A row holds what was observed, the action taken on it, the reward that came of it, and whether
+it ended the episode: `terminated` if the task did, `truncated` if a time limit did; an episode with neither is taken as
+cut where its rows end. The columns of a vector share a prefix: those that are numbered (obs_0, obs_1, ...) go by
+number, others stay in the table's order. Rows are counted from 1, without the header. What separates a CSV file's
+columns, decimal commas, UTF-16 and gzip are found, and said.
 
 D4RL's layout, .hdf5 or .h5, has arrays of N rows, episode after episode: observations [N, dim], actions [N, dim],
 rewards [N], terminals [N], often timeouts [N] and next_observations [N, dim]. robomimic's has a group data/demo_0,
 data/demo_1, ... for each episode of T rows: obs/<key> [T, dim], actions [T, dim], rewards [T], dones [T], often
 next_obs/<key> [T, dim]. Its keys are put side by side, sorted or as --observation-keys has them, and a demo ends with
-its first done. Rows are counted from 0.
+its first done. Rows are counted from 0. A file of D4RL's layout that has neither timeouts nor next_observations is
+refused, unless --timeouts names an array that marks cuts, or says with '' that there are none.
 
 What a step led to is the observation of the row after it. An episode's last row has none after it:
 
@@ -19,9 +22,10 @@ What a step led to is the observation of the row after it. An episode's last row
   observation there, and models of the environment do not learn from it.
 - If it is not, values would be asked of an observation that nobody knows. The row is then no transition: its
   observation says what the row before it led to, its action and reward are dropped. (An episode may so end in a row
-  for its last observation, with any numbers for action and reward.)
+  for its last observation, with anything or nothing for action and reward.)
 - Columns next_obs_0, next_obs_1, ..., or the arrays above, say what each step led to; with them every row is a
-  transition. Where the next row does not go on from there, a table is refused, and an HDF5 file's episode is cut.
+  transition, but for a last one of a table's where they are blank. Where the next row does not go on from there, a
+  table is refused, and an HDF5 file's episode is cut.
 
 The environment in --env-id is the one that scripts evaluate in. It gives the bounds of actions; else a table's are the
 data's own, and an HDF5 file's -1 and 1. Scores are 0 and 100 at the returns of --reference-returns, or else at D4RL's,

@@ -44,8 +44,8 @@ def find_encoding(path: Path) -> str:
             return "utf-16"
         blocks = itertools.chain([start], iter(lambda: file.read(2**20), b""))
         for block in blocks:
-            problem = "holds bytes of zero: it is no text, or UTF-16 without a mark"
-            check(b"\0" not in block, f"{path} {problem}: save it as text, CSV with UTF-8")
+            problem = "it holds bytes of zero, so it is no text, or UTF-16 without a mark"
+            check(b"\0" not in block, f"{problem}: save it as text, CSV with UTF-8")
             try:
                 decoder.decode(block if encoding == "utf-8" else b"")
             except UnicodeDecodeError:
@@ -106,12 +106,8 @@ def parse(path: Path, dialect: Dialect, names: list[str], texts: list[str], deci
                 convert_options=arrow.ConvertOptions(include_columns=names, column_types=kinds, decimal_point=decimal),
             )
     except Exception as error:  # the reader raises many kinds
-        hint = (
-            ": decimal commas, or commas in text, need quotes or another --delimiter"
-            if dialect.delimiter == ","
-            else ""
-        )
-        hint = hint if "columns, got" in str(error) else ""
+        commas = dialect.delimiter == "," and "columns, got" in str(error)
+        hint = ": decimal commas, or commas in text, need quotes or another --delimiter" if commas else ""
         raise BadInput(f"cannot read {path}: {one_line(error)}{hint}") from None
 
 

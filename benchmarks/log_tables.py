@@ -171,11 +171,10 @@ def check_steps(table: Table, steps: Steps) -> None:
     gaps = find_gaps(steps)
     if len(gaps):
         row = int(gaps[0])
-        advice = (
-            "rows are missing or out of order: --order COLUMN sorts them (--next-observation-prefix '' ignores those)"
-        )
+        advice = "rows are missing or out of order: --order COLUMN sorts them"
+        others = "--next-observation-prefix '' ignores those columns"
         what = f"its next observation is not that of row {rows[row + 1]}"
-        raise BadInput(f"{path}, row {rows[row]}: {what}: {advice}")
+        raise BadInput(f"{path}, row {rows[row]}: {what}: {advice} ({others})")
 
 
 def last_rows(ends: np.ndarray) -> np.ndarray:

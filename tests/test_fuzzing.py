@@ -57,7 +57,7 @@ def assert_trains_or_refuses(words, folder, script="bc"):
 def imports(file, words, env):
     """Whether `import_logs` makes a dataset of an HDF5 file; if not, it must say why."""
     code, errors = run_quietly([str(file), *words, *env], "import_logs")
-    assert code == 0 or (code == 2 and re.fullmatch(r"error: .+\n", errors)), errors
+    assert code == 0 or (code == 2 and re.fullmatch(r"(warning: .*\n)*error: .+\n", errors)), errors
     return code == 0
 
 
@@ -199,7 +199,9 @@ DIALECTS = st.fixed_dictionaries(
         "encoding": st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"]),
         "zipped": st.booleans(),
         "time": st.sampled_from(sorted(TIMES)),
-        "values": st.lists(st.one_of(st.integers(-9999, 9999), st.floats(-1e9, 1e9)), min_size=18, max_size=18),
+        "values": st.lists(
+            st.one_of(st.integers(-9999, 9999), st.floats(-1e9, 1e9, allow_subnormal=False)), min_size=18, max_size=18
+        ),
         "digits": st.integers(0, 6),
     }
 )

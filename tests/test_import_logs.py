@@ -317,7 +317,7 @@ FILES = {
     "logs.txt": (b"", "unknown suffix '.txt'"),
     "empty.csv": (b"", "cannot read"),
     "damaged.parquet": (b"PAR1 and no more", "cannot read"),
-    "binary.csv": (b"episode,\0\xff\xfe\n", "holds bytes of zero: it is no text, or UTF-16 without"),
+    "binary.csv": (b"episode,\0\xff\xfe\n", "it holds bytes of zero, so it is no text, or UTF-16 without"),
     "twice.csv": (b"episode,obs_0,obs_0,action_0,reward,terminated\n1,1,1,1,1,0\n", "several columns named obs_0"),
     "long.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1,1,0,9\n", "cannot read"),
     "longer.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0,9\n", "cannot read"),
