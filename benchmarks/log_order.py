@@ -13,6 +13,7 @@ LIKE_TIME = re.compile(
     r"(\w+[_ .-])?(t|time|timestep|time[_ ]step|timestamp|datetime|date|step|tick|frame|day|hour|minute|second)s?"
     r"([_ .-](ns|us|ms|s|h|utc|index|id|no|nr))?"
 )
+ZONE = r":\d\d.*(?:[zZ]|[-+]\d\d:?\d\d)$"
 CLOCK = "%H:%M:%S.%f", "%H:%M:%S", "%H:%M"
 HALF_DAYS = "%m/%d/%Y %I:%M %p", "%d/%m/%Y %I:%M %p", "%I:%M %p"
 
@@ -126,6 +127,9 @@ def readings(table: Table, name: str) -> list[np.ndarray]:
 
 def read_dates(text: Any) -> list[np.ndarray]:
     """What dates or times may mean, as numbers: one reading, two if day or month may be first, or none."""
+    zoned = text.str.contains(ZONE)
+    if zoned.any() and not zoned.all():
+        return []
     for form in ("ISO8601", *CLOCK):
         if (dates := parse_dates(text, format=form)) is not None:
             return [dates]

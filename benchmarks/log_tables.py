@@ -69,8 +69,8 @@ def read_header(path: Path, args: TableOptions) -> tuple[list[str], Dialect | No
         with explain(f"cannot read {path}"):
             return list(parquet.read_schema(path).names), None
     dialect = find_dialect(path, delimiter, [args.episode, args.reward, args.terminated])
-    one = f"{path} has one column, {dialect.names[0]}: --delimiter names what separates columns"
-    check(len(dialect.names) > 1, one)
+    one = f"{path} has one column, {dialect.names[0]}: its first line must be the header"
+    check(len(dialect.names) > 1, f"{one}, and --delimiter names what separates columns")
     return dialect.names, dialect
 
 

@@ -127,7 +127,7 @@ FILES = {
     "wrong delimiter": (
         b"episode,obs_0\n",
         ["--delimiter", ";"],
-        "has one column, episode,obs_0: --delimiter names",
+        "has one column, episode,obs_0: its first line must be the header, and --delimiter names",
     ),
     "decimal": (b"episode,obs_0\n", ["--decimal", "x"], "--decimal x: give . or ,"),
     "broken gzip": (gzip.compress(b"episode,obs_0\n" * 99)[:-9], [], "cannot read"),

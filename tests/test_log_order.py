@@ -56,6 +56,10 @@ COLUMNS = {
     "fractions": np.tile(np.arange(6) / 3, 4),
     "dates": DATES,
     "iso text": [f"{date:%Y-%m-%dT%H:%M:%SZ}" for date in DATES],
+    "a change of the clocks": [
+        *(f"2023-10-29 02:{5 * row:02}:00+02:00" for row in range(12)),
+        *(f"2023-10-29 02:{5 * row:02}:00+01:00" for row in range(12)),
+    ],
     "month first": [f"{date:%m/%d/%Y %I:%M %p}" for date in DATES],  # 12/31 says which
     "day first": [f"{date:%d.%m.%Y %H:%M}" for date in DATES],
     "names of months": [f"{date:%d %b %Y %H:%M}" for date in DATES],
@@ -176,6 +180,11 @@ REFUSED = {
         "hour",
     ),
     "day or month": (nights(hour=DAYS), "'01/05/2023' and others may begin with the day or the month: write", "hour"),
+    "zones, here and there": (
+        nights(hour=[f"2023-01-01 08:0{row}{'Z' * (row == 3)}" for row in range(6)] * 4),
+        "column hour: '2023-01-01 08:00' in row 1 is no number, and the column not all dates or times of one form",
+        "hour",
+    ),
     "midnight": (
         nights(hour=np.tile([22, 23, 0, 1, 2, 3], 4)),
         "in 4 episodes the column goes back once, to less than it began with, as hours do at midnight: name a column",
