@@ -1,17 +1,20 @@
 """Converts logs to a local Minari dataset that every script trains on: tables, and HDF5 files as D4RL and robomimic
 lay them out. What a file holds says which it is, and nothing in it is ever run.
 
-A table, .csv or .parquet, has one row per step; the rows of an episode follow each other, in order. A row holds what
-was observed, the action taken on it, the reward that came of it, and whether it ended the episode: `terminated` if the
-task did, `truncated` if a time limit did; an episode with neither is taken as cut where its rows end. The columns of a
-vector share a prefix: those that are numbered (obs_0, obs_1, ...) go by number, others stay in the table's order. Rows
-are counted from 1, without the header.
+A table, .csv or .parquet, has one row per step; the rows of an episode follow each other, in order, or --order names
+the column of numbers, dates or times that sorts them: then they may lie anywhere in the file, and repeats, gaps and
+steps back are counted. A row holds what was observed, the action taken on it, the reward that came of it, and whether
+it ended the episode: `terminated` if the task did, `truncated` if a time limit did; an episode with neither is taken as
+cut where its rows end. The columns of a vector share a prefix: those that are numbered (obs_0, obs_1, ...) go by
+number, others stay in the table's order. Rows are counted from 1, without the header. What separates a CSV file's
+columns, decimal commas, UTF-16 and gzip are found, and said.
 
 D4RL's layout, .hdf5 or .h5, has arrays of N rows, episode after episode: observations [N, dim], actions [N, dim],
 rewards [N], terminals [N], often timeouts [N] and next_observations [N, dim]. robomimic's has a group data/demo_0,
 data/demo_1, ... for each episode of T rows: obs/<key> [T, dim], actions [T, dim], rewards [T], dones [T], often
 next_obs/<key> [T, dim]. Its keys are put side by side, sorted or as --observation-keys has them, and a demo ends with
-its first done. Rows are counted from 0.
+its first done. Rows are counted from 0. A file of D4RL's layout that has neither timeouts nor next_observations is
+refused, unless --timeouts names an array that marks cuts, or says with '' that there are none.
 
 What a step led to is the observation of the row after it. An episode's last row has none after it:
 
@@ -19,9 +22,10 @@ What a step led to is the observation of the row after it. An episode's last row
   observation there, and models of the environment do not learn from it.
 - If it is not, values would be asked of an observation that nobody knows. The row is then no transition: its
   observation says what the row before it led to, its action and reward are dropped. (An episode may so end in a row
-  for its last observation, with any numbers for action and reward.)
+  for its last observation, with anything or nothing for action and reward.)
 - Columns next_obs_0, next_obs_1, ..., or the arrays above, say what each step led to; with them every row is a
-  transition. Where the next row does not go on from there, a table is refused, and an HDF5 file's episode is cut.
+  transition, but for a last one of a table's where they are blank. Where the next row does not go on from there, a
+  table is refused, and an HDF5 file's episode is cut.
 
 The environment in --env-id is the one that scripts evaluate in. It gives the bounds of actions; else a table's are the
 data's own, and an HDF5 file's -1 and 1. Scores are 0 and 100 at the returns of --reference-returns, or else at D4RL's,
@@ -35,6 +39,7 @@ Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
 """
 
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -54,13 +59,13 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from log_hdf5 import RobomimicOptions, read_hdf5_log
+from log_hdf5 import Hdf5Options, read_hdf5_log
 from log_steps import Log, split_episodes
 from log_tables import TableOptions, read_table_log
 from reference_returns import find_reference_returns
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, launch, one_line
+from common.command_line import BadInput, check, launch, one_line, warn
 from common.data import action_bounds, flat_observation_dim
 from common.evaluation import NoEnvironment, make_environment
 
@@ -68,7 +73,7 @@ from common.evaluation import NoEnvironment, make_environment
 @dataclass
 class Args:
     file: tyro.conf.Positional[Path]
-    """the logs: .csv (with commas and a header), .parquet, .hdf5 or .h5"""
+    """the logs: .csv or .tsv with a header, also with .gz; .parquet, .hdf5 or .h5"""
     dataset_id: str
     """Minari id of the dataset to write, such as my/logs-v0"""
     env_id: str | None = None
@@ -80,7 +85,7 @@ class Args:
     action_high: tuple[float, ...] | None = None
     """highest actions, one per number or one for all; default: the environment's, else the data's or 1"""
     table: Annotated[TableOptions, tyro.conf.arg(name="")] = field(default_factory=TableOptions)
-    robomimic: Annotated[RobomimicOptions, tyro.conf.arg(name="")] = field(default_factory=RobomimicOptions)
+    hdf5: Annotated[Hdf5Options, tyro.conf.arg(name="")] = field(default_factory=Hdf5Options)
 
 
 class Environment(NamedTuple):
@@ -95,16 +100,17 @@ class Environment(NamedTuple):
 
 def read_log(args: Args) -> Log:
     """The checked steps. Raises BadInput at the first thing that is wrong with the file, or with the options for it."""
-    path, suffix = args.file, args.file.suffix.lower()
-    known = suffix in (".csv", ".parquet", ".hdf5", ".h5")
-    check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .parquet, .hdf5 or .h5")
+    path = args.file
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    known = suffix in (".csv", ".tsv") or (path.suffix.lower() == suffix and suffix in (".parquet", ".hdf5", ".h5"))
+    check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .tsv, .csv.gz, .parquet, .hdf5 or .h5")
     check(path.is_file(), f"no file {path}: give the path of a .csv, .parquet, .hdf5 or .h5 file")
     if suffix in (".hdf5", ".h5"):
-        options = "--episode, --reward, --terminated, --truncated and the prefixes"
+        options = "--episode, --order, --reward, --terminated, --truncated, --delimiter, --decimal and the prefixes"
         check(args.table == TableOptions(), f"{options} are for tables, which {path} is not")
-        return read_hdf5_log(path, args.robomimic)
-    options = "--observation-keys and --dones are for robomimic's HDF5 files"
-    check(args.robomimic == RobomimicOptions(), f"{options}, which {path} is not")
+        return read_hdf5_log(path, args.hdf5)
+    options = "--timeouts, --observation-keys and --dones are for HDF5 files"
+    check(args.hdf5 == Hdf5Options(), f"{options}, which {path} is not")
     return read_table_log(path, args.table)
 
 
@@ -152,7 +158,8 @@ def check_id(dataset_id: str) -> None:
         if namespace is not None:
             validate_namespace(namespace)
     except (ValueError, TypeError):  # the latter for an id without version
-        raise BadInput(f"--dataset-id {dataset_id}: no Minari id: give one such as my/logs-v0") from None
+        reason = explain_id(dataset_id)
+        raise BadInput(f"--dataset-id {dataset_id}: no Minari id: {reason}: give one such as my/logs-v0") from None
     reserved = dataset_id.startswith("anchorl/")
     check(not reserved, f"--dataset-id {dataset_id}: anchorl/ is for built-in datasets: give another namespace")
     try:
@@ -160,6 +167,20 @@ def check_id(dataset_id: str) -> None:
     except OSError as error:
         raise cannot_write(dataset_id, error) from None
     check(not exists, f"--dataset-id {dataset_id}: exists: take another id, such as the next version")
+
+
+def explain_id(dataset_id: str) -> str:
+    """Which of Minari's rules an id breaks: [namespace/]name-v<number>, a namespace of two characters or more."""
+    strange = sorted(set(re.findall(r"[^-\w/]", dataset_id)))
+    if strange:
+        return (
+            f"it has {', '.join(map(repr, strange))}, and may have letters, digits, _ and -, with / between namespaces"
+        )
+    if not re.search(r"-v\d+$", dataset_id):
+        return "it has no version at its end"
+    if len(dataset_id.rpartition("/")[0]) == 1:
+        return "its namespace has one character, and needs two or more"
+    return "it needs a name, and a namespace that neither begins nor ends with /"
 
 
 def cannot_write(dataset_id: str, error: Exception) -> BadInput:
@@ -180,6 +201,7 @@ def action_space(args: Args, log: Log, environment: Environment | None, actions:
             extent = highest - lowest
         problem = f"{name}: the bounds {lowest:g} and {highest:g} do not make a finite interval"
         check(bool(0 < extent < np.inf), f"{problem}: give --action-low and --action-high")
+    warn_of_whole_numbers(names, actions)
     print("actions:", ", ".join(f"{name} from {a:g} to {b:g}" for name, a, b in zip(names, low, high, strict=True)))
     beyond = int(((actions < low) | (actions > high)).any(axis=1).sum())
     if beyond:
@@ -204,11 +226,26 @@ def find_bounds(
         return -np.ones_like(low), np.ones_like(high)
     constant = low == high
     if args.action_low is None and args.action_high is None and constant.any():
+        values = ", ".join(f"{log.actions[index]} is {low[index]:g}" for index in np.flatnonzero(constant))
         # an actuator that never moved still needs an interval around its value; a narrow one keeps policies near it
         margin = np.where(constant, np.maximum(np.abs(low), 1) * np.float32(1e-3), 0).astype(np.float32)
         low, high = low - margin, high + margin
-        print(f"constant, with bounds just around it: {', '.join(np.array(log.actions)[constant])}")
+        told = "its bounds are just around it, so that policies stay there (--action-low and --action-high set others)"
+        warn(f"{values} in all rows, so that nothing is learned of it: {told}")
     return low, high
+
+
+def warn_of_whole_numbers(names: list[str], actions: np.ndarray) -> None:
+    """Says how whole numbers are read, in columns of few: they may be names of choices."""
+    found = []
+    for name, column in zip(names, actions.T, strict=True):
+        values = np.unique(column)
+        if 2 <= len(values) <= 20 and np.array_equal(values, values.round()):
+            found.append(f"{name} ({', '.join(f'{value:g}' for value in values[:5])}{', ...' * (len(values) > 5)})")
+    if found:
+        reading = "they are read as amounts, and policies choose any number between"
+        choices = "if they name choices, leave it: import_logs has no discrete actions yet"
+        warn(f"whole numbers alone in {', '.join(found)}: {reading}; {choices}")
 
 
 def given_bounds(option: str, values: tuple[float, ...], names: list[str]) -> np.ndarray:

@@ -8,35 +8,39 @@ from typing import Any, Literal
 
 import h5py
 import numpy as np
+from log_cells import NO, YES
 from log_steps import Log, Steps, cut_gaps
 from reference_returns import find_reference_returns
 
-from common.command_line import BadInput, check, one_line
+from common.command_line import BadInput, check, one_line, warn
 
 D4RL = "observations", "actions", "rewards", "terminals"  # the arrays that a file must hold
 
 
 @dataclass
-class RobomimicOptions:
+class Hdf5Options:
+    timeouts: str = "timeouts"
+    """D4RL's files: array that is 1 where a limit cut an episode; '' says that no limit did"""
     observation_keys: tuple[str, ...] = ()
     """robomimic files: keys that make up the observation, in this order; default: all, sorted"""
     dones: Literal["terminated", "truncated"] = "terminated"
     """robomimic files: how an episode ends where `dones` is 1; truncated if it is a limit that cut the demos"""
 
 
-def read_hdf5_log(path: Path, options: RobomimicOptions) -> Log:
+def read_hdf5_log(path: Path, options: Hdf5Options) -> Log:
     """The checked steps of a file in either layout. Raises BadInput at the first thing that is wrong with it."""
     try:
         with h5py.File(path, "r") as file:
             demos = find_demos(file)
             if demos:
+                check(options.timeouts == "timeouts", f"--timeouts is for D4RL's layout: {path} is in robomimic's")
                 return read_robomimic(file, demos, options)
             lacking = ", ".join(name for name in D4RL if name not in file)
             known = f"for D4RL's it lacks {lacking}; for robomimic's, groups data/demo_0, data/demo_1 and so on"
             check(not lacking, f"{path} is in neither layout: {known}")
             named = "--observation-keys and --dones are for robomimic's layout"
-            check(options == RobomimicOptions(), f"{named}: {path} is in D4RL's")
-            return read_d4rl(file)
+            check(options == Hdf5Options(timeouts=options.timeouts), f"{named}: {path} is in D4RL's")
+            return read_d4rl(file, options.timeouts)
     except BadInput:
         raise
     except Exception as error:  # of damaged files, h5py raises many kinds
@@ -88,6 +92,10 @@ def read_vectors(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarra
 
 def read_actions(group: h5py.Group) -> np.ndarray:
     """[rows, action_dim], float32. Raises BadInput as read_numbers does, and at whole numbers: discrete actions."""
+    item = group["actions"]
+    whole = isinstance(item, h5py.Dataset) and item.dtype.kind in "biu"
+    advice = "if they are amounts, store them as floats; import_logs has no discrete actions yet"
+    check(not whole, f"{where(group, 'actions')} must be vectors of real numbers, not {describe(item)}: {advice}")
     return read_vectors(group, "actions", "f")
 
 
@@ -99,12 +107,19 @@ def read_scalars(group: h5py.Group, name: str) -> np.ndarray:
 
 
 def read_flags(group: h5py.Group, name: str) -> np.ndarray:
-    """[rows] of true and false. Raises BadInput as read_scalars does, and unless they are 1 and 0."""
-    values = read_scalars(group, name)
-    strange = np.flatnonzero((values != 0) & (values != 1))
-    row = strange[0] if len(strange) else 0
-    check(len(strange) == 0, f"{where(group, name)}[{row}] is neither 0 nor 1")
-    return values == 1
+    """[rows] of true and false. Raises BadInput as read_scalars does, and unless they are 1 and 0, or such words."""
+    item = group[name]
+    if isinstance(item, h5py.Dataset) and h5py.check_string_dtype(item.dtype):
+        check(item.shape in ((item.size,), (item.size, 1)), f"{where(group, name)} must be one word a row")
+        values = np.char.lower(np.char.strip(item.asstr(errors="replace")[:].astype(str).reshape(-1)))
+        yes, no = np.isin(values, YES), np.isin(values, NO)
+    else:
+        values = read_scalars(group, name)
+        yes, no = values == 1, values == 0
+    strange = np.unique(values[~(yes | no)])
+    found = f"{', '.join(map(repr, strange[:5].tolist()))}{', ...' * (len(strange) > 5)}"
+    check(len(strange) == 0, f"{where(group, name)} must be 0 and 1, or true and false, and holds {found}")
+    return yes
 
 
 def check_lengths(group: h5py.Group, arrays: dict[str, np.ndarray]) -> None:
@@ -122,7 +137,7 @@ def name_actions(actions: np.ndarray) -> list[str]:
 # --- D4RL -----------------------------------------------------------------------------------------------------------
 
 
-def read_d4rl(file: h5py.File) -> Log:
+def read_d4rl(file: h5py.File, timeouts_name: str) -> Log:
     """Arrays of N rows, episode after episode: observations [N, dim], actions [N, dim], rewards [N], terminals [N],
     often timeouts [N] and next_observations [N, dim]. An episode ends with a terminal, a timeout or the file.
     """
@@ -132,27 +147,78 @@ def read_d4rl(file: h5py.File) -> Log:
         "rewards": read_scalars(file, "rewards"),
         "terminals": read_flags(file, "terminals"),
     }
-    if "timeouts" in file:
-        arrays["timeouts"] = read_flags(file, "timeouts")
     if "next_observations" in file:
         arrays["next_observations"] = read_vectors(file, "next_observations")
-    elif "timeouts" not in file:
-        print("no timeouts: an episode that a time limit cut runs on into the next one")
-    check_lengths(file, arrays)
     observations, terminals = arrays["observations"], arrays["terminals"]
-    following, timeouts = arrays.get("next_observations"), arrays.get("timeouts", np.zeros_like(terminals))
+    check(
+        timeouts_name not in arrays, f"--timeouts {timeouts_name}: is read as such already: name another array, or ''"
+    )
+    used = {*arrays, timeouts_name}
+    if timeouts_name and timeouts_name in file:
+        arrays[timeouts_name] = read_flags(file, timeouts_name)
+    else:
+        check_no_timeouts(file, timeouts_name, used, len(terminals))
+    check_lengths(file, arrays)
+    following, timeouts = arrays.get("next_observations"), arrays.get(timeouts_name, np.zeros_like(terminals))
     sizes = f"{where(file, 'next_observations')} are of another size than observations"
     check(following is None or following.shape == observations.shape, sizes)
     ends = np.union1d(np.flatnonzero(terminals | timeouts) + 1, len(terminals))
     steps = Steps(observations, arrays["actions"], arrays["rewards"], terminals, timeouts, following, ends)
+    steps = cut_gaps(steps)
+    if timeouts_name and not steps.truncations.any():
+        warn_of_no_cuts(file, steps, used)
     return Log(
-        cut_gaps(steps),
+        steps,
         observations=f"{observations.shape[1]} numbers, as the file has them",
         actions=name_actions(steps.actions),
-        unused=sorted(set(file) - set(arrays)),
+        unused=find_unused_arrays(file, used, len(terminals)),
         unit_actions=True,
         reference_returns=find_reference_returns(Path(file.filename).name),
     )
+
+
+def check_no_timeouts(file: h5py.File, name: str, used: set[str], num_rows: int) -> None:
+    """Raises BadInput where a file without the array of timeouts does not say either what each step led to: then an
+    episode that a limit cut would run on into the next one.
+    """
+    asked = name not in ("", "timeouts")
+    check(not asked, f"--timeouts {name}: {file.filename} has no such array: {list_of_rows(file, used, num_rows)}")
+    problem = "has no timeouts, so an episode that a limit cut would run on into the next one"
+    advice = "name the array that marks such ends with --timeouts, or give --timeouts '' if every end is a terminal"
+    known = name == "" or "next_observations" in file
+    check(known, f"{file.filename} {problem}: {advice} ({list_of_rows(file, used, num_rows)})")
+
+
+def warn_of_no_cuts(file: h5py.File, steps: Steps, used: set[str]) -> None:
+    """Says so where nothing but terminals ends an episode, which a limit may have done without a mark."""
+    longest = int(np.diff(steps.ends, prepend=0).max())
+    what = f"no episode is cut by a limit: terminals alone end them, and the longest has {longest} rows"
+    advice = "if one of these marks ends, name it with --timeouts"
+    warn(f"{what}: {advice} ({list_of_rows(file, used, len(steps.rewards))}); --timeouts '' says that all is well")
+
+
+def arrays_of_rows(file: h5py.File, used: set[str], num_rows: int) -> list[str]:
+    """Names of the arrays, also in groups, that have something for each row, and are not used."""
+    names: list[str] = []
+
+    def add(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.shape and item.shape[0] == num_rows and name not in used:
+            names.append(name)
+
+    file.visititems(add)
+    return sorted(names)
+
+
+def list_of_rows(file: h5py.File, used: set[str], num_rows: int) -> str:
+    names = arrays_of_rows(file, used, num_rows)
+    return f"not used: {', '.join(names)}" if names else "no other array has its number of rows"
+
+
+def find_unused_arrays(file: h5py.File, used: set[str], num_rows: int) -> list[str]:
+    """Arrays that have something for each row by their own names, all else by that of its group."""
+    names = arrays_of_rows(file, used, num_rows)
+    tops = {name.split("/")[0] for name in [*names, *used]}
+    return sorted([*names, *(name for name in file if name not in tops)])
 
 
 # --- robomimic ------------------------------------------------------------------------------------------------------
@@ -167,7 +233,7 @@ def find_demos(file: h5py.File) -> list[h5py.Group]:
     return [data[name] for name in sorted(names, key=lambda name: int(name.removeprefix("demo_")))]
 
 
-def read_robomimic(file: h5py.File, demos: list[h5py.Group], options: RobomimicOptions) -> Log:
+def read_robomimic(file: h5py.File, demos: list[h5py.Group], options: Hdf5Options) -> Log:
     """A group data/demo_<number> for each episode, of T rows: actions [T, dim], rewards [T], dones [T], obs/<key>
     [T, dim] and often next_obs/<key> [T, dim]. What follows a demo's first done is no part of the episode.
     `data.attrs["env_args"]`, text that says how to make an environment, is not read.
@@ -202,7 +268,7 @@ def read_robomimic(file: h5py.File, demos: list[h5py.Group], options: RobomimicO
     )
 
 
-def find_keys(demo: h5py.Group, options: RobomimicOptions) -> dict[str, int]:
+def find_keys(demo: h5py.Group, options: Hdf5Options) -> dict[str, int]:
     """The keys of the observation, in the order of its numbers, and how many each has. Raises BadInput if one is not
     there, or no vector.
     """

@@ -14,7 +14,7 @@ class Steps(NamedTuple):
     rewards: np.ndarray  # [rows]
     terminations: np.ndarray  # [rows], as are truncations; true where an episode ends so
     truncations: np.ndarray
-    next_observations: np.ndarray | None  # [rows, observation_dim], float32
+    next_observations: np.ndarray | None  # [rows, observation_dim], float32; not finite where an end's is not known
     ends: np.ndarray  # [episodes], where each episode's rows end
 
 
@@ -58,7 +58,7 @@ def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
     buffers, start = [], 0
     for end in steps.ends.tolist():
         observations, last = steps.observations[start:end], end - 1
-        if steps.next_observations is not None:
+        if steps.next_observations is not None and np.isfinite(steps.next_observations[last]).all():
             observations = np.concatenate([observations, steps.next_observations[last:end]])
         elif steps.terminations[last]:
             observations = np.concatenate([observations, observations[-1:]])  # no value is asked of it

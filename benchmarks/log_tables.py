@@ -1,31 +1,41 @@
 """Tables of logs, CSV or Parquet: finding the columns, reading and checking them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from log_cells import Table, to_flags, to_matrix, to_numbers
+from log_csv import Dialect, find_dialect, read_csv
+from log_order import find_order, is_like_time
 from log_steps import Log, Steps, find_gaps
 
-from common.command_line import BadInput, check, one_line
+from common.command_line import BadInput, check, explain
 
 
 @dataclass
 class TableOptions:
     episode: str = "episode"
     """tables: column of the episode's id, a number or a text"""
+    order: str | None = None
+    """tables: column of numbers, dates or times that sorts the rows of an episode; default: the file's order"""
     reward: str = "reward"
     """tables: column of the reward"""
     terminated: str = "terminated"
-    """tables: column, true (or 1) where the task ended the episode"""
+    """tables: column, true (or 1, yes) where the task ended the episode"""
     truncated: str = "truncated"
-    """tables: column, true (or 1) where a limit cut the episode; may be absent under the default's name"""
+    """tables: column, true (or 1, yes) where a limit cut the episode; may be absent under the default's name"""
     observation_prefix: str = "obs_"
     """tables: columns of the observation begin with this"""
     action_prefix: str = "action_"
     """tables: columns of the action begin with this"""
     next_observation_prefix: str = "next_obs_"
     """tables: columns of the next observation begin with this; may be absent by default; "" ignores them"""
+    delimiter: str = ""
+    """CSV: what separates columns, one character or tab; default: the one of , ; | and tab that fits the header"""
+    decimal: str = ""
+    """tables: decimal mark, . or ,; default: a comma where numbers have commas and no points"""
 
 
 class Columns(NamedTuple):
@@ -41,41 +51,43 @@ class Columns(NamedTuple):
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> list[str]:
-    """The table's column names. Raises BadInput if it cannot be read."""
+def read_header(path: Path, args: TableOptions) -> tuple[list[str], Dialect | None]:
+    """The table's column names, as the file has them, and the dialect of a CSV file. Raises BadInput if it cannot be
+    read, or not so.
+    """
     try:
         import pandas  # noqa: F401, needed for what follows
-        from pyarrow import csv, parquet
+        from pyarrow import parquet
     except ImportError:
         raise BadInput("reading tables needs pandas and pyarrow: pip install -e '.[logs]'") from None
-    try:
-        if path.suffix.lower() == ".parquet":
-            return list(parquet.read_schema(path).names)
-        with csv.open_csv(path) as reader:
-            return list(reader.schema.names)
-    except Exception as error:  # the readers raise many kinds
-        raise BadInput(f"cannot read {path}: {one_line(error)}") from None
+    check(args.decimal in ("", ".", ","), f"--decimal {args.decimal}: give . or ,")
+    delimiter = "\t" if args.delimiter in ("tab", "\\t") else args.delimiter
+    fits = len(delimiter) < 2 and delimiter not in ('"', "\n", "\r", "\0")
+    check(fits, f"--delimiter {args.delimiter!r}: give one character, or tab")
+    if path.suffix.lower() == ".parquet":
+        check(not delimiter, f"--delimiter is for CSV files, which {path} is not")
+        with explain(f"cannot read {path}"):
+            return list(parquet.read_schema(path).names), None
+    dialect = find_dialect(path, delimiter, [args.episode, args.reward, args.terminated])
+    one = f"{path} has one column, {dialect.names[0]}: its first line must be the header"
+    check(len(dialect.names) > 1, f"{one}, and --delimiter names what separates columns")
+    return dialect.names, dialect
 
 
-def read_table(path: Path, names: list[str], episode: str) -> Any:
-    """A pandas table of the columns `names`. Raises BadInput if the file is damaged or holds no rows."""
-    import pyarrow
-    from pyarrow import csv, parquet
+def read_table(path: Path, keys: list[str], dialect: Dialect | None, args: TableOptions) -> Table:
+    """The columns `keys`, without spaces around their names. Raises BadInput if the file is damaged or has no rows."""
+    from pyarrow import parquet
 
-    try:
-        if path.suffix.lower() == ".parquet":
-            with parquet.ParquetFile(path) as file:
-                table = file.read(columns=names)
-        else:
-            table = csv.read_csv(
-                path,
-                parse_options=csv.ParseOptions(newlines_in_values=True),
-                convert_options=csv.ConvertOptions(include_columns=names, column_types={episode: pyarrow.string()}),
-            )
-    except Exception as error:  # the readers raise many kinds
-        raise BadInput(f"cannot read {path}: {one_line(error)}") from None
+    if dialect is None:
+        decimal = args.decimal or "."
+        with explain(f"cannot read {path}"), parquet.ParquetFile(path) as file:
+            table = file.read(columns=keys)
+    else:
+        texts = [key for key in keys if key.strip() == args.episode]
+        table, decimal = read_csv(path, dialect, keys, texts, args.decimal)
     check(len(table) > 0, f"{path}: the table is empty: it has a header and no rows")
-    return table.to_pandas(ignore_metadata=True)  # which may say that a column is the index
+    table = table.rename_columns([name.strip() for name in table.column_names])
+    return Table(path, table.to_pandas(ignore_metadata=True), decimal)  # metadata may say that a column is the index
 
 
 def in_order(names: list[str], prefix: str) -> list[str]:
@@ -88,31 +100,11 @@ def in_order(names: list[str], prefix: str) -> list[str]:
 
 def find_columns(path: Path, names: list[str], args: TableOptions) -> Columns:
     """Says which columns are which. Raises BadInput if one is missing, there twice, or without a partner."""
-    found = f"it has {', '.join(names[:50]) or 'no columns'}"
-    single = [args.episode, args.reward, args.terminated, args.truncated]
-    check(len(set(single)) == 4, f"--episode, --reward, --terminated and --truncated name one column twice: {single}")
-    flags = [args.terminated, args.truncated]
-    if args.truncated == TableOptions.truncated and args.truncated not in names:
-        flags, single = flags[:1], single[:3]
-    missing = [name for name in single if name not in names]
-    check(not missing, f"{path} lacks the columns {', '.join(missing)}: {found}")
-
+    single, flags = find_single(path, names, args)
     prefixes = [args.observation_prefix, args.action_prefix, args.next_observation_prefix]
-    differ = len(set(prefixes)) == 3 and "" not in prefixes[:2]
-    check(differ, f"the three prefixes must differ, and only that of next observations may be empty: {prefixes}")
-    members: dict[str, list[str]] = {prefix: [] for prefix in prefixes if prefix}
-    for name in names:
-        fitting = [prefix for prefix in members if name.startswith(prefix)]
-        if fitting and name not in single:
-            members[max(fitting, key=len)].append(name)
-    may_lack = (
-        TableOptions.next_observation_prefix
-        if args.next_observation_prefix == TableOptions.next_observation_prefix
-        else ""
-    )
-    for prefix, group in members.items():
-        check(bool(group) or prefix == may_lack, f"{path} has no column that begins with {prefix}: {found}")
+    members = find_members(path, names, single, args)
     used = {*single, *(name for group in members.values() for name in group)}
+    used |= {args.order} if args.order else set()
     twice = sorted(name for name in used if names.count(name) > 1)
     check(not twice, f"{path} has several columns named {', '.join(twice)}: rename them")
 
@@ -123,96 +115,109 @@ def find_columns(path: Path, names: list[str], args: TableOptions) -> Columns:
         paired = f"{path}: columns {', '.join(next_observations)} must match {', '.join(observations)}, one by one"
         check(sorted(partners) == sorted(next_observations), paired)
         next_observations = partners
-    return Columns(observations, actions, next_observations, flags, [name for name in names if name not in used])
+    unused = [name for name in names if name and name not in used]
+    return Columns(observations, actions, next_observations, flags, unused)
+
+
+def list_names(names: list[str]) -> str:
+    return f"it has {', '.join(names[:50]) or 'no columns'}"
+
+
+def find_single(path: Path, names: list[str], args: TableOptions) -> tuple[list[str], list[str]]:
+    """The columns that are none of a vector, and of these the flags. Raises BadInput if one is missing."""
+    single = [args.episode, args.reward, args.terminated, args.truncated]
+    options = "--episode, --reward, --terminated and --truncated"
+    check(len(set(single)) == 4, f"{options} name one column twice: {single}")
+    check(args.order not in single, f"--order {args.order}: is another column of the table already: {single}")
+    flags = [args.terminated, args.truncated]
+    if args.truncated == TableOptions.truncated and args.truncated not in names:
+        flags, single = flags[:1], single[:3]
+    missing = [name for name in [*single, args.order] if name is not None and name not in names]
+    hint = ""
+    if any(re.fullmatch(r"[-+]?[\d.,]*\d", name) for name in names):
+        hint = ": its first line holds numbers: add a header with the names of its columns"
+    check(not missing, f"{path} lacks the columns {', '.join(missing)}: {list_names(names)}{hint}")
+    return single, flags
+
+
+def find_members(path: Path, names: list[str], single: list[str], args: TableOptions) -> dict[str, list[str]]:
+    """The columns of each prefix, in the table's order. Raises BadInput where there are none."""
+    prefixes = [args.observation_prefix, args.action_prefix, args.next_observation_prefix]
+    differ = len(set(prefixes)) == 3 and "" not in prefixes[:2]
+    check(differ, f"the three prefixes must differ, and only that of next observations may be empty: {prefixes}")
+    members: dict[str, list[str]] = {prefix: [] for prefix in prefixes if prefix}
+    for name in names:
+        fitting = [prefix for prefix in members if name.startswith(prefix)]
+        if fitting and name not in single:
+            members[max(fitting, key=len)].append(name)
+    default = TableOptions.next_observation_prefix
+    for prefix, group in members.items():
+        may_lack = prefix == default == args.next_observation_prefix
+        check(bool(group) or may_lack, f"{path} has no column that begins with {prefix}: {list_names(names)}")
+    return members
 
 
 # --- Checking -------------------------------------------------------------------------------------------------------
 
 
-def to_floats(column: Any) -> np.ndarray:
-    """A column [rows] in double precision, true as 1, false as 0, and what is no number as NaN."""
-    import pandas
-
-    if column.dtype.kind not in "biuf":
-        text = column.astype(str).str.strip().str.lower().replace({"true": "1", "false": "0"})
-        column = pandas.to_numeric(text, errors="coerce")
-    return column.to_numpy(dtype=np.float64, na_value=np.nan)
-
-
-def check_cells(path: Path, column: Any, good: np.ndarray, problem: str) -> None:
-    """Raises BadInput with the first cell of the column that is not good [rows]."""
-    if not good.all():
-        row = int(np.argmin(good))
-        raise BadInput(f"{path}, row {row + 1}, column {column.name}: {str(column.iloc[row])!r} {problem}")
-
-
-def to_numbers(path: Path, column: Any) -> np.ndarray:
-    """A column [rows] in double precision. Raises BadInput at the first cell that is not finite in float32."""
-    values = to_floats(column)
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(values.astype(np.float32))
-    check_cells(path, column, finite, "is not a finite number: repair the row or remove its episode")
-    return values
-
-
-def to_flags(path: Path, column: Any) -> np.ndarray:
-    """A column [rows] of true and false. Raises BadInput at the first cell that is neither."""
-    values = to_floats(column)
-    check_cells(path, column, np.isin(values, (0, 1)), "is neither true (or 1) nor false (or 0)")
-    return values == 1
-
-
-def to_matrix(path: Path, table: Any, names: list[str]) -> np.ndarray:
-    """Columns [rows, len(names)], float32. Raises BadInput as to_numbers does."""
-    matrix = np.empty((len(table), len(names)), np.float32)
-    for index, name in enumerate(names):
-        matrix[:, index] = to_numbers(path, table[name])
-    return matrix
-
-
-def episode_ends(path: Path, column: Any) -> np.ndarray:
-    """Where each episode's rows end. Raises BadInput if an id is missing, or comes again after another one."""
-    import pandas
-
-    codes, _ = pandas.factorize(column)  # numbers in order of appearance, -1 where an id is missing
-    present = (codes != -1) & (column != "").to_numpy()
-    check_cells(path, column, present, "is no episode's id: fill it in")
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    first_time = np.ones(len(codes), bool)
-    first_time[starts] = codes[starts] == np.arange(len(starts))
-    advice = "the rows of an episode must follow each other: sort them, or give each episode its own id"
-    check_cells(path, column, first_time, f"comes again after another episode: {advice}")
-    return np.append(starts[1:], len(codes))
-
-
-def check_order(path: Path, steps: Steps) -> None:
+def check_steps(table: Table, steps: Steps) -> None:
     """Raises BadInput if a row comes after its episode's end, or is not what the row before says came next."""
-    last = np.zeros(len(steps.rewards), bool)
-    last[steps.ends - 1] = True
-    early = (steps.terminations | steps.truncations) & ~last
-    row = int(np.argmax(early)) + 1
-    advice = "an episode ends with its terminated or truncated row: give what follows another episode id"
-    check(not early.any(), f"{path}, row {row + 1}: follows row {row}, which ended the same episode: {advice}")
+    path, rows = table.path, table.data.index + 1
+    early = (steps.terminations | steps.truncations) & ~last_rows(steps.ends)
+    if early.any():
+        row = int(np.argmax(early))
+        advice = "an episode ends with its terminated or truncated row: give what follows another episode id"
+        raise BadInput(f"{path}, row {rows[row + 1]}: follows row {rows[row]}, which ended the same episode: {advice}")
     gaps = find_gaps(steps)
-    row = int(gaps[0]) + 1 if len(gaps) else 0
-    advice = "rows are missing or out of order (--next-observation-prefix '' ignores those columns)"
-    check(len(gaps) == 0, f"{path}, row {row}: its next observation is not that of row {row + 1}: {advice}")
+    if len(gaps):
+        row = int(gaps[0])
+        advice = "rows are missing or out of order: --order COLUMN sorts them"
+        others = "--next-observation-prefix '' ignores those columns"
+        what = f"its next observation is not that of row {rows[row + 1]}"
+        raise BadInput(f"{path}, row {rows[row]}: {what}: {advice} ({others})")
+
+
+def last_rows(ends: np.ndarray) -> np.ndarray:
+    """[rows], true where an episode's rows end."""
+    last = np.zeros(ends[-1], bool)
+    last[ends - 1] = True
+    return last
+
+
+def read_steps(table: Table, ends: np.ndarray, columns: Columns, reward: str) -> Steps:
+    """The steps of a table whose rows are in order. Raises BadInput at a cell that is used, and not what it must be.
+
+    What an episode's end led to need not be known, and a last row that is no transition needs no action and reward.
+    """
+    terminations, *truncations = (to_flags(table, name) for name in columns.flags)
+    last, every = last_rows(ends), np.ones(len(table.data), bool)
+    known, following = np.zeros_like(last), None
+    if columns.next_observations:
+        following = to_matrix(table, columns.next_observations, used=~last)
+        known = np.isfinite(following).all(axis=1)
+    transitions = ~last | terminations | known
+    return Steps(
+        observations=to_matrix(table, columns.observations, used=every),
+        actions=to_matrix(table, columns.actions, used=transitions),
+        rewards=to_numbers(table, reward, used=transitions),
+        terminations=terminations,
+        truncations=truncations[0] if truncations else np.zeros_like(last),
+        next_observations=following,
+        ends=ends,
+    )
 
 
 def read_table_log(path: Path, args: TableOptions) -> Log:
     """The checked table. Raises BadInput at the first thing that is wrong with it."""
-    columns = find_columns(path, read_header(path), args)
+    keys, dialect = read_header(path, args)
+    columns = find_columns(path, [key.strip() for key in keys], args)
     vectors = [*columns.observations, *columns.actions, *columns.next_observations]
-    table = read_table(path, [args.episode, args.reward, *columns.flags, *vectors], args.episode)
-    terminations, *truncations = (to_flags(path, table[name]) for name in columns.flags)
-    steps = Steps(
-        observations=to_matrix(path, table, columns.observations),
-        actions=to_matrix(path, table, columns.actions),
-        rewards=to_numbers(path, table[args.reward]),
-        terminations=terminations,
-        truncations=truncations[0] if truncations else np.zeros(len(table), bool),
-        next_observations=to_matrix(path, table, columns.next_observations) if columns.next_observations else None,
-        ends=episode_ends(path, table[args.episode]),
-    )
-    check_order(path, steps)
+    times = [name for name in columns.unused if is_like_time(name) and columns.unused.count(name) == 1]
+    times = [args.order] if args.order else times
+    names = {args.episode, args.reward, *columns.flags, *vectors, *times}
+    table = read_table(path, [key for key in keys if key.strip() in names], dialect, args)
+    rows, ends = find_order(table, args.episode, args.order, times)
+    table = table._replace(data=table.data.iloc[rows])
+    steps = read_steps(table, ends, columns, args.reward)
+    check_steps(table, steps)
     return Log(steps, ", ".join(columns.observations), columns.actions, columns.unused)

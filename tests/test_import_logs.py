@@ -185,10 +185,31 @@ def test_action_bounds_that_are_given(tmp_path):
 
 
 def test_a_constant_action_is_the_middle_of_narrow_bounds(tmp_path):
-    buffer, said = imported(table(action_1=[200.0] * 6), tmp_path)
+    outcome = import_logs(write(table(action_1=[200.0] * 6), tmp_path / "logs.csv"))
+    buffer = load()
     assert buffer.dataset.action_low[1] < 200 < buffer.dataset.action_high[1] < 201
     assert buffer.transitions.actions[:, 1].tolist() == pytest.approx([0] * 5, abs=1e-3)
-    assert "constant, with bounds just around it: action_1\n" in said
+    assert outcome.stderr == (
+        "warning: action_1 is 200 in all rows, so that nothing is learned of it: its bounds are just around it, so "
+        "that policies stay there (--action-low and --action-high set others)\n"
+    )
+
+
+def test_the_warning_of_a_constant_action_says_how_to_end_it(tmp_path):
+    options = ["--action-low", "-3", "0", "--action-high", "3", "400"]
+    outcome = import_logs(write(table(action_1=[200.0] * 6), tmp_path / "logs.csv"), *options)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert load().transitions.actions[:, 1].tolist() == [0] * 5
+
+
+def test_whole_numbers_as_actions_are_remarked_on(tmp_path):
+    values = table(action_0=[3, 1, 7, 3, 1, 1], action_1=[0.0, 0.5, 1.0, 0.0, 0.5, 1.0])
+    outcome = import_logs(write(values, tmp_path / "logs.csv"))
+    assert outcome.returncode == 0
+    assert outcome.stderr.startswith(
+        "warning: whole numbers alone in action_0 (1, 3, 7): they are read as amounts, and"
+    )
+    assert "action_1" not in outcome.stderr
 
 
 def test_an_environment_and_its_reference_returns(tmp_path):
@@ -268,11 +289,14 @@ TABLES = {
     "no rows": (table().iloc[:0], "the table is empty"),
     "text": (table(obs_2=[1, 2, "x", 4, 5, 6]).astype({"obs_2": str}), "row 3, column obs_2: 'x' is not a finite"),
     "infinite": (table(action_0=[1, np.inf, 3, 4, 5, 6]), "row 2, column action_0: 'inf' is not a finite"),
-    "nan": (table(reward=[1, 2, 3, np.nan, 5, 6]), "row 4, column reward: "),
+    "nan": (table(reward=[1, 2, 3, np.nan, 5, 6]), "column reward: 1 of 6 cells are blank, the first in row 4: fill"),
     "beyond float32": (table(obs_2=[1, 2, 3, 4, 5, 1e300]), "row 6, column obs_2: '1e+300' is not a finite"),
-    "dates": (table(obs_2=pd.Timestamp("2020-01-01")), "row 1, column obs_2: '2020-01-01"),
-    "flag": (table(terminated=[0, 0, 2, 0, 0, 0]), "row 3, column terminated: '2' is neither"),
-    "no id": (table(episode=["b", "b", None, "a", "a", "a"]), "row 3, column episode: "),
+    "dates": (table(obs_2=pd.Timestamp("2020-01-01")), "column obs_2 holds dates or times, such as '2020-01-01"),
+    "flag": (table(terminated=[0, 0, 2, 0, 0, 0]), "column terminated: '2', first in row 3: each cell must be true"),
+    "no id": (
+        table(episode=["b", "b", None, "a", "a", "a"]),
+        "column episode: 1 of 6 rows have no episode's id, the first in row 3: fill",
+    ),
     "id again": (table(episode=["b", "b", "a", "a", "b", "b"]), "row 5, column episode: 'b' comes again after another"),
     "after the end": (table(terminated=[0, 1, 1, 0, 0, 0]), "row 3: follows row 2, which ended the same episode"),
     "after a cut": (table(truncated=[0, 0, 0, 1, 0, 0]), "row 5: follows row 4, which ended the same episode"),
@@ -293,14 +317,14 @@ FILES = {
     "logs.txt": (b"", "unknown suffix '.txt'"),
     "empty.csv": (b"", "cannot read"),
     "damaged.parquet": (b"PAR1 and no more", "cannot read"),
-    "binary.csv": (b"episode,\xff\xfe\n", "cannot read"),
+    "binary.csv": (b"episode,\0\xff\xfe\n", "it holds bytes of zero, so it is no text, or UTF-16 without"),
     "twice.csv": (b"episode,obs_0,obs_0,action_0,reward,terminated\n1,1,1,1,1,0\n", "several columns named obs_0"),
     "long.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1,1,0,9\n", "cannot read"),
     "longer.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0,9\n", "cannot read"),
     "short.csv": (b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1\n", "cannot read"),
     "gap.csv": (
-        b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1,,0\n",
-        "row 2, column reward: 'nan' is not",
+        b"episode,obs_0,action_0,reward,terminated\n1,1,1,1,0\n1,1,1,,1\n",
+        "column reward: 1 of 2 cells are blank, the first in row 2: fill",
     ),
     "header.csv": (b"episode,obs_0,action_0,reward,terminated\n", "the table is empty"),
 }
@@ -318,9 +342,11 @@ def test_refuses_a_file_that_is_not_there(tmp_path, folder):
 
 
 ARGUMENTS = {
-    "id": (["--dataset-id", "no-version"], "no Minari id"),
-    "path as id": (["--dataset-id", "../x-v0"], "no Minari id"),
-    "short namespace": (["--dataset-id", "x/y-v0"], "no Minari id"),
+    "id": (["--dataset-id", "no-version"], "no Minari id: it has no version at its end: give one such as my/logs-v0"),
+    "path as id": (["--dataset-id", "../x-v0"], "no Minari id: it has '.', and may have letters, digits, _ and -"),
+    "dot in id": (["--dataset-id", "my/rooms.2024-v0"], "no Minari id: it has '.', and may have letters"),
+    "no name": (["--dataset-id", "my/-v0"], "no Minari id: it needs a name"),
+    "short namespace": (["--dataset-id", "x/y-v0"], "no Minari id: its namespace has one character, and needs two"),
     "reserved id": (["--dataset-id", "anchorl/mine-v0"], "for built-in datasets"),
     "truncated": (["--truncated", "cut"], "lacks the columns cut: it has episode, obs_10"),
     "next observations": (["--next-observation-prefix", "s_"], "no column that begins with s_: it has episode"),
@@ -338,7 +364,7 @@ ARGUMENTS = {
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
     "one return": (["--reference-returns", "1", "1"], "--reference-returns 1.0 1.0: give two, the lower first"),
     "infinite return": (["--reference-returns", "1", "inf"], "give two, the lower first"),
-    "robomimic": (["--observation-keys", "object"], "are for robomimic's HDF5 files, which "),
+    "robomimic": (["--observation-keys", "object"], "are for HDF5 files, which "),
 }
 
 

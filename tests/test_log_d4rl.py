@@ -129,10 +129,62 @@ def test_episode_of_nothing_but_a_time_limit_is_none(d4rl_file):
     assert "dropped 3 rows" in said and "dropped 1 episodes with them" in said
 
 
-def test_without_timeouts(d4rl_file):
-    buffer, said = imported(d4rl_file(timeouts=None))
+def test_without_timeouts_no_limit_is_asked_for(d4rl_file, folder):
+    """An episode that a limit cut would run on into the next one."""
+    path = d4rl_file(
+        timeouts=None, episode_terminals=np.isin(np.arange(10), [3, 6]), **{"infos/goal": np.zeros((10, 2))}
+    )
+    message = (
+        "has no timeouts, so an episode that a limit cut would run on into the next one: name the array that marks"
+    )
+    assert_refused(import_logs(path), message, folder)
+    assert_refused(import_logs(path), "(not used: episode_terminals, infos/goal)\n", folder)
+    assert_refused(
+        import_logs(path, "--timeouts", "ends"), "has no such array: not used: episode_terminals, inf", folder
+    )
+    assert_refused(import_logs(path, "--timeouts", "rewards"), "--timeouts rewards: is read as such already", folder)
+    assert_refused(import_logs(path, "--timeouts", "infos/goal"), "infos/goal must be one number a row", folder)
+
+
+def test_without_timeouts_and_without_limits(d4rl_file):
+    buffer, said = imported(d4rl_file(timeouts=None), "--timeouts", "")
     assert buffer.episode_lengths.tolist() == [4, 5]
-    assert said.startswith("no timeouts: an episode that a time limit cut runs on into the next one\n")
+    assert said.startswith("observations: 3 numbers")
+
+
+def test_timeouts_under_another_name(d4rl_file):
+    ends = np.isin(np.arange(10), [3, 6, 9])  # all ends, those by terminals, too
+    for name in ("episode_terminals", "infos/ends"):
+        buffer, said = imported(d4rl_file(**{"timeouts": None, name: ends}), "--timeouts", name)
+        assert buffer.fingerprint == imported_again(d4rl_file()).fingerprint
+        assert "not used" not in said
+        for dataset_id in (ID, "test/again-v0"):
+            minari.delete_dataset(dataset_id)
+
+
+def test_timeouts_that_are_nowhere_are_warned_of(d4rl_file):
+    outcome = import_logs(d4rl_file(timeouts=np.zeros(10), cuts=np.zeros(10), seeds=np.zeros(3)))
+    assert outcome.returncode == 0 and load().episode_lengths.tolist() == [4, 5]
+    assert outcome.stderr == (
+        "warning: no episode is cut by a limit: terminals alone end them, and the longest has 6 rows: if one of these "
+        "marks ends, name it with --timeouts (not used: cuts); --timeouts '' says that all is well\n"
+    )
+    path = d4rl_file(timeouts=np.zeros(10))
+    assert imported_again(path, "--timeouts", "").episode_lengths.tolist() == [4, 5]
+
+
+def test_next_observations_that_run_on_across_every_limit_are_warned_of(d4rl_file):
+    following = np.roll(d4rl_arrays()["observations"], -1, axis=0)
+    outcome = import_logs(d4rl_file(timeouts=None, next_observations=following))
+    assert outcome.returncode == 0
+    assert (
+        "no episode is cut by a limit" in outcome.stderr and "(no other array has its number of rows)" in outcome.stderr
+    )
+
+
+def test_flags_that_are_words(d4rl_file):
+    flags = {name: np.where(d4rl_arrays()[name], b" True", b"False") for name in ("terminals", "timeouts")}
+    assert imported(d4rl_file(**flags))[0].fingerprint == imported_again(d4rl_file()).fingerprint
 
 
 def test_next_observations_say_where_a_time_limit_was(d4rl_file):
@@ -186,7 +238,7 @@ def test_other_arrays_are_named(d4rl_file):
     others = {"observation_mean": np.zeros(3), "infos/qpos": np.zeros((10, 2)), "metadata/policy": b"cos\nsystem\n"}
     buffer, said = imported(d4rl_file(**others))
     assert buffer.dataset.num_steps == 8
-    assert said.startswith("not used: infos, metadata, observation_mean\n")
+    assert said.startswith("not used: infos/qpos, metadata, observation_mean\n")
 
 
 def number_at(name, place, value):
@@ -229,7 +281,19 @@ D4RL_REFUSED = {
     "nan": (number_at("rewards", 5, np.nan), "logs.hdf5: rewards[5] = nan is not a finite number: repair it"),
     "infinite": (number_at("observations", (7, 2), np.inf), "observations[7, 2] = inf is not a finite number"),
     "beyond float32": (number_at("actions", (1, 0), 1e300), "actions[1, 0] = 1e+300 is not a finite number"),
-    "flag": ({"terminals": np.arange(10)}, "terminals[2] is neither 0 nor 1"),
+    "flag": (
+        {"terminals": np.arange(10)},
+        "terminals must be 0 and 1, or true and false, and holds 2.0, 3.0, 4.0, 5.0, 6.0, ...",
+    ),
+    "negative flag": (
+        {"timeouts": -5.0 * (np.arange(10) == 6)},
+        "timeouts must be 0 and 1, or true and false, and hol",
+    ),
+    "word for a flag": (
+        {"terminals": np.where(np.arange(10) == 3, b"failed", b"")},
+        "terminals must be 0 and 1, or true and false, and holds '', 'failed'",
+    ),
+    "words in columns": ({"terminals": np.full((10, 2), b"true")}, "terminals must be one word a row"),
     "next size": ({"next_observations": np.zeros((10, 2))}, "next_observations are of another size than observations"),
     "next nan": ({"next_observations": np.full((10, 3), np.nan)}, "next_observations[0, 0] = nan is not a finite"),
 }
@@ -243,7 +307,7 @@ def test_refuses_d4rl_files(name, d4rl_file, folder):
 
 OPTIONS_REFUSED = {
     "actions": (["--env-id", "MountainCarContinuous-v0"], "has observations of size 2, the file of size 3"),
-    "table": (["--reward", "gain"], "--episode, --reward, --terminated, --truncated and the prefixes are for tables"),
+    "table": (["--reward", "gain"], "--delimiter, --decimal and the prefixes are for tables, which"),
     "robomimic": (["--dones", "truncated"], "--observation-keys and --dones are for robomimic's layout: "),
 }
 

@@ -177,7 +177,10 @@ ROBOMIMIC_REFUSED = {
         "low_dim.hdf5: data/demo_2 is empty",
     ),
     "nan": ({"demo_2__obs__object": NAN}, "data/demo_2/obs/object[3, 1] = nan is not a finite number"),
-    "flag": ({"demo_2__dones": np.array([0, 0, 2, 0])}, "data/demo_2/dones[2] is neither 0 nor 1"),
+    "flag": (
+        {"demo_2__dones": np.array([0, 0, 2, 0])},
+        "data/demo_2/dones must be 0 and 1, or true and false, and holds 2.0",
+    ),
     "beyond": ({"demo_0__actions": np.full((3, 2), -1.5)}, "actions reach beyond [-1, 1], from -1.5 to "),
     "text": (
         {"demo_0__rewards": np.array([b"cos\nsystem"] * 3)},
@@ -195,3 +198,21 @@ def test_refuses_robomimic_files(name, robomimic_file, folder):
 def test_refuses_unknown_observation_keys(robomimic_file, folder):
     outcome = import_logs(robomimic_file(), "--observation-keys", "pos", "eef")
     assert_refused(outcome, "data/demo_0/obs has object, pos, not eef", folder)
+
+
+def test_rewards_and_dones_with_a_column(robomimic_file):
+    arrays = {name.removeprefix("data/").replace("/", "__"): values for name, values in robomimic_arrays().items()}
+    columns = {name: values[:, None] for name, values in arrays.items() if name.endswith(("rewards", "dones"))}
+    buffer, _ = imported(robomimic_file(**columns))
+    assert buffer.fingerprint == imported_again(robomimic_file()).fingerprint
+
+
+def test_whole_numbers_as_actions_are_refused_with_the_way_on(robomimic_file, folder):
+    message = (
+        "data/demo_0/actions must be vectors of real numbers, not an array of int32 and shape (3, 2): if they are am"
+    )
+    assert_refused(import_logs(robomimic_file(demo_0__actions=np.ones((3, 2), np.int32))), message, folder)
+
+
+def test_refuses_timeouts_which_the_layout_does_not_have(robomimic_file, folder):
+    assert_refused(import_logs(robomimic_file(), "--timeouts", "cuts"), "--timeouts is for D4RL's layout", folder)
