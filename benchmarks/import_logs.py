@@ -31,8 +31,8 @@ The environment in --env-id is the one that scripts evaluate in. It gives the bo
 data's own, and an HDF5 file's -1 and 1. Scores are 0 and 100 at the returns of --reference-returns, or else at D4RL's,
 of its tasks: Hopper-v5 as an environment, hopper_medium-v2.hdf5 as a file.
 
-Observations and actions become float32, as training has them. Time grows with the rows and, since Minari stores each
-episode by itself, by some milliseconds for every episode.
+Actions become float32, as training has them; observations keep their digits. Time grows with the rows and, since Minari
+stores each episode by itself, by some milliseconds for every episode.
 
 Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
      python -m benchmarks.import_logs hopper_medium-v2.hdf5 --dataset-id d4rl/hopper-medium-v2 --env-id Hopper-v5
@@ -271,6 +271,7 @@ def write_dataset(
     where = f"the {need / 2**20:.0f} MiB of {args.dataset_id} in {get_dataset_path()}"
     advice = "point MINARI_DATASETS_PATH to a larger disk"
     check(free > need, f"no room for {where}, where {free / 2**20:.0f} are free: {advice}")
+    observations = log.steps.observations
     names = f"observations {log.observations}; actions {', '.join(log.actions)}"
     try:
         with scratch_root(args.dataset_id):
@@ -278,7 +279,7 @@ def write_dataset(
                 args.dataset_id,
                 buffers,
                 eval_env=environment and environment.spec,
-                observation_space=gym.spaces.Box(-np.inf, np.inf, log.steps.observations.shape[1:], np.float32),
+                observation_space=gym.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype.type),
                 action_space=actions,
                 description=f"imported from {args.file.name}: {names}",
             )

@@ -63,9 +63,9 @@ def to_numbers(table: Table, name: str, used: np.ndarray) -> np.ndarray:
     return values
 
 
-def to_matrix(table: Table, names: list[str], used: np.ndarray) -> np.ndarray:
-    """Columns [rows, len(names)], float32. Raises BadInput as to_numbers does."""
-    matrix = np.empty((len(table.data), len(names)), np.float32)
+def to_matrix(table: Table, names: list[str], used: np.ndarray, kind: type = np.float64) -> np.ndarray:
+    """Columns [rows, len(names)]. Raises BadInput as to_numbers does."""
+    matrix: np.ndarray = np.empty((len(table.data), len(names)), kind)
     for index, name in enumerate(names):
         with np.errstate(over="ignore"):  # of a cell that is not used
             matrix[:, index] = to_numbers(table, name, used)

@@ -86,8 +86,9 @@ def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarra
 
 
 def read_vectors(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarray:
-    """[rows, dim], float32. Raises BadInput as read_numbers does."""
-    return read_numbers(group, name, kinds).astype(np.float32, copy=False)
+    """[rows, dim], float32 or, where the file has more digits, float64. Raises BadInput as read_numbers does."""
+    values = read_numbers(group, name, kinds)
+    return values.astype(np.float32 if values.dtype.itemsize <= 2 else np.result_type(values, np.float32), copy=False)
 
 
 def read_actions(group: h5py.Group) -> np.ndarray:
@@ -96,7 +97,7 @@ def read_actions(group: h5py.Group) -> np.ndarray:
     whole = isinstance(item, h5py.Dataset) and item.dtype.kind in "biu"
     advice = "if they are amounts, store them as floats; import_logs has no discrete actions yet"
     check(not whole, f"{where(group, 'actions')} must be vectors of real numbers, not {describe(item)}: {advice}")
-    return read_vectors(group, "actions", "f")
+    return read_vectors(group, "actions", "f").astype(np.float32, copy=False)
 
 
 def read_scalars(group: h5py.Group, name: str) -> np.ndarray:

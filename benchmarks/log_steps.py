@@ -9,12 +9,12 @@ from minari.data_collector import EpisodeBuffer
 class Steps(NamedTuple):
     """The rows of a log, of which each is a step; an episode's rows follow each other."""
 
-    observations: np.ndarray  # [rows, observation_dim], float32
+    observations: np.ndarray  # [rows, observation_dim], float64 or, if the file has no more digits, float32
     actions: np.ndarray  # [rows, action_dim], float32
     rewards: np.ndarray  # [rows]
     terminations: np.ndarray  # [rows], as are truncations; true where an episode ends so
     truncations: np.ndarray
-    next_observations: np.ndarray | None  # [rows, observation_dim], float32; not finite where an end's is not known
+    next_observations: np.ndarray | None  # [rows, observation_dim], likewise; not finite where an end's is not known
     ends: np.ndarray  # [episodes], where each episode's rows end
 
 

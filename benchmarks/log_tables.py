@@ -198,7 +198,7 @@ def read_steps(table: Table, ends: np.ndarray, columns: Columns, reward: str) ->
     transitions = ~last | terminations | known
     return Steps(
         observations=to_matrix(table, columns.observations, used=every),
-        actions=to_matrix(table, columns.actions, used=transitions),
+        actions=to_matrix(table, columns.actions, used=transitions, kind=np.float32),
         rewards=to_numbers(table, reward, used=transitions),
         terminations=terminations,
         truncations=truncations[0] if truncations else np.zeros_like(last),

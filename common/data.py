@@ -211,7 +211,7 @@ class ReplayBuffer:
                     if relative and start == 0 and name == "observations" and len(values):
                         self.origin = values[0].astype(np.float64)
                     column.copy_(torch.from_numpy(self._checked(name, values)))
-                    digest.update(np.ascontiguousarray(values).data)
+                    digest.update(np.ascontiguousarray(values, np.float64).data)
                     if name == "observations":  # neighbours that are apart, but not in float32
                         merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths.append(end - start)

@@ -423,3 +423,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
     folder.write_text("in the way")
     outcome = import_logs(tmp_path / "logs.csv")
     assert outcome.returncode == 2 and "MINARI_DATASETS_PATH" in outcome.stderr
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_unix_seconds_keep_their_digits(tmp_path, suffix):
+    """A second apart and far from 0: imported, loaded and normalised they are still apart."""
+    imported(table(obs_time=1.7e9 + np.arange(6)), tmp_path, suffix=suffix)
+    buffer = ReplayBuffer(load_dataset(ID), torch.device("cpu"))
+    mean, std = buffer.normalization
+    index = int(mean.argmax())
+    seconds = buffer.transitions.observations[:, index].double() * std[index] + mean[index]
+    np.testing.assert_allclose(seconds - 1.7e9, [0, 1, 2, 3, 4], atol=1e-3)
