@@ -241,9 +241,11 @@ def tables_in_dialects(count):
         rows = [row for episode in appeared for row in range(6 * episode, 6 * episode + 6)]
         episodes = list(minari.load_dataset("fuzzed/table-v0"))
         assert [reward for episode in episodes for reward in episode.rewards] == rows
-        values = np.float32([float(f"{case['values'][row]:.{case['digits']}f}") for row in rows])
+        values = np.array([float(f"{case['values'][row]:.{case['digits']}f}") for row in rows])
         np.testing.assert_array_equal(np.concatenate([episode.observations[:-1, 0] for episode in episodes]), values)
-        np.testing.assert_array_equal(np.concatenate([episode.actions[:, 0] for episode in episodes]), values)
+        np.testing.assert_array_equal(
+            np.concatenate([episode.actions[:, 0] for episode in episodes]), np.float32(values)
+        )
 
     return check
 
