@@ -307,9 +307,9 @@ def uncertainty(mean: Tensor, std: Tensor, penalty: str) -> Tensor:
 
 
 def model_step(
-    elites: Dynamics, observations: Tensor, actions: Tensor, normalization: Tensor, ending: str, args: HyperParameters
+    elites: Dynamics, observations: Tensor, actions: Tensor, scale: Tensor, ending: str, args: HyperParameters
 ) -> tuple[Batch, Tensor]:
-    """One transition of the model from each state, its member drawn anew, with r~ as reward; and u(s, a)."""
+    """One transition of a random member from each state, with r~; and u(s, a). `scale`: mean, deviation of states."""
     mean, std, logit = elites.predict(observations, actions)
     u = uncertainty(mean, std, args.penalty)
     rows = torch.arange(len(observations), device=observations.device)
@@ -318,13 +318,13 @@ def model_step(
     next_observations = observations + z[:, :-1]
     rewards = z[:, -1] - args.penalty_coefficient * u  # r~ = r - penalty_coefficient u(s, a)
     rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
-    terminations = rule(normalization[0] + normalization[1] * next_observations).float()  # mean, standard deviation
+    terminations = rule(scale[0] + scale[1] * next_observations).float()
     return Batch(observations, actions, rewards, next_observations, terminations), u
 
 
 @torch.no_grad()
 def rollout(
-    actor: Actor, elites: Dynamics, starts: Batch, normalization: Tensor, ending: str, args: HyperParameters
+    actor: Actor, elites: Dynamics, starts: Batch, scale: Tensor, ending: str, args: HyperParameters
 ) -> tuple[Batch, Tensor]:
     """Rollouts of the policy from `starts`, and their u(s, a). `ending`: a key of TERMINATION_RULES or "learned"."""
     rolled = []
@@ -332,7 +332,7 @@ def rollout(
         for _ in range(args.rollout_length):
             noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
             actions, _ = actor.sample(observations, noise)
-            transitions, u = model_step(elites, observations, actions, normalization, ending, args)
+            transitions, u = model_step(elites, observations, actions, scale, ending, args)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
             rolled.append((*transitions, u))
     *columns, us = map(torch.cat, zip(*rolled, strict=True))

@@ -225,9 +225,7 @@ def _endings(data: Data) -> Problems:
         yield f"no episode is terminated, yet their lengths differ ({shortest:,} to {longest:,})", todo
     single = int(((data.lengths == 1) & terminated).sum())
     if 0.01 * len(data.lengths) < single < len(data.lengths):
-        todo = (
-            "if an end repeats (a reached goal stays), cut episodes at the first: a step each, these look like the best"
-        )
+        todo = "if an end repeats (a reached goal stays), cut episodes at the first: these look like the best"
         yield f"{single:,} of {len(data.lengths):,} episodes are a single step that terminates", todo
     if len(data.lengths) == 1:
         yield "there is one episode only", "mark where episodes end, if the log holds several"

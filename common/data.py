@@ -147,7 +147,7 @@ class ReplayBuffer:
     """All transitions of a dataset. A row of `storage` is one, so that a batch is a single gather.
     Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
     `episode_starts`, `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
-    [2, observation_dim], mean and deviation in float64; `fingerprint`, a hash; `num_actions`, 0 unless discrete.
+    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0. Raises BadInput.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:

@@ -116,7 +116,7 @@ class NoEnvironment(BadInput): ...  # to evaluate in
 
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
-    """An installed environment; unless it says when, episodes end after 1,000 steps. Only a `users` module is run."""
+    """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises NoEnvironment."""
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         gym.register_envs(importlib.import_module("gymnasium_robotics"))
     try:

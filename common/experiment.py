@@ -130,8 +130,7 @@ class Run:
             self.save_checkpoint()
         self.began = time.perf_counter()
 
-    def _evaluate(self) -> dict[str, float]:
-        """Mean and standard deviation of the deterministic policy's returns, and its score."""
+    def _evaluate(self) -> dict[str, float]:  # mean and standard deviation of the policy's returns, and its score
         self._check_finite(self.parts)  # simulators fail in ways of their own on actions that are not numbers
         if self.policy and self.args.keep_policies:
             replace(self.dir / f"policy-{self.step}.pt", self.policy.save)
@@ -306,6 +305,7 @@ def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[st
         # a run that was killed goes on under the id that W&B keeps in this folder
         run = wandb.init(**names, name=folder.name, dir=folder.resolve(), config=config, resume="auto")
         run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
+        run.define_metric("dynamics/*", step_metric="dynamics/epoch")
         while "algorithm" not in (row := rows.get()):  # the result is the last one
             run.log(row)
         run.summary.update(row)

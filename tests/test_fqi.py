@@ -72,6 +72,19 @@ def test_overestimate_is_the_promise_less_what_came(learner):
     assert fqi.overestimate(learner.actor.critic, observations, None).keys() == {"critic/q_initial"}
 
 
+def test_the_discounted_return_is_of_the_rewards_that_q_learns_from(tmp_path, cartpole):
+    """CartPole gives 1 a step: 2 (1 + 1) = 4 of them, or 1 - 1 = 0."""
+    for name, words in (
+        ("four", ["--reward-scale", "2", "--reward-shift", "1", "--gamma", "1"]),
+        ("none", ["--reward-shift", "-1"]),
+    ):
+        run = run_script("fqi", "--num-updates", "5", *SHORT, *words, "--run-dir", str(tmp_path / name))
+        assert run.returncode == 0, run.stderr
+    (four,), (none,) = (list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("four", "none"))
+    assert float(four["eval/discounted_return"]) == pytest.approx(4 * float(four["eval/return_mean"]))
+    assert float(none["eval/discounted_return"]) == pytest.approx(0, abs=1e-6) and float(none["eval/return_mean"]) > 1
+
+
 def test_the_discounted_return_is_that_of_the_evaluated_episodes(tmp_path, cartpole):
     words = ["--num-updates", "3", "--gamma", "0.5", "--run-dir", str(tmp_path / "run"), *SHORT]
     assert run_script("fqi", *words).returncode == 0
