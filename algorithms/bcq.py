@@ -165,10 +165,11 @@ class Actor(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         """The action: [batch, action_dim] in [-1, 1]."""
-        latents = self.latents.unsqueeze(1).expand(-1, len(observations), -1)  # [candidates, batch, latent_dim]
+        latents = self.latents.unsqueeze(1).expand(-1, observations.shape[0], -1)  # [candidates, batch, latent_dim]
         candidates = self.perturbation(observations, self.decoder(observations, latents))
         q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
-        return candidates.take_along_dim(q.argmax(dim=0)[None, :, None], dim=0)[0]
+        best = q.argmax(dim=0)[None, :, None].expand(-1, -1, candidates.shape[-1])
+        return candidates.gather(0, best)[0]
 
 
 class Learner(NamedTuple):

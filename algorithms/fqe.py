@@ -246,11 +246,11 @@ def load(args: Args, dataset: Dataset) -> Policy:
     except BadInput as error:
         raise BadInput(f"{where}: {error}".replace("(script=)", "(--policy-script)")) from None
     check(not policy.discrete, f"{where}: the policy's actions are discrete, and this script is for continuous ones")
-    found = policy.normalization.shape[1], len(policy.action_low)
-    expected = dataset.observation_dim, len(dataset.action_low)
+    found = policy.normalization.shape[1], policy.action_range.shape[1]
+    expected = len(dataset.observation_names), len(dataset.action_low)
     sizes = f"{where}: the policy has observation and action sizes {found}, {dataset.dataset_id} has {expected}"
     check(found == expected, sizes)
-    same = np.allclose(policy.action_low, dataset.action_low) and np.allclose(policy.action_high, dataset.action_high)
+    same = np.allclose(policy.action_range.cpu(), [dataset.action_low, dataset.action_high])
     check(same, f"{where}: the policy's range of actions is not that of {dataset.dataset_id}")
     return policy
 

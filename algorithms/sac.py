@@ -294,7 +294,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import Batch as Episode
-from common.data import Dataset, ReplayBuffer, action_bounds, flat_observation_dim, flatten_observations
+from common.data import Dataset, ReplayBuffer, action_bounds, flatten_observations, observation_names
 from common.evaluation import make_environment
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
@@ -342,8 +342,8 @@ def random_dataset(environment: gym.Env, args: Args) -> Dataset:
             states = np.array(observations)
             yield Episode(states[:-1], np.array(actions), np.array(rewards), states[1:], terminations)
 
-    observation_dim = flat_observation_dim(environment.observation_space)
-    return Dataset(args.env_id, num_steps, observation_dim, low, high, read_episodes, args.env_id)
+    names = observation_names(environment.observation_space)
+    return Dataset(args.env_id, num_steps, names, low, high, read_episodes, args.env_id)
 
 
 class Player:

@@ -20,7 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import BadInput, CannotWrite, launch, one_line
+from common.command_line import BadInput, launch, one_line
 from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID
 
 MINARI_VERSION = "0.5.3"  # the oldest that pyproject.toml allows: Minari reads no data of versions newer than itself
@@ -167,7 +167,7 @@ def main(args: Args) -> None:
     except FileExistsError as error:
         raise BadInput(f"--out: {error.filename} exists: remove it, or give another folder") from None
     except OSError as error:
-        raise CannotWrite(f"cannot write to {args.out}: {one_line(error)}") from None
+        raise OSError(f"cannot write to {args.out}: {one_line(error)}") from None
     print(f"built-in datasets: {args.out / 'anchorl'}")
 
 

@@ -47,7 +47,7 @@ import sac
 from scratch import scratch_root
 
 from common.command_line import BadInput, check, check_argument, launch
-from common.data import action_bounds, flat_observation_dim, flatten_observations
+from common.data import action_bounds, flatten_observations, observation_names
 from common.evaluation import FINAL_SEED, Policy, evaluate, load_policy, make_environment
 from common.experiment import load_checkpoint
 
@@ -214,7 +214,7 @@ def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     count = state["num_added"]
     lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"
     check(count == len(state["rows"]), f"--run-dir {run_dir}: {lost}")
-    sizes = flat_observation_dim(play.environment.observation_space), len(play.low)
+    sizes = len(observation_names(play.environment.observation_space)), len(play.low)
     replay = sac.RingBuffer(count, *sizes, "cpu")
     replay.load_state_dict(state)
     with (run_dir / "metrics.csv").open(newline="") as file:
@@ -253,7 +253,7 @@ def main(args: Args) -> None:
     run_dir = args.run_dir or Path("runs/collect") / f"{name}-{args.seed}"
     environment = make_environment(args.env_id, users=True)
     play = Play(args.env_id, environment, *action_bounds(environment.action_space))
-    flat_observation_dim(environment.observation_space)  # refuses images before anything is trained
+    observation_names(environment.observation_space)  # refuses images before anything is trained
     train(args, run_dir)
     agent = read_agent(run_dir, play, args)
 
@@ -319,14 +319,12 @@ def write_dataset(
 ) -> None:
     """Writes a Minari dataset, and says in a line what it is."""
     environment = play.environment
-    space = environment.observation_space
-    minari.create_dataset_from_buffers(
+    names = observation_names(environment.observation_space)
+    dataset = minari.create_dataset_from_buffers(
         dataset_id,
         episodes,
         env=environment.spec,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (flat_observation_dim(space),), np.float64)
-        if isinstance(space, gym.spaces.Dict)
-        else space,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float64),
         action_space=environment.action_space,
         ref_min_score=references[0],
         ref_max_score=references[1],
@@ -334,6 +332,7 @@ def write_dataset(
         author="AnchoRL",
         description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
     )
+    dataset.storage.update_metadata({"observation_names": names})
     average = float(np.mean([np.sum(episode.rewards) for episode in episodes]))
     score = 100 * (average - references[0]) / (references[1] - references[0])
     size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"

@@ -60,13 +60,13 @@ from minari.storage.datasets_root_dir import get_dataset_path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 from log_hdf5 import Hdf5Options, read_hdf5_log
-from log_steps import Log, split_episodes
+from log_steps import Log, describe_names, split_episodes
 from log_tables import TableOptions, read_table_log
 from reference_returns import find_reference_returns
 from scratch import scratch_root
 
 from common.command_line import BadInput, check, launch, one_line, warn
-from common.data import action_bounds, flat_observation_dim
+from common.data import action_bounds, observation_names
 from common.evaluation import NoEnvironment, make_environment
 
 
@@ -119,7 +119,7 @@ def find_environment(env_id: str, log: Log) -> Environment:
     try:
         with warnings.catch_warnings(action="ignore"), make_environment(env_id) as environment:
             bounds = action_bounds(environment.action_space)
-            found = flat_observation_dim(environment.observation_space), len(bounds[0])
+            found = len(observation_names(environment.observation_space)), len(bounds[0])
     except NoEnvironment as reason:
         advice = "check the name, or leave --env-id out and give it to the script that trains"
         check(env_id in gym.registry, f"--env-id: {reason}: {advice}")
@@ -272,7 +272,7 @@ def write_dataset(
     advice = "point MINARI_DATASETS_PATH to a larger disk"
     check(free > need, f"no room for {where}, where {free / 2**20:.0f} are free: {advice}")
     observations = log.steps.observations
-    names = f"observations {log.observations}; actions {', '.join(log.actions)}"
+    names = f"observations {describe_names(log.observations)}; actions {', '.join(log.actions)}"
     try:
         with scratch_root(args.dataset_id):
             dataset = minari.create_dataset_from_buffers(
@@ -283,6 +283,7 @@ def write_dataset(
                 action_space=actions,
                 description=f"imported from {args.file.name}: {names}",
             )
+            dataset.storage.update_metadata({"observation_names": log.observations})
             if returns is not None:  # which Minari would take with an environment alone
                 low, high = returns
                 dataset.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
@@ -298,7 +299,7 @@ def main(args: Args) -> None:
     returns = find_returns(args, log)
     if log.unused:
         print("not used:", ", ".join(log.unused))
-    print("observations:", log.observations)
+    print("observations:", describe_names(log.observations))
     ended = steps.terminations | steps.truncations
     unmarked = int((~ended[steps.ends - 1]).sum())
     if unmarked:

@@ -23,7 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import BadInput, check, launch, one_line
 from common.data import Batch as Episode
-from common.data import Dataset, find_dataset, flat_observation_dim, flatten_observations, load_dataset
+from common.data import Dataset, find_dataset, flatten_observations, load_dataset, observation_names
 
 PICTURED_STATES = 5_000
 AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it
@@ -69,9 +69,11 @@ def open_dataset(dataset_id: str) -> Dataset:
     except BadInput as refusal:
         if "finite bounds" not in str(refusal):
             raise
-    stored: Any = minari.MinariDataset(find_dataset(dataset_id))
-    dim, space = flat_observation_dim(stored.observation_space), stored.action_space
-    return Dataset(dataset_id, int(stored.total_steps), dim, space.low, space.high, lambda: iter(()))
+        stored: Any = minari.MinariDataset(find_dataset(dataset_id))
+        names, space = observation_names(stored.observation_space), stored.action_space
+        if len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+            raise
+    return Dataset(dataset_id, int(stored.total_steps), names, space.low, space.high, lambda: iter(()))
 
 
 def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
@@ -88,7 +90,7 @@ def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
 
 def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str | None:
     """Why nothing can be learned from this episode, or None; training refuses a dataset with such episodes."""
-    steps, dim = len(episode.rewards), dataset.observation_dim
+    steps, dim = len(episode.rewards), len(dataset.observation_names)
     shapes = (steps, dim), (steps, len(dataset.action_low)), (steps,), (steps, dim), (steps,), (steps,)
     fields = episode._asdict() | {"truncations": truncations}
     for (name, values), shape in zip(fields.items(), shapes, strict=True):

@@ -170,7 +170,7 @@ def read_d4rl(file: h5py.File, timeouts_name: str) -> Log:
         warn_of_no_cuts(file, steps, used)
     return Log(
         steps,
-        observations=f"{observations.shape[1]} numbers, as the file has them",
+        observations=[f"observations/{index}" for index in range(observations.shape[1])],
         actions=name_actions(steps.actions),
         unused=find_unused_arrays(file, used, len(terminals)),
         unit_actions=True,
@@ -262,7 +262,7 @@ def read_robomimic(file: h5py.File, demos: list[h5py.Group], options: Hdf5Option
     )
     return Log(
         cut_gaps(steps),
-        observations=", ".join(f"{key} ({dim})" for key, dim in keys.items()),
+        observations=[f"{key}/{index}" for key, dim in keys.items() for index in range(dim)],
         actions=name_actions(steps.actions),
         unused=find_unused(file, demos, dims),
         unit_actions=True,

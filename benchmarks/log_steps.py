@@ -1,5 +1,6 @@
 """The steps of a log, whatever file they come from, and the episodes that Minari makes of them."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,20 @@ class Log(NamedTuple):
     """What a file holds."""
 
     steps: Steps
-    observations: str  # what the numbers of an observation are, in their order
+    observations: list[str]  # a name for each number of an observation
     actions: list[str]  # a name for each number of an action
     unused: list[str]  # what else the file holds
     unit_actions: bool = False  # they should be in [-1, 1], wherever the file's lowest and highest are
     reference_returns: tuple[float, float] | None = None  # of score 0 and score 100, for what the file's name says
+
+
+def describe_names(names: list[str]) -> str:
+    """Names of columns as they are; those that are key/0, key/1, ... as key (2)."""
+    keys = [
+        key if index.isdecimal() else f"{key}{slash}{index}" for key, slash, index in (n.rpartition("/") for n in names)
+    ]
+    counts = Counter(keys)
+    return ", ".join(key if key in names else f"{key} ({count})" for key, count in counts.items())
 
 
 def find_gaps(steps: Steps) -> np.ndarray:

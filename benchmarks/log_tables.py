@@ -220,4 +220,4 @@ def read_table_log(path: Path, args: TableOptions) -> Log:
     table = table._replace(data=table.data.iloc[rows])
     steps = read_steps(table, ends, columns, args.reward)
     check_steps(table, steps)
-    return Log(steps, ", ".join(columns.observations), columns.actions, columns.unused)
+    return Log(steps, columns.observations, columns.actions, columns.unused)

@@ -17,20 +17,12 @@ from tqdm import tqdm
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
-class CannotWrite(OSError):
-    """The disk is full, the quota used up or the folder read-only. The message is one line. Exit code 1."""
-
-
 class BadInput(ValueError):
     """The user asked for something impossible. The message is one line: what, where, what to do. Exit code 2."""
 
 
 class Diverged(RuntimeError):
     """A loss or a weight is no longer finite; the last checkpoint is from before. Exit code 3."""
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM (what schedulers send) ends the program. Exit code 130 or 143."""
 
 
 def check(condition: bool, message: str) -> None:  # raises BadInput unless it holds
@@ -90,8 +82,8 @@ class ExperimentArgs:
         return Path(inspect.getfile(type(self))).stem
 
     def hyper_parameters(self) -> dict[str, Any]:  # what the script adds to the arguments above
-        shared = {field.name for field in dataclasses.fields(ExperimentArgs)}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in shared}
+        own = self.__dataclass_fields__.keys() - ExperimentArgs.__dataclass_fields__.keys()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in own}
 
     def validate(self) -> None:
         """Raises BadInput where a value breaks a rule for its type or name. A script's `validate` checks the rest."""
@@ -111,13 +103,8 @@ class ExperimentArgs:
                 check_argument(self, name, not broken, rule)
 
 
-def parse_args(args_class: type[Any], command_line: list[str] | None = None) -> Any:
-    """The command line as `args_class`, a dataclass. tyro ends the program (exit code 2) for what it cannot read."""
-    return tyro.cli(args_class, args=command_line, description=sys.modules[args_class.__module__].__doc__)
-
-
 class Interruption:
-    """Of SIGINT and SIGTERM: the first ends the program, or waits as `number` for a run's update; the second kills."""
+    """The first SIGINT or SIGTERM ends the program, or waits as `number` for a run's update; the second kills."""
 
     number, waiting = 0, False
     close: Callable[[], object] = staticmethod(lambda: None)  # of a progress bar, before the last line
@@ -127,7 +114,7 @@ class Interruption:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
         if not self.waiting:
-            raise Stopped("interrupted")
+            raise KeyboardInterrupt("interrupted")
 
 
 interruption = Interruption()
@@ -139,14 +126,16 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interruption)
     try:
-        return main(parse_args(args_class))
-    except (OSError, BadInput, Diverged) as error:
-        words = f"error: {error}"
+        return main(tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__))  # exit code 2, too
+    except (OSError, BadInput, Diverged) as error:  # OSError: a full disk, a closed output
         code = 1 if isinstance(error, OSError) else 2 if isinstance(error, BadInput) else 3
-        if not isinstance(error, (CannotWrite, BadInput, Diverged)):  # the output is closed, or its disk full
-            sys.stdout = None  # type: ignore[assignment]  # else what it has not taken fails again at the exit
-    except Stopped as stopped:
+        words = f"error: {error}"
+    except KeyboardInterrupt as stopped:
         code, words = 128 + interruption.number, str(stopped)
     interruption.close()
+    try:
+        sys.stdout.flush()
+    except OSError:  # the output is closed, or its disk full: what it has not taken would fail again at the exit
+        sys.stdout = None  # type: ignore[assignment]
     print(words, file=sys.stderr, flush=True)
     raise SystemExit(code)

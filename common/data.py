@@ -41,7 +41,7 @@ class Dataset:
 
     dataset_id: str
     num_steps: int  # of the transitions that `read_episodes` yields, or more
-    observation_dim: int
+    observation_names: list[str]  # [observation_dim]: what the numbers of an observation are
     action_low: np.ndarray  # [action_dim], as is action_high; of discrete actions [1], the first and the last number
     action_high: np.ndarray
     read_episodes: Callable[[], Iterator[Batch]] = field(repr=False)
@@ -73,11 +73,12 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
     with explain(dataset_id):
         discrete = isinstance(dataset.action_space, gym.spaces.Discrete) if discrete is None else discrete
         bounds = action_bounds(dataset.action_space, discrete)
-        dim = flat_observation_dim(dataset.observation_space)
+        names, told = observation_names(dataset.observation_space), metadata.get("observation_names") or []
+        names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
     same_task = env_id in (None, spec.get("id")) or "id" not in spec
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
     episodes, ids = partial(_read_episodes, dataset), (env_id or spec.get("id"), None if env_id else spec)
-    return Dataset(dataset_id, num_steps, dim, *bounds, episodes, *ids, scale, discrete)
+    return Dataset(dataset_id, num_steps, names, *bounds, episodes, *ids, scale, discrete)
 
 
 def find_dataset(dataset_id: str) -> Path:
@@ -105,41 +106,50 @@ def _read_episodes(dataset: minari.MinariDataset) -> Iterator[Batch]:
 
 
 def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
-    """[N, dim]: of a Box itself; of a Dict its entries side by side, in goal-conditioned tasks not achieved_goal."""
+    """[N, dim], or [dim] of one: parts of Dicts and Tuples side by side, Discretes one-hot, arrays row by row."""
+    if parts := _parts(space):
+        return np.concatenate([flatten_observations(observations[key], part) for key, part in parts], axis=-1)
+    values = np.asarray(observations)
+    if isinstance(space, gym.spaces.Discrete):
+        return values[..., None] == np.arange(space.start, space.start + space.n)
+    return values.reshape(*values.shape[: values.ndim - len(space.shape or ())], len(observation_names(space)))
+
+
+def observation_names(space: Any, name: str = "") -> list[str]:
+    """[dim], a name for each number of a flattened observation: goal/kettle/2. Raises BadInput for images and texts."""
+    if parts := _parts(space):
+        return [each for key, part in parts for each in observation_names(part, f"{name}{key}/")]
+    if isinstance(space, gym.spaces.Discrete) and space.n <= 10**4:
+        return [f"{name}{value}" for value in range(space.start, space.start + space.n)]
+    arrays = gym.spaces.Box | gym.spaces.MultiBinary | gym.spaces.MultiDiscrete
+    usable = isinstance(space, arrays) and len(space.shape) < 3
+    check(usable, f"observation {name.strip('/')} must hold numbers, no images or texts, not {space}")
+    return [f"{name}{index}" for index in range(math.prod(space.shape))]
+
+
+def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:
+    """The parts of a Tuple or Dict, in a fixed order. A goal task's achieved_goal repeats what the observation says."""
     if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([observations[key] for key in _keys(space)], axis=-1)
-    return observations
-
-
-def flat_observation_dim(space: gym.Space) -> int:
-    """Length of a flattened observation. Raises BadInput unless the space is a vector Box or a Dict of such."""
-    boxes: list[Any] = [space[key] for key in _keys(space)] if isinstance(space, gym.spaces.Dict) else [space]
-    for box in boxes:
-        fits = isinstance(box, gym.spaces.Box) and len(box.shape) == 1
-        check(fits, f"observations must be vectors of real numbers (a Box, or a Dict of such), no images, not {box}")
-    return sum(box.shape[0] for box in boxes)
-
-
-def _keys(space: gym.spaces.Dict) -> list[str]:
-    """In the order in which Minari stores them. The achieved_goal of such tasks repeats what the observation says."""
-    goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
-    return ["observation", "desired_goal"] if goal_task else sorted(space)
+        goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
+        return [(key, space[key]) for key in (["observation", "desired_goal"] if goal_task else sorted(space))]
+    return list(enumerate(space)) if isinstance(space, gym.spaces.Tuple) else []
 
 
 def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest action, [action_dim] each; with `discrete` the first and the last number, [1] each. Raises
-    BadInput unless the space is a Box of finite extent or, with `discrete`, a Discrete one.
+    BadInput unless the space is a Box of real vectors of finite extent or, with `discrete`, a Discrete one.
     """
-    fits = isinstance(space, gym.spaces.Discrete) if discrete else isinstance(space, gym.spaces.Box)
-    kind = "numbered (a Discrete)" if discrete else "vectors of real numbers (a Box)"
-    others = "fqi, discrete_cql and discrete_bcq take a Discrete, the other scripts a Box"
-    check(fits and (discrete or len(space.shape) == 1), f"actions must be {kind}, not {space}: {others}")
+    takers = {gym.spaces.Discrete: "take fqi, discrete_cql or discrete_bcq", gym.spaces.Box: "take another script"}
+    advice = takers.get(type(space), "store them as a Box of real vectors, or number them as a Discrete")
+    kind = gym.spaces.Discrete if discrete else gym.spaces.Box
+    check(isinstance(space, kind), f"actions are {space}, not a {kind.__name__}: {advice}")
     if discrete:
         check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
         return np.array([space.start]), np.array([space.start + space.n - 1])
-    with np.errstate(over="ignore"):
-        bounded = bool(np.isfinite(space.high - space.low).all() and (space.low < space.high).all())
-    check(bounded, f"actions need finite bounds, to be scaled to [-1, 1] by them, not {space.low} to {space.high}")
+    extent = np.subtract(space.high, space.low, dtype=np.float32)
+    real = len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+    usable = real and bool(((extent > 0) & (extent < np.inf)).all())
+    check(usable, f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
     return space.low, space.high
 
 
@@ -152,7 +162,7 @@ class ReplayBuffer:
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
         self.dataset = dataset
-        self.observation_dim, self.action_dim = dataset.observation_dim, len(dataset.action_low)
+        self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         self.origin = np.zeros(self.observation_dim)  # of the stored observations: near theirs float32 is fine enough
@@ -168,6 +178,7 @@ class ReplayBuffer:
             std += 1e-3  # a constant entry stays near zero
             for observations in (self.transitions.observations, self.transitions.next_observations):
                 observations.sub_(mean).div_(std)
+        self._warn_of_doubts()
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
@@ -178,6 +189,17 @@ class ReplayBuffer:
         self.transitions.rewards.add_(shift).mul_(self.reward_scale)
         if span and not 30 < (span := span * self.reward_scale) < 30_000:  # learning rates and weights suit about 1,000
             warn(f"the data's returns span {span:.3g}, losses and rates suit 1,000: try --reward-scale return-range")
+
+    def _warn_of_doubts(self) -> None:  # inspect_dataset looks for more
+        goals = int(((self.episode_lengths == 1) & (self.transitions.terminations[self.episode_starts] > 0)).sum())
+        if 0.01 * (count := len(self.episode_lengths)) < goals < count:
+            warn(f"{goals} of {count} episodes are one step that terminates: if an end repeats, cut at the first")
+        if count == 1:
+            warn("the data are one episode: if the log holds several, mark where they end")
+        taken = self.transitions.actions.unique().tolist() if self.num_actions else []
+        if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:
+            numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
+            warn(f"the data never take action {numbers}: what these are worth is a guess")
 
     def draw(self, batch_size: int) -> Tensor:
         """Rows [batch], drawn uniformly with replacement."""
@@ -219,7 +241,8 @@ class ReplayBuffer:
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
         if len(worst := np.flatnonzero(merged > 0.01 * end)):
-            warn(f"float32 merges different values of observation {worst.tolist()}: subtract something, or split them")
+            names = ", ".join(dataset.observation_names[index] for index in worst)
+            warn(f"float32 merges different values of observation {names}: subtract something, or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -230,11 +253,12 @@ class ReplayBuffer:
             values = values.astype(np.float64) - (int(low[0]) if numbered else self.origin)
         values = values.astype(np.float32, copy=False)
         wrong = ~np.isfinite(values)
-        if numbered:
-            wrong |= (values < 0) | (values >= self.num_actions) | (values % 1 != 0)
+        least, most = (0, 1) if name == "terminations" else (low[0], high[0])
+        if whole := numbered or name == "terminations":
+            wrong |= (values < 0) | (values > most - least) | (values % 1 != 0)
         if wrong.any():
-            step, value = np.argwhere(wrong)[0, 0], values[wrong][0] + (low[0] if numbered else 0)
-            rule = f", which is not a whole number from {low[0]} to {high[0]}" if numbered else ""
+            step, value = np.argwhere(wrong)[0, 0], values[wrong][0] + (least if whole else 0)
+            rule = f", which is not a whole number from {least} to {most}" if whole else ""
             raise BadInput(f"step {step}: {name} hold {value:g}{rule}; repair or remove that episode")
         if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
             values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,35 +18,43 @@ import torch
 from torch import Tensor, nn
 
 from common.command_line import BadInput, check, explain, one_line
-from common.data import Dataset, action_bounds, flat_observation_dim, flatten_observations
+from common.data import Dataset, action_bounds, flatten_observations, observation_names
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
 FINAL_SEED = 20_000  # and with this + i when the final score is taken: from states that nothing was chosen by
 
 
-class Policy:
-    """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], both as the environment
-    has them; discrete ones [N]. `actor`, a script's Actor, maps normalised observations to actions in [-1, 1], or to a
-    preference for each discrete action. `normalization` [2, observation_dim] is mean and standard deviation,
-    `action_range` [2, action_dim] lowest and highest action, `origin` the actor's "script" and "hyper_parameters".
+class Policy(nn.Module):
+    """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], discrete ones [N], both
+    as the environment has them, both NumPy arrays or tensors. `actor`, a script's Actor, maps normalised observations
+    to actions in [-1, 1], or to a preference for each discrete one. `normalization` [2, observation_dim] is mean and
+    deviation, `action_range` [2, action_dim] lowest and highest, `origin` the other entries of the file (`save`).
     """
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
-        self.actor, self.normalization, self.discrete, self.origin = actor, normalization, discrete, origin
-        self.action_low, self.action_high = action_range
+        super().__init__()
+        self.actor, self.discrete, self.origin = actor, discrete, origin
+        self.normalization = nn.Buffer(normalization)
+        self.action_range = nn.Buffer(torch.from_numpy(np.stack(action_range)).to(normalization.device))
 
-    def __call__(self, observations: np.ndarray) -> np.ndarray:
+    def __call__(self, observations: Any) -> Any:
+        if isinstance(observations, Tensor):
+            return super().__call__(observations)
+        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(self.normalization.device)
+        return super().__call__(inputs, self.act).cpu().numpy()
+
+    def forward(self, observations: Tensor, act: Callable | None = None) -> Tensor:
         mean, std = self.normalization
-        if np.ndim(observations) != 2 or np.shape(observations)[1] != len(mean):
-            raise ValueError(f"observations must have shape [N, {len(mean)}], not {list(np.shape(observations))}")
-        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(mean.device)
-        if not inputs.isfinite().all():
+        if observations.ndim != 2 or observations.shape[1] != len(mean):
+            raise ValueError(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
+        if not torch.compiler.is_compiling() and not observations.isfinite().all():
             raise BadInput("an observation holds what is not a finite number: there is no action for that")
-        outputs = self.act(((inputs - mean) / std).float()).cpu().numpy()  # rounded when it is near 0
-        low, high = self.action_low, self.action_high
+        dtype = next((weight.dtype for weight in self.actor.parameters()), torch.float32)
+        outputs = (act or self.actor)(((observations.to(mean) - mean) / std).to(dtype))  # rounded when it is near 0
+        low, high = self.action_range
         if self.discrete:
-            return low[0] + outputs.argmax(axis=1)
-        return np.clip((high + low) / 2 + (high - low) / 2 * outputs, low, high)
+            return low[0] + outputs.argmax(dim=1)
+        return ((high + low) / 2 + (high - low) / 2 * outputs).clamp(low, high)
 
     @torch.inference_mode()
     def act(self, observations: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ class Policy:
         state = self.origin | {
             "actor": {name: weight.cpu() for name, weight in self.actor.state_dict().items()},
             "normalization": self.normalization.cpu(),
-            "action_range": torch.from_numpy(np.stack([self.action_low, self.action_high])),
+            "action_range": self.action_range.cpu(),
             "discrete": self.discrete,
             "examples": [inputs, self.act(inputs.to(self.normalization.device)).cpu().clone()],
         }
@@ -76,8 +85,8 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
     path = Path(run_dir) / file
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     with explain(f"cannot read {path}"):
-        state = load_file(path)
-        origin = {key: state[key] for key in ("script", "hyper_parameters")}
+        state = {"observation_names": None} | load_file(path)  # which older versions did not save
+        origin = {key: state[key] for key in ("script", "hyper_parameters", "observation_names")}
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
     module = load_script(str(origin["script"]), script)
@@ -89,7 +98,7 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
         actor.load_state_dict(weights)  # says which weights are missing or of another shape
         same = torch.isclose(policy.act(inputs), outputs, rtol=1e-3, atol=1e-3).flatten(1).all(dim=1)
         check(float(same.float().mean()) > 0.5, "its Actor makes something else of the same weights")
-    return policy
+    return policy.eval()
 
 
 def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -143,12 +152,12 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
         raise NoEnvironment(f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
     limit, users = spec.get("max_episode_steps"), dataset.env_spec is None
     environments = [make_environment(env_id, limit, users, **kwargs, **more) for _ in range(count)]
-    dim, space = flat_observation_dim(environments[0].observation_space), environments[0].action_space
-    low, high = action_bounds(space, dataset.discrete)
-    same = dim == dataset.observation_dim and low.shape == dataset.action_low.shape
+    dim, space = len(observation_names(environments[0].observation_space)), environments[0].action_space
+    (low, high), expected = action_bounds(space, dataset.discrete), len(dataset.observation_names)
+    same = dim == expected and low.shape == dataset.action_low.shape
     same &= not dataset.discrete or (low, high) == (dataset.action_low, dataset.action_high)
-    expected = f"{dataset.observation_dim} and {dataset.action_low} to {dataset.action_high}"
-    check(same, f"{env_id} has {dim} observed numbers and actions {space}, {dataset.dataset_id} has {expected}")
+    found = f"{env_id} has {dim} observed numbers and actions {space}"
+    check(same, f"{found}, not {expected} and {dataset.action_low} to {dataset.action_high} of {dataset.dataset_id}")
     return environments
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import CannotWrite, Diverged, ExperimentArgs, Stopped, check, explain, interruption, warn
+from common.command_line import Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
 
@@ -32,13 +32,14 @@ PATIENCE_SECONDS = 100  # with W&B, at the end of a run
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is written into CannotWrite."""
+    """Turns what goes wrong while `path` is written into an OSError of one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
-        advice = f"make room, and go on with the same and --resume --run-dir {path.parent}; what was saved is kept"
-        raise CannotWrite(f"cannot write {path} ({reason}): {advice}") from None
+        going_on = f"go on with the same and --resume --run-dir {path.parent}; what was saved is kept"
+        advice = going_on if (path.parent / "checkpoint.pt").exists() else "start again"
+        raise OSError(f"cannot write {path} ({reason}): make room, and {advice}") from None
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | None = None) -> None:
@@ -71,7 +72,7 @@ def set_up(args: ExperimentArgs) -> torch.device:
 class Run:
     """A run folder. Its checkpoint holds the state_dict of each part of the `learner`, a NamedTuple of everything that
     training changes, the random state and metrics.csv: a resumed run goes on to the same bits from update `first_step`.
-    The policy is the learner's `actor`, if it has one. Raises BadInput for a folder it cannot take, and CannotWrite.
+    The policy is the learner's `actor`, if it has one. Raises BadInput for a folder it cannot take, and OSError.
     """
 
     def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
@@ -81,9 +82,10 @@ class Run:
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
         self.policy, self.environments = None, None
         if actor := self.parts.get("actor"):
-            bounds, discrete = (self.dataset.action_low, self.dataset.action_high), self.dataset.discrete
-            origin = {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
-            self.policy = Policy(actor, buffer.normalization, bounds, discrete, origin)
+            data, origin = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
+            origin["observation_names"] = data.observation_names
+            bounds = data.action_low, data.action_high
+            self.policy = Policy(actor, buffer.normalization, bounds, data.discrete, origin)
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
             except NoEnvironment as reason:
@@ -167,7 +169,7 @@ class Run:
                 yield from csv.DictReader(file)
 
     def save_checkpoint(self) -> None:
-        """Writes policy.pt and checkpoint.pt. Raises Diverged if a number is not finite; after a signal, Stopped."""
+        """Writes policy.pt and checkpoint.pt. Raises Diverged for a number that is not finite."""
         self._check_finite(self.parts)
         cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
@@ -185,7 +187,8 @@ class Run:
         replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
         self.began = time.perf_counter()
         if interruption.number:
-            raise Stopped(f"interrupted at update {self.step}; go on with the same and --resume --run-dir {self.dir}")
+            going_on = f"go on with the same and --resume --run-dir {self.dir}"
+            raise KeyboardInterrupt(f"interrupted at update {self.step}; {going_on}")
 
     def finish(self, result: dict[str, Any] | None = None, outcome: str = "", plot: Callable | None = None) -> None:
         """Writes result.json and the learning curve, and says on the last line how the run went. A script that learns

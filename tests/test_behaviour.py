@@ -37,7 +37,7 @@ SMALL = {"hidden_dims": (32, 32), "batch_size": 64}
 def make_buffer(episodes):
     """Of episodes with one number as observation and one as action, on [-1, 1]."""
     ones, num_steps = np.ones(1, np.float32), sum(len(episode.rewards) for episode in episodes)
-    return ReplayBuffer(Dataset("test", num_steps, 1, -ones, ones, lambda: iter(episodes)), CPU)
+    return ReplayBuffer(Dataset("test", num_steps, ["0"], -ones, ones, lambda: iter(episodes)), CPU)
 
 
 def learn(algorithm, buffer, num_updates, **arguments):
@@ -106,7 +106,7 @@ def half_tried():
     states, actions = rng.normal(size=(2000, 1, 1)), rng.integers(2, size=(2000, 1))
     episodes = [Episode(s, a, 0.4 * a - 0.8, s, np.ones(1)) for s, a in zip(states, actions, strict=True)]
     first, last = np.array([0]), np.array([2])
-    return ReplayBuffer(Dataset("test", 2000, 1, first, last, lambda: iter(episodes), discrete=True), CPU)
+    return ReplayBuffer(Dataset("test", 2000, ["0"], first, last, lambda: iter(episodes), discrete=True), CPU)
 
 
 @pytest.mark.parametrize(

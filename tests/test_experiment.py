@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import (
     ALGORITHMS,
     DISCRETE,
@@ -31,7 +32,7 @@ from conftest import (
 )
 from wandb.proto import wandb_internal_pb2
 
-from common.command_line import BUILT_IN_ID, BadInput, Diverged, parse_args
+from common.command_line import BUILT_IN_ID, BadInput, Diverged
 from common.evaluation import FINAL_SEED, evaluate, load_policy, make_environments
 from common.experiment import Run
 from common.optim import Adam
@@ -57,7 +58,7 @@ def test_help_names_every_argument_and_its_meaning(algorithm):
 @every_script
 def test_underscores_and_switches_are_read_as_sweeps_write_them(algorithm):
     args_class = importlib.import_module(algorithm).Args
-    args = parse_args(args_class, ["--batch_size=64", "--hidden_dims", "8", "8", "--compile", "--no-track"])
+    args = tyro.cli(args_class, args=["--batch_size=64", "--hidden_dims", "8", "8", "--compile", "--no-track"])
     assert (args.batch_size, args.hidden_dims, args.compile, args.track) == (64, (8, 8), True, False)
 
 
@@ -477,7 +478,7 @@ def test_nonsense_numbers_are_refused(algorithm):
         if not isinstance(field.default, (bool, str)) and field.name not in CANNOT_BE_NONSENSE:
             flag = f"--{field.name.replace('_', '-')}"
             with pytest.raises(BadInput, match=flag):
-                parse_args(args_class, [flag, NONSENSE[field.name]]).validate()
+                tyro.cli(args_class, args=[flag, NONSENSE[field.name]]).validate()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import DISCRETE, ROOT, SHORT, SHORTER, assert_one_line, checkpoint, run_script
 
-from common.command_line import BadInput, parse_args
+from common.command_line import BadInput
 from common.evaluation import FINAL_SEED, evaluate, load_policy, load_script, make_environments
 
 CHANGED = {"iql": "Actor", "td3_bc": "Actor", "sac_bc": "Actor", "bcq": "Decoder", "discrete_cql": "Critic"}  # classes
@@ -79,7 +80,7 @@ def test_the_policy_that_is_loaded_is_the_one_that_was_evaluated(script, change,
     assert returns.mean() == json.loads((folder / "result.json").read_text())["final_return_mean"]
 
     module = load_script(path.stem, path)
-    args = parse_args(module.Args, [*SHORT, *SHORTER.get(script, ())])
+    args = tyro.cli(module.Args, args=[*SHORT, *SHORTER.get(script, ())])
     actor = module.Actor(data.observation_dim, data.num_actions or data.action_dim, args)
     saved = checkpoint(folder)["learner"]["actor"]
     actor.load_state_dict(saved)

@@ -41,7 +41,9 @@ def main() -> None:
     assert isinstance(observation_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)
     (observation_dim,), (action_dim,) = observation_space.shape, action_space.shape
     low, high = action_space.low, action_space.high
-    dataset = Dataset("random", 0, observation_dim, low, high, lambda: iter(()), env_id=args.env_id)
+    dataset = Dataset(
+        "random", 0, list(map(str, range(observation_dim))), low, high, lambda: iter(()), env_id=args.env_id
+    )
     environments = make_environments(dataset, args.num_episodes)
     torch.manual_seed(0)
     actor = td3_bc.Actor(observation_dim, action_dim, td3_bc.HyperParameters(hidden_dims=(256, 256)))

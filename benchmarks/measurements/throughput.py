@@ -116,7 +116,9 @@ def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes
     ones = np.ones(args.action_dim, np.float32)
     low, high = (np.array([0]), np.array([args.action_dim - 1])) if discrete else (-ones, ones)
     num_steps = num_episodes * 1000
-    dataset = Dataset("random", num_steps, args.observation_dim, low, high, read_episodes, discrete=discrete)
+    dataset = Dataset(
+        "random", num_steps, list(map(str, range(args.observation_dim))), low, high, read_episodes, discrete=discrete
+    )
     return ReplayBuffer(dataset, device)
 
 
