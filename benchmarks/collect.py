@@ -46,7 +46,7 @@ sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().
 import sac
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, check_argument, launch
+from common.command_line import BadInput, check, check_argument, explain, launch
 from common.data import action_bounds, flat_observation_dim, flatten_observations
 from common.evaluation import FINAL_SEED, Policy, evaluate, load_policy, make_environment
 from common.experiment import load_checkpoint
@@ -281,10 +281,11 @@ def main(args: Args) -> None:
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     for quality, dataset_id in ids.items():
-        with scratch_root(dataset_id):
+        with scratch_root(dataset_id, episodes(quality)):
             write_dataset(dataset_id, episodes(quality), play, references, sources[quality])
             if quality in steps:  # the policy that acted, beside its data
                 shutil.copy(run_dir / f"policy-{steps[quality]}.pt", get_dataset_path(dataset_id) / "policy.pt")
+        describe(dataset_id, episodes(quality), references, sources[quality])
 
 
 def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
@@ -297,7 +298,9 @@ def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
             raise BadInput(
                 f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"
             ) from None
-        check(not get_dataset_path(dataset_id).exists(), f"{dataset_id} exists: delete it, or give another --prefix")
+        with explain("no datasets folder: point MINARI_DATASETS_PATH to one that can be written"):
+            exists = get_dataset_path(dataset_id).exists()
+        check(not exists, f"{dataset_id} exists: delete it, or give another --prefix")
     return ids
 
 
@@ -317,7 +320,6 @@ def expert_return(policy: Policy, args: Args) -> float:
 def write_dataset(
     dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
 ) -> None:
-    """Writes a Minari dataset, and says in a line what it is."""
     environment = play.environment
     space = environment.observation_space
     minari.create_dataset_from_buffers(
@@ -334,6 +336,9 @@ def write_dataset(
         author="AnchoRL",
         description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
     )
+
+
+def describe(dataset_id: str, episodes: list[EpisodeBuffer], references: tuple[float, float], source: str) -> None:
     average = float(np.mean([np.sum(episode.rewards) for episode in episodes]))
     score = 100 * (average - references[0]) / (references[1] - references[0])
     size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"

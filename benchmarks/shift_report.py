@@ -42,7 +42,6 @@ Run: python -m benchmarks.shift_report runs/first --out shift.png
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import shift_measures as measures
+from scratch import replace
 from trained_run import Trained, Visits, load_run, visit
 
 from common.command_line import check, launch
@@ -299,9 +299,7 @@ def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     for axis, (name, (title, label)) in zip(axes[2:], titles.items(), strict=True):
         axis.set(title=title, xlabel=label, ylabel="share of the states")
         draw_shares(axis, panels.get(name, {}))
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=120, format="png")
-    os.replace(scratch, path)
+    replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 COLOURS = {"data": "tab:blue", "policy": "tab:red", "random": "tab:gray", "visits": "tab:orange"}

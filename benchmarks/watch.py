@@ -24,6 +24,9 @@ import tyro
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
+from scratch import replace
+
 from common.command_line import BadInput, check, launch, one_line
 from common.data import Batch as Episode
 from common.data import Dataset, flatten_observations, load_dataset
@@ -188,9 +191,8 @@ def save(panels: list[list[Image.Image]], path: Path, milliseconds: int) -> None
         for position, part in enumerate(row):
             frame.paste(part, (sum(before.width for before in row[:position]), 0))
         frames.append(frame.quantize(64))
-    scratch = path.with_name(f".{path.name}")
-    frames[0].save(scratch, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    os.replace(scratch, path)
+    how: dict[str, Any] = {"format": "GIF", "save_all": True, "append_images": frames[1:], "loop": 0}
+    replace(path, lambda file: frames[0].save(file, duration=milliseconds, **how))
 
 
 if __name__ == "__main__":
