@@ -10,7 +10,7 @@ from typing import Any
 
 from scratch import replace
 
-from common.command_line import check
+from common.command_line import check, explain
 
 CellLike = tuple[str, str, int, Path]  # algorithm, dataset id, seed, run folder: as run.Cell has them
 KEY = ("algorithm", "dataset_id", "seed")
@@ -33,7 +33,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
     for cell, problem in [*earlier.items(), *problems.items()]:
         try:
             result, evaluations = _rows(cell)
-        except (OSError, KeyError, ValueError):  # not there, or damaged
+        except Exception:  # not there, or damaged, which raises many kinds
             if problem:
                 tables["results"].append(_key(cell) | {"problem": problem, "run_dir": str(cell[3])})
             continue
@@ -69,8 +69,8 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
     """Those of a results.csv, which may have been moved together with their run folders, and their problems."""
-    with path.open(newline="") if path.exists() else io.StringIO() as file:
+    with explain(str(path)), path.open(newline="") if path.exists() else io.StringIO() as file:
         for row in csv.DictReader(file):
-            check({*KEY, "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
+            check(None not in map(row.get, (*KEY, "run_dir")), "not of a grid, or damaged; rename it")
             folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
             yield (row["algorithm"], row["dataset_id"], int(row["seed"]), folder), row.get("problem") or ""

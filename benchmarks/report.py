@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -60,6 +60,8 @@ except ImportError:
 from scratch import replace
 
 from common.command_line import check, explain, launch
+
+rcParams["text.parse_math"] = False  # a name may hold a $
 
 
 @dataclass

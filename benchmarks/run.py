@@ -44,7 +44,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from grid_results import collect
 from scratch import replace
 
-from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, launch, one_line
+from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, launch, one_line
 from common.data import load_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
@@ -378,7 +378,8 @@ def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     """Raises BadInput if the folder's cells were run with other arguments: they would pass for this command's."""
     path, ours = out / "script_arguments.json", list(script_arguments)
     if path.exists():
-        found = json.loads(path.read_text())
+        with explain(f"cannot read {path}: remove it if the arguments are the same"):
+            found = [str(word) for word in list(json.loads(path.read_text()))]
         check(found == ours, f"--out {out}: holds runs with {shlex.join(found) or 'no arguments'}; name another folder")
     replace(path, json.dumps(ours).encode() + b"\n")
 

@@ -282,8 +282,10 @@ def headlines(rows: list[Row]) -> Iterator[str]:
 
 def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     """The page of pictures, complete or not at all."""
-    from matplotlib.figure import Figure  # slow to import, and not always needed
+    from matplotlib import rcParams  # slow to import, and not always needed
+    from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a name may hold a $
     figure = Figure(figsize=(14, 8), layout="constrained")
     title = f"{run.args.algorithm} on {run.args.dataset_id}, seed {run.args.seed}"
     figure.suptitle("\n".join([title, *headlines(rows)]))
