@@ -178,8 +178,11 @@ def roll_outs(name: str, act: Act, play: Play, steps: int, seed: np.random.SeedS
 def train(args: Args, run_dir: Path) -> None:
     """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
     finished = run_dir / "result.json"
-    if finished.exists() and json.loads(finished.read_text())["num_updates"] >= args.num_updates:
-        return
+    if finished.exists():
+        with explain(f"cannot read {finished}"):
+            done = int(json.loads(finished.read_text())["num_updates"])
+        if done >= args.num_updates:
+            return
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
     command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
@@ -204,7 +207,8 @@ class Agent(NamedTuple):
 
 def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     """Raises BadInput if the folder holds the run of another script or environment, or has lost a part of its data."""
-    saved = json.loads((run_dir / "args.json").read_text())
+    with explain(f"cannot read {run_dir / 'args.json'}"):
+        saved = dict(json.loads((run_dir / "args.json").read_text()))
     expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_policies": True}
     for name, value in expected.items():
         found = saved.get(name)
@@ -217,9 +221,9 @@ def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     sizes = flat_observation_dim(play.environment.observation_space), len(play.low)
     replay = sac.RingBuffer(count, *sizes, "cpu")
     replay.load_state_dict(state)
-    with (run_dir / "metrics.csv").open(newline="") as file:
+    with explain(f"cannot read {run_dir / 'metrics.csv'}"), (run_dir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
-    returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
+        returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
     return Agent(returns, replay.newest(count), lengths, count - checkpoint["step"], run_dir)
 
 

@@ -329,6 +329,36 @@ def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
             load_file(tmp_path / "bad.pt")
 
 
+@pytest.mark.parametrize(
+    ("tool", "name", "content", "message"),
+    [
+        ("watch", "args.json", {"env_id": [1]}, "must be texts"),
+        ("watch", "args.json", {"dataset_id": None}, "must be texts"),
+        ("watch", "args.json", [], "cannot read .*args.json"),
+        ("shift_report", "args.json", {"tau": 7}, "cannot read .*args.json: --tau 7: must be"),
+        ("shift_report", "metrics.csv", "step,critic/q\nx,1\n", "cannot read the run .*could not convert"),
+        ("shift_report", "metrics.csv", "critic/q\n1\n", "cannot read the run .*lacks its step"),
+        ("shift_report", "metrics.csv", "step,critic/q\n1,2,3\n", "cannot read the run in"),
+        ("shift_report", "checkpoint.pt", {"learner": None}, "cannot read the run in"),
+        ("shift_report", "checkpoint.pt", {"learner": {"actor": {}, "critic": None}}, "checkpoint.pt does not fit"),
+    ],
+)
+def test_a_damaged_run_is_one_line(tool, name, content, message, tmp_path):
+    pytest.importorskip("pygame")
+    folder = tmp_path / "run"
+    assert run_script("iql", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
+    if name == "checkpoint.pt":
+        torch.save(checkpoint(folder) | content, folder / name)
+    elif isinstance(content, str):
+        (folder / name).write_text(content)
+    else:
+        saved = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(saved | content if content else content))
+    assert_one_line(
+        run_script(tool, str(folder), "--out", str(tmp_path / ("a.gif" if tool == "watch" else "a.png"))), message
+    )
+
+
 # --- Disks ---
 
 
