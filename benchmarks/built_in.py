@@ -7,6 +7,7 @@ Run: python -m benchmarks.built_in --out common/built_in
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import BadInput, launch, one_line
+sys.path.append(str(Path(__file__).resolve().parent))
+from scratch import CannotWrite, check_room, scratch_folder
+
+from common.command_line import check, launch, one_line
 from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID
 
 MINARI_VERSION = "0.5.3"  # the oldest that pyproject.toml allows: Minari reads no data of versions newer than itself
@@ -101,12 +105,13 @@ def make(
     """Writes a dataset with an episode of each of the controllers. The last one is random: its mean return is score 0.
     That of `best` is score 100.
     """
-    path = out.resolve() / dataset_id / "data"  # Minari gets lost in relative ones
+    path = out / dataset_id / "data"
     path.mkdir(parents=True)
     with gym.make(env_id) as env:
         episodes = [roll_out(env, seed, act) for seed, act in enumerate(controllers)]
         low, high = (mean_return(env, act) for act in (controllers[-1], best))
         storage = MinariStorage.new(path, env.observation_space, env.action_space, env.spec)
+    check_room(out, dataset_id, episodes)
     storage.update_episodes(episodes)
     compress(path / "main_data.hdf5")
     storage.update_metadata(
@@ -161,13 +166,20 @@ def copy(source: h5py.Group, target: h5py.Group) -> None:
 
 
 def main(args: Args) -> None:
+    datasets = {BUILT_IN_ID: make_pendulum, BUILT_IN_DISCRETE_ID: make_cartpole}
+    for path in (args.out / dataset_id for dataset_id in datasets):
+        check(not path.exists(), f"--out: {path} exists: remove it, or give another folder")
     try:
-        make_pendulum(args.out)
-        make_cartpole(args.out)
-    except FileExistsError as error:
-        raise BadInput(f"--out: {error.filename} exists: remove it, or give another folder") from None
+        args.out.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(args.out.resolve()) as scratch:
+            for dataset_id, make_dataset in datasets.items():
+                make_dataset(scratch)
+                (args.out / dataset_id).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(scratch / dataset_id, args.out / dataset_id)
+    except CannotWrite:
+        raise
     except OSError as error:
-        raise OSError(f"cannot write to {args.out}: {one_line(error)}") from None
+        raise CannotWrite(f"cannot write to {args.out}: {one_line(error)}") from None
     print(f"built-in datasets: {args.out / 'anchorl'}")
 
 

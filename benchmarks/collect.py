@@ -46,7 +46,7 @@ sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().
 import sac
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, check_argument, launch
+from common.command_line import BadInput, check, check_argument, explain, launch
 from common.data import action_bounds, flatten_observations, observation_names
 from common.evaluation import FINAL_SEED, Policy, evaluate, load_policy, make_environment
 from common.experiment import load_checkpoint
@@ -178,8 +178,11 @@ def roll_outs(name: str, act: Act, play: Play, steps: int, seed: np.random.SeedS
 def train(args: Args, run_dir: Path) -> None:
     """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
     finished = run_dir / "result.json"
-    if finished.exists() and json.loads(finished.read_text())["num_updates"] >= args.num_updates:
-        return
+    if finished.exists():
+        with explain(f"cannot read {finished}"):
+            done = int(json.loads(finished.read_text())["num_updates"])
+        if done >= args.num_updates:
+            return
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
     command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
@@ -204,7 +207,8 @@ class Agent(NamedTuple):
 
 def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     """Raises BadInput if the folder holds the run of another script or environment, or has lost a part of its data."""
-    saved = json.loads((run_dir / "args.json").read_text())
+    with explain(f"cannot read {run_dir / 'args.json'}"):
+        saved = dict(json.loads((run_dir / "args.json").read_text()))
     expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_policies": True}
     for name, value in expected.items():
         found = saved.get(name)
@@ -217,9 +221,9 @@ def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     sizes = len(observation_names(play.environment.observation_space)), len(play.low)
     replay = sac.RingBuffer(count, *sizes, "cpu")
     replay.load_state_dict(state)
-    with (run_dir / "metrics.csv").open(newline="") as file:
+    with explain(f"cannot read {run_dir / 'metrics.csv'}"), (run_dir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
-    returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
+        returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
     return Agent(returns, replay.newest(count), lengths, count - checkpoint["step"], run_dir)
 
 
@@ -281,10 +285,11 @@ def main(args: Args) -> None:
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     for quality, dataset_id in ids.items():
-        with scratch_root(dataset_id):
+        with scratch_root(dataset_id, episodes(quality)):
             write_dataset(dataset_id, episodes(quality), play, references, sources[quality])
             if quality in steps:  # the policy that acted, beside its data
                 shutil.copy(run_dir / f"policy-{steps[quality]}.pt", get_dataset_path(dataset_id) / "policy.pt")
+        describe(dataset_id, episodes(quality), references, sources[quality])
 
 
 def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
@@ -297,7 +302,9 @@ def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
             raise BadInput(
                 f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"
             ) from None
-        check(not get_dataset_path(dataset_id).exists(), f"{dataset_id} exists: delete it, or give another --prefix")
+        with explain("no datasets folder: point MINARI_DATASETS_PATH to one that can be written"):
+            exists = get_dataset_path(dataset_id).exists()
+        check(not exists, f"{dataset_id} exists: delete it, or give another --prefix")
     return ids
 
 
@@ -317,7 +324,6 @@ def expert_return(policy: Policy, args: Args) -> float:
 def write_dataset(
     dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
 ) -> None:
-    """Writes a Minari dataset, and says in a line what it is."""
     environment = play.environment
     names = observation_names(environment.observation_space)
     dataset = minari.create_dataset_from_buffers(
@@ -333,6 +339,9 @@ def write_dataset(
         description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
     )
     dataset.storage.update_metadata({"observation_names": names})
+
+
+def describe(dataset_id: str, episodes: list[EpisodeBuffer], references: tuple[float, float], source: str) -> None:
     average = float(np.mean([np.sum(episode.rewards) for episode in episodes]))
     score = 100 * (average - references[0]) / (references[1] - references[0])
     size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"

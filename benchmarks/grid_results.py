@@ -4,12 +4,13 @@ import csv
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.command_line import BadInput, check
+from scratch import replace
+
+from common.command_line import check, explain
 
 CellLike = tuple[str, str, int, Path]  # algorithm, dataset id, seed, run folder: as run.Cell has them
 KEY = ("algorithm", "dataset_id", "seed")
@@ -32,7 +33,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
     for cell, problem in [*earlier.items(), *problems.items()]:
         try:
             result, evaluations = _rows(cell)
-        except (OSError, KeyError, ValueError):  # not there, or damaged
+        except Exception:  # not there, or damaged, which raises many kinds
             if problem:
                 tables["results"].append(_key(cell) | {"problem": problem, "run_dir": str(cell[3])})
             continue
@@ -45,7 +46,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
         writer = csv.DictWriter(text := io.StringIO(), list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-        write(out / f"{name}.csv", text.getvalue().encode())
+        replace(out / f"{name}.csv", text.getvalue().encode())
     return written
 
 
@@ -68,19 +69,8 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
     """Those of a results.csv, which may have been moved together with their run folders, and their problems."""
-    with path.open(newline="") if path.exists() else io.StringIO() as file:
+    with explain(str(path)), path.open(newline="") if path.exists() else io.StringIO() as file:
         for row in csv.DictReader(file):
-            check({*KEY, "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
+            check(None not in map(row.get, (*KEY, "run_dir")), "not of a grid, or damaged; rename it")
             folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
             yield (row["algorithm"], row["dataset_id"], int(row["seed"]), folder), row.get("problem") or ""
-
-
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None

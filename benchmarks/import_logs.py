@@ -40,7 +40,6 @@ Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
 
 import math
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -65,7 +64,7 @@ from log_tables import TableOptions, read_table_log
 from reference_returns import find_reference_returns
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, launch, one_line, warn
+from common.command_line import BadInput, check, explain, launch, warn
 from common.data import action_bounds, observation_names
 from common.evaluation import NoEnvironment, make_environment
 
@@ -162,10 +161,8 @@ def check_id(dataset_id: str) -> None:
         raise BadInput(f"--dataset-id {dataset_id}: no Minari id: {reason}: give one such as my/logs-v0") from None
     reserved = dataset_id.startswith("anchorl/")
     check(not reserved, f"--dataset-id {dataset_id}: anchorl/ is for built-in datasets: give another namespace")
-    try:
+    with explain("no datasets folder: point MINARI_DATASETS_PATH to one that can be written"):
         exists = get_dataset_path(dataset_id).exists()
-    except OSError as error:
-        raise cannot_write(dataset_id, error) from None
     check(not exists, f"--dataset-id {dataset_id}: exists: take another id, such as the next version")
 
 
@@ -181,11 +178,6 @@ def explain_id(dataset_id: str) -> str:
     if len(dataset_id.rpartition("/")[0]) == 1:
         return "its namespace has one character, and needs two or more"
     return "it needs a name, and a namespace that neither begins nor ends with /"
-
-
-def cannot_write(dataset_id: str, error: Exception) -> BadInput:
-    advice = "point MINARI_DATASETS_PATH to a folder that can be written"
-    return BadInput(f"cannot write {dataset_id} to the datasets folder ({one_line(error)}): {advice}")
 
 
 def action_space(args: Args, log: Log, environment: Environment | None, actions: np.ndarray) -> gym.spaces.Box:
@@ -264,31 +256,22 @@ def write_dataset(
     environment: Environment | None,
     returns: tuple[float, float] | None,
 ) -> None:
-    """Writes the dataset, all of it or nothing. Raises BadInput where it cannot be written."""
-    size = sum(getattr(b, name).nbytes for b in buffers for name in ("observations", "actions", "rewards"))
-    need = 2 * size + 2**15 * len(buffers)  # with what HDF5 adds; where the disk fills up, it crashes
-    free = shutil.disk_usage(get_dataset_path()).free
-    where = f"the {need / 2**20:.0f} MiB of {args.dataset_id} in {get_dataset_path()}"
-    advice = "point MINARI_DATASETS_PATH to a larger disk"
-    check(free > need, f"no room for {where}, where {free / 2**20:.0f} are free: {advice}")
+    """Writes the dataset, all of it or nothing. Raises CannotWrite."""
     observations = log.steps.observations
     names = f"observations {describe_names(log.observations)}; actions {', '.join(log.actions)}"
-    try:
-        with scratch_root(args.dataset_id):
-            dataset = minari.create_dataset_from_buffers(
-                args.dataset_id,
-                buffers,
-                eval_env=environment and environment.spec,
-                observation_space=gym.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype.type),
-                action_space=actions,
-                description=f"imported from {args.file.name}: {names}",
-            )
-            dataset.storage.update_metadata({"observation_names": log.observations})
-            if returns is not None:  # which Minari would take with an environment alone
-                low, high = returns
-                dataset.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
-    except OSError as error:
-        raise cannot_write(args.dataset_id, error) from None
+    with scratch_root(args.dataset_id, buffers):
+        dataset = minari.create_dataset_from_buffers(
+            args.dataset_id,
+            buffers,
+            eval_env=environment and environment.spec,
+            observation_space=gym.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype.type),
+            action_space=actions,
+            description=f"imported from {args.file.name}: {names}",
+        )
+        dataset.storage.update_metadata({"observation_names": log.observations})
+        if returns is not None:  # which Minari would take with an environment alone
+            low, high = returns
+            dataset.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
 
 
 def main(args: Args) -> None:

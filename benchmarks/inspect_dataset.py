@@ -9,7 +9,6 @@ which knows nothing of what would have come after its end.
 Run: python -m benchmarks.inspect_dataset anchorl/pendulum/mixed-v0 --out data.png
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent))
+from scratch import replace
+
 from common.command_line import BadInput, check, launch, one_line
 from common.data import Batch as Episode
 from common.data import Dataset, find_dataset, flatten_observations, load_dataset, observation_names
@@ -345,9 +347,7 @@ def draw(data: Data, dataset: Dataset, gamma: float, path: Path) -> None:
     states.set(title=f"{len(rows):,} states", xlabel=f"first principal component, {shares[0]:.0%} of the variance")
     states.set(ylabel=f"second, {shares[1]:.0%}")
     figure.colorbar(dots, ax=states, label=f"return-to-go, discount {gamma:g}")
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=130, format="png")
-    os.replace(scratch, path)
+    replace(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
 def draw_actions(axes: Any, figure: Any, actions: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from common.command_line import BadInput, check, one_line
+from common.command_line import check, explain
 
 Measure = Literal["last", "last five", "best"]
 MEASURES: dict[str, Any] = {"last": "last", "last five": lambda x: x.tail(5).mean(), "best": "max"}
@@ -60,15 +60,11 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The evaluations, and the runs that failed."""
     check(file.is_file(), f"no {file}: give a folder that benchmarks/run.py wrote, or its evaluations.csv")
     results = file.with_name("results.csv")
-    try:
-        rows = pd.read_csv(file, dtype={"seed": int, "num_updates": int, "score": float, "return_mean": float})
-        cells = pd.read_csv(results, dtype={"seed": int}) if results.is_file() else rows.reindex(columns=KEYS).iloc[:0]
-        if "final_returns" in cells:
-            cells["episode_error"] = cells["final_returns"].map(_standard_error)
-    except (ValueError, TypeError, OSError) as error:
-        raise BadInput(f"cannot read {file}: {one_line(error)}") from None
-    missing = [name for name in NEEDED if name not in rows]
-    check(not missing, f"{file}: lacks the column {', '.join(missing)}; give an evaluations.csv")
+    rows = _read_table(file, NEEDED)
+    cells = _read_table(results, KEYS) if results.exists() else rows.reindex(columns=KEYS).iloc[:0]
+    if "final_returns" in cells:
+        with explain(f"cannot read {results}: final_returns"), np.errstate(all="ignore"):
+            cells["episode_error"] = cells["final_returns"].map(_standard_error).astype(float)
     runs = rows[KEYS].drop_duplicates()
     if "problem" in cells:
         planned = cells[[*KEYS, "problem"]].dropna()
@@ -81,6 +77,17 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     known = [name for name in [*KNOWN, *FINAL] if name not in rows]
     rows = rows.merge(cells.reindex(columns=[*KEYS, *known]), on=KEYS, how="left")
     return rows[[*NEEDED, *KNOWN, *FINAL]].assign(source=str(file)), failed.assign(source=str(file))
+
+
+def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:
+    """Raises BadInput for a column that it lacks, and for text among numbers."""
+    numbers = ["score", "return_mean", *KNOWN, *FINAL]
+    with explain(f"cannot read {path}"), np.errstate(all="ignore"):  # what is beyond a whole number is refused
+        names = dict.fromkeys(KEYS[:2], str) | dict.fromkeys(("seed", "num_updates"), int)
+        table = pd.read_csv(path, dtype=names | dict.fromkeys(numbers, float))  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in table]
+    check(not missing, f"{path}: lacks the column {', '.join(missing)}; give a folder that benchmarks/run.py wrote")
+    return table
 
 
 def _standard_error(returns: Any) -> float:

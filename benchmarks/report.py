@@ -36,13 +36,14 @@ import itertools
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -56,7 +57,11 @@ except ImportError:
     print("error: a report needs pandas and SciPy: pip install -e '.[report]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from common.command_line import BadInput, check, launch
+from scratch import replace
+
+from common.command_line import check, explain, launch
+
+rcParams["text.parse_math"] = False  # a name may hold a $
 
 
 @dataclass
@@ -313,15 +318,13 @@ def main(args: Args) -> None:
     if args.out is None:
         return
     figures = {"curves": curves(rows)} | ({"summary": summary(compared, title)} if complete else {})
-    try:
+    with explain(f"--out {args.out}: cannot be made"):
         args.out.mkdir(parents=True, exist_ok=True)
-        pictures = [args.out / f"{name}.png" for name in figures]
-        for path, figure in zip(pictures, figures.values(), strict=True):
-            figure.savefig(path, dpi=130)
-        (args.out / "report.md").write_text(text)
-        (args.out / "report.html").write_text(page(tables, lines, pictures))
-    except OSError as error:
-        raise BadInput(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    pictures = [args.out / f"{name}.png" for name in figures]
+    for path, figure in zip(pictures, figures.values(), strict=True):
+        replace(path, partial(figure.savefig, dpi=130, format="png"))
+    replace(args.out / "report.md", text.encode())
+    replace(args.out / "report.html", page(tables, lines, pictures).encode())
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from grid_results import collect, write
+from grid_results import collect
+from scratch import replace
 
-from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, launch, one_line
+from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, launch, one_line
 from common.data import load_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "algorithms"
@@ -274,8 +275,9 @@ def run_on_ray(cells: list[Cell], args: Args) -> Outcomes:
             try:
                 problem, contents = ray.get(job)
                 for name, content in contents.items() if not cell.done else ():
-                    write(cell.folder / name, content)
-            except (ray.exceptions.RayError, BadInput) as error:
+                    cell.folder.mkdir(parents=True, exist_ok=True)
+                    replace(cell.folder / name, content)
+            except (ray.exceptions.RayError, OSError) as error:
                 problem = f"Ray: {one_line(error)} (see {cell.log})"
             yield cell, problem
         yield None
@@ -376,9 +378,10 @@ def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     """Raises BadInput if the folder's cells were run with other arguments: they would pass for this command's."""
     path, ours = out / "script_arguments.json", list(script_arguments)
     if path.exists():
-        found = json.loads(path.read_text())
+        with explain(f"cannot read {path}: remove it if the arguments are the same"):
+            found = [str(word) for word in list(json.loads(path.read_text()))]
         check(found == ours, f"--out {out}: holds runs with {shlex.join(found) or 'no arguments'}; name another folder")
-    write(path, json.dumps(ours).encode() + b"\n")
+    replace(path, json.dumps(ours).encode() + b"\n")
 
 
 if __name__ == "__main__":

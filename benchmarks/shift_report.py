@@ -42,7 +42,6 @@ Run: python -m benchmarks.shift_report runs/first --out shift.png
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import shift_measures as measures
+from scratch import replace
 from trained_run import Trained, Visits, load_run, visit
 
 from common.command_line import check, launch
@@ -282,8 +282,10 @@ def headlines(rows: list[Row]) -> Iterator[str]:
 
 def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     """The page of pictures, complete or not at all."""
-    from matplotlib.figure import Figure  # slow to import, and not always needed
+    from matplotlib import rcParams  # slow to import, and not always needed
+    from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a name may hold a $
     figure = Figure(figsize=(14, 8), layout="constrained")
     title = f"{run.args.algorithm} on {run.args.dataset_id}, seed {run.args.seed}"
     figure.suptitle("\n".join([title, *headlines(rows)]))
@@ -299,9 +301,7 @@ def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     for axis, (name, (title, label)) in zip(axes[2:], titles.items(), strict=True):
         axis.set(title=title, xlabel=label, ylabel="share of the states")
         draw_shares(axis, panels.get(name, {}))
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, dpi=120, format="png")
-    os.replace(scratch, path)
+    replace(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 COLOURS = {"data": "tab:blue", "policy": "tab:red", "random": "tab:gray", "visits": "tab:orange"}
@@ -310,9 +310,9 @@ COLOURS = {"data": "tab:blue", "policy": "tab:red", "random": "tab:gray", "visit
 def draw_training(axes: Any, run: Trained) -> None:
     axes.set(title="Q over training", xlabel="updates", ylabel="mean Q")
     for name, column in LOGGED.items():
-        rows = [row for row in run.metrics if row.get(name)]
+        rows = [row for row in run.metrics if name in row]
         if rows and not (name == "actor/q" and "critic/q_policy" in rows[0]):
-            steps, values = zip(*((int(row["step"]), float(row[name])) for row in rows), strict=True)
+            steps, values = zip(*((row["step"], row[name]) for row in rows), strict=True)
             style = {"linewidth": 3, "alpha": 0.5} if column in ("data", "batches") else {"linewidth": 1}
             axes.plot(steps, values, label=column, color=COLOURS.get(column, "black"), **style)
     if axes.lines:

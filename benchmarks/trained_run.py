@@ -15,7 +15,7 @@ from typeguard import TypeCheckError, check_type
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shift_measures import discounted_returns
 
-from common.command_line import BadInput, check, one_line, warn
+from common.command_line import BadInput, check, explain, one_line, warn
 from common.data import ReplayBuffer, flatten_observations, load_dataset
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     gamma: float
     reward_scale: float  # rewards, returns and Q are those that the script learned from: scale (reward + shift)
     reward_shift: float
-    metrics: list[dict[str, str]]  # the rows of metrics.csv
+    metrics: list[dict[str, float]]  # the rows of metrics.csv, of each the cells that are not empty
 
 
 class Visits(NamedTuple):
@@ -53,15 +53,15 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     for name in ("checkpoint.pt", "result.json"):
         todo = f"go on with the same command and --resume --run-dir {folder}"
         check((folder / name).is_file(), f"the run in {folder} has not finished: it lacks {name}; {todo}")
-    try:
+    with explain(f"cannot read the run in {folder}"):
         saved = json.loads((folder / "args.json").read_text())
         algorithm = str(saved["algorithm"])
         checkpoint = load_file(folder / "checkpoint.pt")  # never the one before it, which is of another policy
-        learned, fingerprint = checkpoint["learner"], checkpoint["dataset_fingerprint"]
+        learned, fingerprint = dict(checkpoint["learner"]), checkpoint["dataset_fingerprint"]
         with (folder / "metrics.csv").open(newline="") as file:
-            metrics = list(csv.DictReader(file))
-    except Exception as error:  # unpickling raises many kinds
-        raise BadInput(f"cannot read the run in {folder}: {one_line(error)}") from None
+            rows = list(csv.DictReader(file))
+        metrics = [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+        check(all(row.get("step", 0.5).is_integer() for row in metrics), "a row of metrics.csv lacks its step")
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
     module: Any = load_script(algorithm, script)
     args = arguments(module.Args, saved, folder, env_id)
@@ -73,10 +73,8 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor
     if "critic" in learned:
         critic = module.build(buffer.observation_dim, buffer.action_dim, args, cpu, Adam).critic
-        try:
+        with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
             critic.load_state_dict(learned["critic"])
-        except RuntimeError as error:
-            raise BadInput(f"{folder}: checkpoint.pt does not fit {module.__file__}: {one_line(error)}") from None
         critic.requires_grad_(False).eval()
     scale, shift = 1.0, 0.0
     if hasattr(args, "reward_scale"):
@@ -100,6 +98,8 @@ def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str 
     args.env_id = env_id or args.env_id
     named = env_id is not None or ":" not in (args.env_id or "")
     check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
+    with explain(f"cannot read {folder / 'args.json'}"):
+        args.validate()
     return args
 
 

@@ -24,7 +24,10 @@ import tyro
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.command_line import BadInput, check, launch, one_line
+sys.path.append(str(Path(__file__).resolve().parent))
+from scratch import replace
+
+from common.command_line import BadInput, check, explain, launch, one_line
 from common.data import Batch as Episode
 from common.data import Dataset, flatten_observations, load_dataset
 from common.evaluation import EVALUATION_SEED, Policy, load_policy, make_environments
@@ -86,11 +89,11 @@ def main(args: Args) -> None:
 def read_run(args: Args) -> tuple[Policy, Dataset, str]:
     """The policy, its dataset and the algorithm's name. Raises BadInput."""
     policy = load_policy(args.run_dir, args.script)
-    try:
+    with explain(f"cannot read {args.run_dir / 'args.json'}"):
         saved = json.loads((args.run_dir / "args.json").read_text())
         dataset_id, env_id, name = saved["dataset_id"], args.env_id or saved.get("env_id"), saved["algorithm"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"cannot read {args.run_dir / 'args.json'}: {one_line(error)}") from None
+        texts = all(isinstance(text, str) for text in (dataset_id, env_id or "", name))
+        check(texts, "dataset_id, env_id and algorithm must be texts")
     named = args.env_id is not None or ":" not in str(env_id)  # no file says what is imported
     check(named, f"give --env-id {env_id}, or another one: its module would be run")
     return policy, load_dataset(dataset_id, env_id, discrete=policy.discrete), str(name)
@@ -188,9 +191,8 @@ def save(panels: list[list[Image.Image]], path: Path, milliseconds: int) -> None
         for position, part in enumerate(row):
             frame.paste(part, (sum(before.width for before in row[:position]), 0))
         frames.append(frame.quantize(64))
-    scratch = path.with_name(f".{path.name}")
-    frames[0].save(scratch, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    os.replace(scratch, path)
+    how: dict[str, Any] = {"format": "GIF", "save_all": True, "append_images": frames[1:], "loop": 0}
+    replace(path, lambda file: frames[0].save(file, duration=milliseconds, **how))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_the_maker_makes_the_shipped_metadata(dataset_id, made):
 
 def test_the_maker_overwrites_nothing(made):
     before = sorted(made.rglob("*"))
-    assert_one_line(run_script("built_in", "--out", str(made)), f"--out: {made / BUILT_IN_ID / 'data'} exists: remove")
+    assert_one_line(run_script("built_in", "--out", str(made)), f"--out: {made / BUILT_IN_ID} exists: remove")
     assert sorted(made.rglob("*")) == before
 
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import minari
 import numpy as np
@@ -272,8 +273,8 @@ def test_as_a_module(tmp_path):
 # --- What is refused ---
 
 
-def assert_refused(outcome, message, folder: Path):
-    assert outcome.returncode == 2
+def assert_refused(outcome, message, folder: Path, code=2):
+    assert outcome.returncode == code
     assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
     assert message in outcome.stderr
     assert not folder.exists() or not os.listdir(folder)
@@ -402,14 +403,17 @@ def test_a_dataset_that_appears_meanwhile_is_kept(tmp_path, folder, monkeypatch)
 
     monkeypatch.setattr(minari, "create_dataset_from_buffers", create_late)
     outcome = import_logs(write(table(), tmp_path / "logs.csv"))
-    assert outcome.returncode == 2 and outcome.stderr.startswith(f"error: cannot write {ID}")
+    assert outcome.returncode == 1 and outcome.stderr.startswith(f"error: cannot write {ID}")
     assert not os.listdir(folder / ID / "data")
 
 
-def test_refuses_a_disk_without_room(tmp_path, folder, monkeypatch):
-    """HDF5 crashes where it fills up."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
-    assert_refused(import_logs(write(table(), tmp_path / "logs.csv")), "larger disk", folder)
+def test_refuses_a_disk_without_room(tmp_path, folder):
+    """HDF5 crashes where it fills up, with thousands of lines: a process of its own has a quota."""
+    command = [sys.executable, "-m", "benchmarks.import_logs", str(write(table(), tmp_path / "logs.csv"))]
+    quota = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**15, 2**15))
+    run = subprocess.run([*command, "--dataset-id", ID], cwd=ROOT, capture_output=True, text=True, preexec_fn=quota)
+    message = f"error: no room for the 0.1 MiB of {ID} in {folder} (File too large): make some, or take a larger disk"
+    assert_refused(run, message, folder, code=1)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
@@ -418,7 +422,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(minari, "create_dataset_from_buffers", fail)
-    assert_refused(import_logs(write(table(), tmp_path / "logs.csv")), "No space left on device", folder)
+    assert_refused(import_logs(write(table(), tmp_path / "logs.csv")), "No space left on device", folder, code=1)
     shutil.rmtree(folder)
     folder.write_text("in the way")
     outcome = import_logs(tmp_path / "logs.csv")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ from conftest import (
     run_script,
     what_it_needs,
 )
+from scratch import scratch_folder
 
 from common.command_line import BadInput
 from common.evaluation import load_file, load_policy
@@ -327,6 +329,36 @@ def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
             load_file(tmp_path / "bad.pt")
 
 
+@pytest.mark.parametrize(
+    ("tool", "name", "content", "message"),
+    [
+        ("watch", "args.json", {"env_id": [1]}, "must be texts"),
+        ("watch", "args.json", {"dataset_id": None}, "must be texts"),
+        ("watch", "args.json", [], "cannot read .*args.json"),
+        ("shift_report", "args.json", {"tau": 7}, "cannot read .*args.json: --tau 7: must be"),
+        ("shift_report", "metrics.csv", "step,critic/q\nx,1\n", "cannot read the run .*could not convert"),
+        ("shift_report", "metrics.csv", "critic/q\n1\n", "cannot read the run .*lacks its step"),
+        ("shift_report", "metrics.csv", "step,critic/q\n1,2,3\n", "cannot read the run in"),
+        ("shift_report", "checkpoint.pt", {"learner": None}, "cannot read the run in"),
+        ("shift_report", "checkpoint.pt", {"learner": {"actor": {}, "critic": None}}, "checkpoint.pt does not fit"),
+    ],
+)
+def test_a_damaged_run_is_one_line(tool, name, content, message, tmp_path):
+    pytest.importorskip("pygame")
+    folder = tmp_path / "run"
+    assert run_script("iql", "--num-updates", "3", "--run-dir", str(folder), *SHORT).returncode == 0
+    if name == "checkpoint.pt":
+        torch.save(checkpoint(folder) | content, folder / name)
+    elif isinstance(content, str):
+        (folder / name).write_text(content)
+    else:
+        saved = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(saved | content if content else content))
+    assert_one_line(
+        run_script(tool, str(folder), "--out", str(tmp_path / ("a.gif" if tool == "watch" else "a.png"))), message
+    )
+
+
 # --- Disks ---
 
 
@@ -391,6 +423,78 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     run = run_script("bc", "--run-dir", str(tmp_path / "file" / "run"))
     assert_one_line(run, r"--run-dir \S+/file/run: cannot be made: .*Not a directory")
+
+
+def grid_row(folder):
+    """What benchmarks/run.py leaves of one cell."""
+    folder.mkdir()
+    row = "bc,anchorl/pendulum/mixed-v0,0,10,50,-300\n"
+    (folder / "evaluations.csv").write_text(f"algorithm,dataset_id,seed,num_updates,score,return_mean\n{row}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("place", ["full", "gone"])
+@pytest.mark.parametrize("tool", ["report", "inspect_dataset", "watch", "shift_report", "run"])
+def test_a_tool_on_a_disk_that_takes_no_more_is_one_line(tool, place, tmp_path, monkeypatch):
+    """Its picture or table fails in the middle of a write or, on a disk that turned read-only, at the first one."""
+    folder, runs = tmp_path / "out", tmp_path / "run"
+    folder.mkdir()
+    if tool in ("watch", "shift_report"):
+        pytest.importorskip("pygame")
+        assert run_script("bc", "--num-updates", "3", "--run-dir", str(runs), *SHORT).returncode == 0
+    words = {
+        "report": [grid_row(tmp_path / "grid"), "--out", str(folder)],
+        "inspect_dataset": ["anchorl/pendulum/mixed-v0", "--out", str(folder / "a.png")],
+        "watch": [str(runs), "--out", str(folder / "a.gif"), "--max-steps", "2"],
+        "shift_report": [
+            *(str(runs), "--out", str(folder / "a.png")),
+            *("--num-states", "50", "--num-updates", "1", "--eval-episodes", "0"),
+        ],
+        "run": ["--algorithms", "bc", "--seeds", "1", "--out", str(folder)],
+    }
+    number = errno.ENOSPC if place == "full" else errno.EROFS
+    open_file = pathlib.Path.open
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, _):
+            raise OSError(number, os.strerror(number))
+
+    def open_full(path, mode="r", *arguments, **options):
+        if folder not in path.parents or "w" not in mode:
+            return open_file(path, mode, *arguments, **options)
+        if place == "gone":
+            raise OSError(number, os.strerror(number))
+        open_file(path, mode).close()  # the name fits, what is in the file does not
+        return io.BufferedWriter(Full())
+
+    monkeypatch.setattr(pathlib.Path, "open", open_full)
+    outcome = run_script(tool, *words[tool])
+    assert outcome.returncode == 1, outcome
+    pattern = rf"error: cannot write {folder}/\S+ \({os.strerror(number)}\): make room, or name another place\n"
+    assert re.fullmatch(pattern, outcome.stderr), outcome.stderr
+    assert [path.name for path in folder.iterdir() if path.name != ".lock"] == []
+
+
+def test_what_a_killed_tool_left_is_gone_with_the_next(tmp_path):
+    """Unless it is still at work: its folder aside has a lock, which ends with it."""
+    (tmp_path / ".making-old").mkdir()
+    (tmp_path / ".making-old" / "half").touch()
+    code = f"import scratch, time, pathlib\nwith scratch.scratch_folder(pathlib.Path({str(tmp_path)!r})):\n"
+    code += "    print('made', flush=True); time.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.read(5) == b"made\n"
+        (killed,) = tmp_path.iterdir()  # the old one is gone
+        with scratch_folder(tmp_path) as ours:
+            assert {*tmp_path.iterdir()} == {killed, ours}
+        assert [*tmp_path.iterdir()] == [killed]
+        process.kill()
+    with scratch_folder(tmp_path) as ours:
+        assert [*tmp_path.iterdir()] == [ours]
+    assert [*tmp_path.iterdir()] == []
 
 
 # --- No code from files ---

@@ -388,6 +388,9 @@ def test_of_seeds_that_share_no_step_the_points_are_drawn(tmp_path):
         (HEADER, "no evaluation"),
         ("", "cannot read"),
         (HEADER + "x,a,0,1,high,2\n", "cannot read .*high"),
+        (HEADER + "x,a,inf,1,1,2\n", "cannot read .*evaluations.csv"),
+        (HEADER + f"x,a,{9**30},1,1,2\n", "cannot read .*evaluations.csv"),
+        (HEADER + "x\0,a\n", "cannot read|lacks|no evaluation"),
         (HEADER + 2 * "x,a,0,1,2,2\n", "x a 0 .*two rows of an update"),
     ],
 )
@@ -395,6 +398,31 @@ def test_bad_input_is_one_line(content, message, tmp_path):
     if content is not None:
         (tmp_path / "evaluations.csv").write_text(content)
     assert_one_line(run_script("report", str(tmp_path)), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dataset_id,seed\na,0\n", "results.csv: lacks the column algorithm"),
+        ("", "cannot read .*results.csv"),
+        ("algorithm,dataset_id,seed,wall_seconds\nx,a,0,long\n", "cannot read .*results.csv: .*long"),
+        ("algorithm,dataset_id,seed,eval_episodes\nx,a,0,many\n", "cannot read .*results.csv: .*many"),
+        ("algorithm,dataset_id,seed,final_score\nx,a,0,high\n", "cannot read .*results.csv: .*high"),
+        (f"algorithm,dataset_id,seed\nx,a,{9**30}\n", "cannot read .*results.csv"),
+        ('algorithm,dataset_id,seed,final_returns\nx,a,0,"[1, []]"\n', "cannot read .*results.csv"),
+    ],
+)
+def test_damaged_results_are_one_line(content, message, tmp_path):
+    write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3]})
+    (tmp_path / "results.csv").write_text(content)
+    assert_one_line(run_script("report", str(tmp_path)), message)
+
+
+def test_a_name_is_no_formula(tmp_path):
+    """Matplotlib would read what is between two dollars as one, and end with a traceback where it is none."""
+    path = write(tmp_path / "e.csv", {("x $a_{$", "b_$_{$", 0): [1, 2, 3]})
+    run = run_script("report", path, "--out", str(tmp_path / "out"))
+    assert run.returncode == 0 and (tmp_path / "out" / "summary.png").exists(), run.stderr
 
 
 def test_a_run_in_two_files_is_refused(tmp_path):

@@ -250,6 +250,33 @@ def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
     assert len(rows(tmp_path / "evaluations.csv")) == 1
 
 
+@pytest.mark.parametrize("content", ["[]", "1", "null", '{"versions": 1}', "\xff"])
+@pytest.mark.parametrize("name", ["result.json", "args.json"])
+def test_damage_of_any_kind_is_no_row(name, content, fake, tmp_path):
+    fake(fake="end_well()", other="end_well()")
+    run.main(run.Args(("fake",), seeds=1, out=tmp_path))
+    (tmp_path / "fake" / "anchorl-pendulum-mixed-v0" / "0" / name).write_text(content, encoding="latin-1")
+    run.main(run.Args(("other",), seeds=1, out=tmp_path))
+    assert [row["algorithm"] for row in rows(tmp_path / "evaluations.csv")] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.csv", "algorithm,dataset_id,seed,run_dir\nx,a,zero,b\n", "results.csv: invalid literal"),
+        ("results.csv", "algorithm,dataset_id,seed,run_dir\nx,a\n", "results.csv: not of a grid, or damaged; rename"),
+        ("results.csv", "algorithm,dataset_id\n\xff", "results.csv: 'utf-8' codec"),
+        *(("script_arguments.json", content, "cannot read .*remove it") for content in ("", "{", "1", "null", "\xff")),
+        ("script_arguments.json", "[1]", "holds runs with 1; name another"),
+    ],
+)
+def test_a_damaged_table_is_one_line(name, content, message, fake, tmp_path):
+    fake(fake="end_well()")
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    ran = run_script("run", "--algorithms", "fake", "--seeds", "1", "--out", str(tmp_path))
+    assert_one_line(ran, message)
+
+
 def test_a_problem_stays_in_the_results_until_the_cell_has_ended_well(fake, tmp_path):
     fake(good="end_well()", bad="end_well() if try_number() == 3 else sys.exit('oh')")
     for algorithm, problem in (("bad", "exit code 1: oh (see "), ("good", "exit code 1: oh (see "), ("bad", "")):
