@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.command_line import BadInput, check
+from common.command_line import BadInput, check, explain
 
 CellLike = tuple[str, str, int, Path]  # algorithm, dataset id, seed, run folder: as run.Cell has them
 KEY = ("algorithm", "dataset_id", "seed")
@@ -32,7 +32,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
     for cell, problem in [*earlier.items(), *problems.items()]:
         try:
             result, evaluations = _rows(cell)
-        except (OSError, KeyError, ValueError):  # not there, or damaged
+        except (OSError, KeyError, ValueError, TypeError, AttributeError):  # not there, or damaged
             if problem:
                 tables["results"].append(_key(cell) | {"problem": problem, "run_dir": str(cell[3])})
             continue
@@ -71,8 +71,10 @@ def _cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
     with path.open(newline="") if path.exists() else io.StringIO() as file:
         for row in csv.DictReader(file):
             check({*KEY, "run_dir"} <= row.keys(), f"{path}: not of a grid; rename it")
-            folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
-            yield (row["algorithm"], row["dataset_id"], int(row["seed"]), folder), row.get("problem") or ""
+            with explain(f"{path}: damaged; rename it"):
+                folder = path.parent.joinpath(*Path(row["run_dir"]).parts[-3:])
+                cell = row["algorithm"], row["dataset_id"], int(row["seed"]), folder
+            yield cell, row.get("problem") or ""
 
 
 def write(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from typeguard import TypeCheckError, check_type
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shift_measures import discounted_returns
 
-from common.command_line import BadInput, check, one_line, warn
+from common.command_line import BadInput, check, explain, one_line, warn
 from common.data import ReplayBuffer, flatten_observations, load_dataset
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     gamma: float
     reward_scale: float  # rewards, returns and Q are those that the script learned from: scale (reward + shift)
     reward_shift: float
-    metrics: list[dict[str, str]]  # the rows of metrics.csv
+    metrics: list[dict[str, float]]  # the rows of metrics.csv, without what they leave empty
 
 
 class Visits(NamedTuple):
@@ -57,9 +57,10 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         saved = json.loads((folder / "args.json").read_text())
         algorithm = str(saved["algorithm"])
         checkpoint = load_file(folder / "checkpoint.pt")  # never the one before it, which is of another policy
-        learned, fingerprint = checkpoint["learner"], checkpoint["dataset_fingerprint"]
+        learned, fingerprint = dict(checkpoint["learner"]), checkpoint["dataset_fingerprint"]
         with (folder / "metrics.csv").open(newline="") as file:
-            metrics = list(csv.DictReader(file))
+            rows = csv.DictReader(file)
+            metrics = [{name: float(value) for name, value in row.items() if value} for row in rows]
     except Exception as error:  # unpickling raises many kinds
         raise BadInput(f"cannot read the run in {folder}: {one_line(error)}") from None
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
@@ -73,10 +74,10 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor
     if "critic" in learned:
         critic = module.build(buffer.observation_dim, buffer.action_dim, args, cpu, Adam).critic
-        try:
+        with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
             critic.load_state_dict(learned["critic"])
-        except RuntimeError as error:
-            raise BadInput(f"{folder}: checkpoint.pt does not fit {module.__file__}: {one_line(error)}") from None
+            finite = all(bool(weight.isfinite().all()) for weight in critic.parameters())
+            check(finite, "its critic holds what is not a finite number")
         critic.requires_grad_(False).eval()
     scale, shift = 1.0, 0.0
     if hasattr(args, "reward_scale"):
@@ -98,6 +99,8 @@ def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str 
             raise BadInput(f"cannot read {folder / 'args.json'}: {name}: {one_line(error)}") from None
     args = args_class(**{name: value for name, value in values.items() if name in kinds})
     args.env_id = env_id or args.env_id
+    with explain(f"cannot read {folder / 'args.json'}"):
+        args.validate()
     named = env_id is not None or ":" not in (args.env_id or "")
     check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
     return args
