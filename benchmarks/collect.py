@@ -19,6 +19,7 @@ of random, medium, expert and medium-expert holds "log_prob", the log-density of
 Run: python -m benchmarks.collect --env-id Pendulum-v1 --num-updates 5000 --steps 20000
 """
 
+import contextlib
 import csv
 import json
 import re
@@ -44,6 +45,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path += [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "algorithms")]
 import sac
+from import_logs import find_spec
 from scratch import scratch_root
 
 from common.command_line import BadInput, check, check_argument, explain, launch
@@ -177,11 +179,8 @@ def roll_outs(name: str, act: Act, play: Play, steps: int, seed: np.random.SeedS
 
 def train(args: Args, run_dir: Path) -> None:
     """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
-    finished = run_dir / "result.json"
-    if finished.exists():
-        with explain(f"cannot read {finished}"):
-            done = int(json.loads(finished.read_text())["num_updates"])
-        if done >= args.num_updates:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made anew
+        if json.loads((run_dir / "result.json").read_text())["num_updates"] >= args.num_updates:
             return
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
@@ -207,23 +206,28 @@ class Agent(NamedTuple):
 
 def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     """Raises BadInput if the folder holds the run of another script or environment, or has lost a part of its data."""
-    with explain(f"cannot read {run_dir / 'args.json'}"):
+    unreadable = f"--run-dir {run_dir}: cannot read the agent's run"
+    with explain(unreadable):
         saved = dict(json.loads((run_dir / "args.json").read_text()))
     expected = {"algorithm": "sac", "env_id": args.env_id, "seed": args.seed, "keep_policies": True}
     for name, value in expected.items():
         found = saved.get(name)
         check(found == value, f"--run-dir {run_dir}: {name} is {found!r} there, not {value!r}; name another folder")
-    checkpoint = load_checkpoint(run_dir)
-    state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
-    count = state["num_added"]
-    lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"
-    check(count == len(state["rows"]), f"--run-dir {run_dir}: {lost}")
     sizes = len(observation_names(play.environment.observation_space)), len(play.low)
-    replay = sac.RingBuffer(count, *sizes, "cpu")
-    replay.load_state_dict(state)
-    with explain(f"cannot read {run_dir / 'metrics.csv'}"), (run_dir / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
+    with explain(unreadable):
+        checkpoint = load_checkpoint(run_dir)
+        state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
+        count = int(state["num_added"])
+        lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"
+        check(count == len(state["rows"]), lost)
+        replay = sac.RingBuffer(count, *sizes, "cpu")
+        replay.load_state_dict(state)
+        whole = sum(lengths) == count and 0 <= checkpoint["step"] < count and bool(replay.storage.isfinite().all())
+        check(whole, "what the agent saw is damaged in it")
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
         returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
+        check(bool(returns), "metrics.csv has no evaluation")
     return Agent(returns, replay.newest(count), lengths, count - checkpoint["step"], run_dir)
 
 
@@ -324,20 +328,21 @@ def expert_return(policy: Policy, args: Args) -> float:
 def write_dataset(
     dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
 ) -> None:
-    environment = play.environment
+    environment, spec = play.environment, find_spec(play.env_id)
     names = observation_names(environment.observation_space)
     dataset = minari.create_dataset_from_buffers(
         dataset_id,
         episodes,
-        env=environment.spec,
+        env=None if spec.entry_point is None else spec,
+        eval_env=spec,
         observation_space=gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float64),
         action_space=environment.action_space,
-        ref_min_score=references[0],
-        ref_max_score=references[1],
         algorithm_name=f"{source}; AnchoRL's algorithms/sac.py",
         author="AnchoRL",
         description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
     )
+    # Minari takes them with an environment alone that it can make
+    dataset.storage.update_metadata({"ref_min_score": references[0], "ref_max_score": references[1]})
     dataset.storage.update_metadata({"observation_names": names})
 
 

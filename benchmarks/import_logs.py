@@ -76,7 +76,7 @@ class Args:
     dataset_id: str
     """Minari id of the dataset to write, such as my/logs-v0"""
     env_id: str | None = None
-    """environment to evaluate in, of those installed; default: none"""
+    """environment to evaluate in, of those installed; module:Id imports yours first; default: none"""
     reference_returns: tuple[float, float] | None = None
     """the returns of score 0 and of score 100; default: D4RL's, of its tasks"""
     action_low: tuple[float, ...] | None = None
@@ -116,7 +116,7 @@ def read_log(args: Args) -> Log:
 def find_environment(env_id: str, log: Log) -> Environment:
     """Raises BadInput if the environment is not installed, or not one for the log's observations and actions."""
     try:
-        with warnings.catch_warnings(action="ignore"), make_environment(env_id) as environment:
+        with warnings.catch_warnings(action="ignore"), make_environment(env_id, users=True) as environment:
             bounds = action_bounds(environment.action_space)
             found = len(observation_names(environment.observation_space)), len(bounds[0])
     except NoEnvironment as reason:
@@ -132,10 +132,15 @@ def find_environment(env_id: str, log: Log) -> Environment:
     return Environment(find_spec(env_id), bounds)
 
 
+def name_of(env_id: str) -> str:
+    """Without the module in front of it, which a dataset is not to name."""
+    return env_id.rpartition(":")[2]
+
+
 def find_spec(env_id: str) -> EnvSpec:
     """What Gymnasium has under the id; without its code where that is a function, which a dataset cannot name."""
-    spec = gym.spec(env_id)
-    return EnvSpec(env_id, max_episode_steps=spec.max_episode_steps) if callable(spec.entry_point) else spec
+    spec = gym.spec(name_of(env_id))
+    return EnvSpec(spec.id, max_episode_steps=spec.max_episode_steps) if callable(spec.entry_point) else spec
 
 
 def find_returns(args: Args, log: Log) -> tuple[float, float] | None:
@@ -144,7 +149,7 @@ def find_returns(args: Args, log: Log) -> tuple[float, float] | None:
         low, high = args.reference_returns
         check(math.isfinite(high - low) and low < high, f"--reference-returns {low} {high}: give two, the lower first")
         return low, high
-    return log.reference_returns if args.env_id is None else find_reference_returns(args.env_id)
+    return log.reference_returns if args.env_id is None else find_reference_returns(name_of(args.env_id))
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------
@@ -301,6 +306,8 @@ def main(args: Args) -> None:
     elif environment is not None:
         print(f"no scores: D4RL has no reference returns for {args.env_id} (--reference-returns gives some)")
     write_dataset(args, log, buffers, actions, environment, returns)
+    if ":" in (args.env_id or ""):
+        print(f"scripts need --env-id {args.env_id}, too: what a dataset names is not imported")
     print(f"{args.dataset_id}: {num_steps} transitions in {len(buffers)} episodes")
 
 

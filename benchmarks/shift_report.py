@@ -310,7 +310,7 @@ COLOURS = {"data": "tab:blue", "policy": "tab:red", "random": "tab:gray", "visit
 def draw_training(axes: Any, run: Trained) -> None:
     axes.set(title="Q over training", xlabel="updates", ylabel="mean Q")
     for name, column in LOGGED.items():
-        rows = [row for row in run.metrics if name in row]
+        rows = [row for row in run.metrics if {"step", name} <= row.keys()]
         if rows and not (name == "actor/q" and "critic/q_policy" in rows[0]):
             steps, values = zip(*((row["step"], row[name]) for row in rows), strict=True)
             style = {"linewidth": 3, "alpha": 0.5} if column in ("data", "batches") else {"linewidth": 1}

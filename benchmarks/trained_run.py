@@ -75,6 +75,8 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         critic = module.build(buffer.observation_dim, buffer.action_dim, args, cpu, Adam).critic
         with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
             critic.load_state_dict(learned["critic"])
+            finite = all(bool(weight.isfinite().all()) for weight in critic.parameters())
+            check(finite, "its critic holds what is not a finite number")
         critic.requires_grad_(False).eval()
     scale, shift = 1.0, 0.0
     if hasattr(args, "reward_scale"):
@@ -96,10 +98,10 @@ def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str 
             raise BadInput(f"cannot read {folder / 'args.json'}: {name}: {one_line(error)}") from None
     args = args_class(**{name: value for name, value in values.items() if name in kinds})
     args.env_id = env_id or args.env_id
-    named = env_id is not None or ":" not in (args.env_id or "")
-    check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
     with explain(f"cannot read {folder / 'args.json'}"):
         args.validate()
+    named = env_id is not None or ":" not in (args.env_id or "")
+    check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
     return args
 
 

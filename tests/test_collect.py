@@ -2,6 +2,7 @@
 
 import shutil
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from collect import Args as CollectArgs
 from collect import Play as CollectPlay
 from collect import actor_behaviour, choose_medium, random_behaviour, read_agent, roll_out
-from conftest import assert_one_line, numpy_sample, run_script
+from conftest import ROOT, assert_one_line, checkpoint, numpy_sample, run_script
 
 from common.data import ReplayBuffer, action_bounds, load_dataset
 from common.evaluation import load_policy, make_environment
@@ -19,6 +20,15 @@ CPU = torch.device("cpu")
 PREFIX = "collected/pendulum"
 FAST = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
 FAST += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
+MODULE = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+class Room(PendulumEnv):
+    pass
+
+gym.register("Room-v0", entry_point=Room, max_episode_steps=10)
+"""
 COLLECT = ["--env-id", "Pendulum-v1", "--num-updates", "2000", "--steps", "300", "--reference-episodes", "3"]
 
 
@@ -152,6 +162,54 @@ def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_p
     assert run_script("collect", *arguments).returncode == 0
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
     assert [path.name for path in (datasets_path / "collected" / "again").glob("*-v0")] == ["random-v0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("args.json", "[]", "algorithm is None there"),
+        ("args.json", "[1]", "cannot read the agent's run"),
+        ("metrics.csv", "step,eval/return_mean\nx,1\n", "cannot read the agent's run: invalid literal"),
+        ("metrics.csv", "step\n1\n", "cannot read the agent's run: 'eval/return_mean'"),
+        ("metrics.csv", "step,eval/return_mean\n1,\n", "metrics.csv has no evaluation"),
+        ("checkpoint.pt", {"rows": None}, "cannot read the agent's run"),
+        ("checkpoint.pt", {"rows": torch.zeros(2, 2)}, "lost what the agent saw first"),
+        ("checkpoint.pt", {"rows": torch.full((2400, 9), torch.nan)}, "what the agent saw is damaged"),
+    ],
+)
+def test_a_damaged_run_is_one_line(name, content, message, folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    if isinstance(content, str):
+        (run / name).write_text(content)
+    else:
+        saved = checkpoint(run)
+        saved["learner"]["replay"] |= content
+        torch.save(saved, run / name)
+    assert_one_line(run_script("collect", *COLLECT, "--prefix", "collected/x", "--run-dir", str(run)), message)
+
+
+def test_a_damaged_result_is_made_anew(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / "result.json").write_text("[]")
+    words = [*COLLECT, "--prefix", "collected/anew", "--quality", "random", "--run-dir", str(run), "--", *FAST]
+    assert run_script("collect", *words).returncode == 0
+    assert (run / "result.json").read_text().startswith("{")
+
+
+def test_a_users_own_environment(folder, tmp_path, monkeypatch):
+    """The class that it is made of is no entry point that a dataset can name."""
+    (tmp_path / "my_rooms.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("collect.choose_medium", lambda returns, *_: max(returns))
+    words = ["--env-id", "my_rooms:Room-v0", "--num-updates", "10", "--steps", "30", "--reference-episodes", "1"]
+    script = ["--", "--random-steps", "20", "--replay-size", "100", "--eval-every", "10", "--hidden-dims", "4"]
+    words += ["--prefix", "collected/mine", "--quality", "random", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    run = run_script("collect", *words, *script)
+    assert run.returncode == 0, run.stderr
+    data = load_dataset("collected/mine/random-v0", "my_rooms:Room-v0")
+    assert data.env_id == "my_rooms:Room-v0" and "Traceback" not in run.stderr
+    gym.registry.pop("Room-v0")
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,19 @@ def test_an_environment_that_cannot_be_made_is_recorded(tmp_path):
     assert buffer.dataset.reference_returns == (-20.272305, 3234.3)
 
 
+def test_a_users_own_environment_gives_bounds_and_is_named_without_its_module(tmp_path, monkeypatch):
+    text = (
+        "import gymnasium\nfrom gymnasium.envs.classic_control import PendulumEnv\nclass Mine(PendulumEnv):\n    pass\n"
+    )
+    (tmp_path / "my_own.py").write_text(f"{text}gymnasium.register('Mine-v0', Mine, max_episode_steps=7)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    values = table(obs_3=np.arange(6) / 3)
+    run = import_logs(write(values, tmp_path / "logs.csv"), "--env-id", "my_own:Mine-v0")
+    assert run.returncode == 0 and "scripts need --env-id my_own:Mine-v0, too" in run.stdout, run.stderr
+    dataset = load_dataset(ID)
+    assert dataset.env_id == "Mine-v0" and dataset.action_high == [2] and dataset.env_spec["entry_point"] is None
+
+
 def test_reference_returns_without_an_environment(tmp_path):
     path = write(table(), tmp_path / "door-human-v1.csv")  # a table's name is the user's own
     assert import_logs(path).returncode == 0 and load().dataset.reference_returns is None
@@ -360,7 +373,14 @@ ARGUMENTS = {
         ["--env-id", "Pendulum-v99"],
         "--env-id: environment 'Pendulum-v99' is not installed: check the",
     ),
-    "code": (["--env-id", "conftest:Pendulum-v1"], "--env-id: environment 'conftest:Pendulum-v1' is not installed"),
+    "no such module": (
+        ["--env-id", "no_such:Pendulum-v1"],
+        "Pendulum-v1' cannot be made (No module named 'no_such'): check",
+    ),
+    "not in the module": (
+        ["--env-id", "conftest:Nobodys-v0"],
+        "Nobodys-v0' is not installed: check the name",
+    ),
     "size": (["--env-id", "Pendulum-v1"], "--env-id Pendulum-v1 has observations of size 3, the file of size 2: name"),
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
     "one return": (["--reference-returns", "1", "1"], "--reference-returns 1.0 1.0: give two, the lower first"),

@@ -12,7 +12,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, random_episode, run_script
+from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, checkpoint, random_episode, run_script
 from matplotlib.image import imread
 
 from benchmarks.shift_report import NUM_DRAWS, Row, action_bins, covered, headlines, judge_values, set_scene, table
@@ -410,6 +410,39 @@ def test_runs_of_another_world(runs, tmp_path, change, message):
     folder = shutil.copytree(runs("cql"), tmp_path / "run")
     args = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(args | change))
+    assert message in refuse(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved | {"learner": None}, "cannot read the run in"),
+        (lambda saved: saved | {"learner": saved["learner"] | {"critic": []}}, "checkpoint.pt does not fit"),
+        (lambda saved: with_nan(saved), "its critic holds what is not a finite number"),
+    ],
+)
+def test_wrong_entries_of_a_checkpoint(runs, tmp_path, change, message):
+    folder = shutil.copytree(runs("cql"), tmp_path / "run")
+    torch.save(change(checkpoint(folder)), folder / "checkpoint.pt")
+    assert message in refuse(folder)
+
+
+def with_nan(saved):
+    critic = {name: torch.full_like(weight, torch.nan) for name, weight in saved["learner"]["critic"].items()}
+    return saved | {"learner": saved["learner"] | {"critic": critic}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("args.json", '{"algorithm": "cql", "gamma": 5.0}', "args.json: --gamma 5.0: must be in [0, 1]"),
+        ("metrics.csv", "step,critic/q\n1,x\n", "cannot read the run in"),
+        ("metrics.csv", "step,critic/q\n1,2,3\n", "cannot read the run in"),
+    ],
+)
+def test_wrong_entries_of_text_files(runs, tmp_path, name, text, message):
+    folder = shutil.copytree(runs("cql"), tmp_path / "run")
+    (folder / name).write_text(text)
     assert message in refuse(folder)
 
 
