@@ -17,20 +17,16 @@ from tqdm import tqdm
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
-class CannotWrite(OSError):
-    """The disk is full, the quota used up or the folder read-only. The message is one line. Exit code 1."""
+class CannotWrite(OSError): ...  # the disk is full, the quota used up or the folder read-only. Exit code 1
 
 
-class BadInput(ValueError):
-    """The user asked for something impossible. The message is one line: what, where, what to do. Exit code 2."""
+class BadInput(ValueError): ...  # something impossible was asked for: one line, what, where, what to do. Exit code 2
 
 
-class Diverged(RuntimeError):
-    """A loss or a weight is no longer finite; the last checkpoint is from before. Exit code 3."""
+class Diverged(RuntimeError): ...  # a loss or a weight is no longer finite; the last checkpoint is older. Exit code 3
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM (what schedulers send) ends the program. Exit code 130 or 143."""
+class Stopped(KeyboardInterrupt): ...  # by SIGINT (Ctrl-C) or SIGTERM (what schedulers send). Exit code 130 or 143
 
 
 def check(condition: bool, message: str) -> None:  # raises BadInput unless it holds
@@ -43,7 +39,7 @@ def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:
     check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
 
 
-def one_line(error: Exception) -> str:  # the message of somebody else's, fit for the one line of ours
+def one_line(error: BaseException) -> str:  # the message of somebody else's, fit for the one line of ours
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
