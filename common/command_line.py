@@ -17,12 +17,10 @@ from tqdm import tqdm
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
 
 
-class BadInput(ValueError):
-    """The user asked for something impossible. The message is one line: what, where, what to do. Exit code 2."""
+class BadInput(ValueError): ...  # something impossible was asked for: one line, what, where, what to do. Exit code 2
 
 
-class Diverged(RuntimeError):
-    """A loss or a weight is no longer finite; the last checkpoint is from before. Exit code 3."""
+class Diverged(RuntimeError): ...  # a loss or a weight is no longer finite; the last checkpoint is older. Exit code 3
 
 
 def check(condition: bool, message: str) -> None:  # raises BadInput unless it holds
@@ -35,7 +33,7 @@ def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:
     check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
 
 
-def one_line(error: Exception) -> str:  # the message of somebody else's, fit for the one line of ours
+def one_line(error: BaseException) -> str:  # the message of somebody else's, fit for the one line of ours
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -125,6 +123,8 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interruption)
+    with contextlib.suppress(AttributeError):  # of a closed output; a letter that its encoding lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return main(tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__))  # exit code 2, too
     except (OSError, BadInput, Diverged) as error:  # OSError: a full disk, a closed output
@@ -135,7 +135,7 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     interruption.close()
     try:
         sys.stdout.flush()
-    except OSError:  # the output is closed, or its disk full: what it has not taken would fail again at the exit
+    except (OSError, AttributeError):  # the output is closed, or its disk full: what it has not taken would fail again at the exit
         sys.stdout = None  # type: ignore[assignment]
     print(words, file=sys.stderr, flush=True)
     raise SystemExit(code)

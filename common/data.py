@@ -50,8 +50,7 @@ class Dataset:
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
     discrete: bool = False  # actions are whole numbers
 
-    def score(self, returns: Any) -> Any:
-        """100 (return - low) / (high - low), as D4RL defines it; None without reference returns."""
+    def score(self, returns: Any) -> Any:  # 100 (return - low) / (high - low), as D4RL has it; or None, without the two
         low, high = self.reference_returns or (0.0, 0.0)
         return 100 * (returns - low) / (high - low) if self.reference_returns else None
 
@@ -66,7 +65,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         # lacking a space, Minari would make the environment from the entry point that the dataset names
         check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
         dataset = minari.MinariDataset(path)
-        num_steps = int(dataset.total_steps)
+        num_steps = int(dataset.spec.total_steps)  # `spec` looks at the id in the metadata
         spec = dict(json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"))
         spec["kwargs"] = dict(spec.get("kwargs") or {})
         low, high = (float(metadata.get(f"ref_{end}_score", math.nan)) for end in ("min", "max"))
@@ -75,7 +74,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         bounds = action_bounds(dataset.action_space, discrete)
         names, told = observation_names(dataset.observation_space), metadata.get("observation_names") or []
         names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
-    same_task = env_id in (None, spec.get("id")) or "id" not in spec
+    same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
     episodes, ids = partial(_read_episodes, dataset), (env_id or spec.get("id"), None if env_id else spec)
     return Dataset(dataset_id, num_steps, names, *bounds, episodes, *ids, scale, discrete)
@@ -85,11 +84,12 @@ def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
     known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
+        check(dataset_id.rpartition("-v")[2].isdecimal(), "it has no version at its end")
         parse_dataset_id(dataset_id)
     with explain("no datasets folder: point MINARI_DATASETS_PATH to one"):
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
-    if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off
-        return path if path.exists() else built_in
+        if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off
+            return path if path.exists() else built_in
     check(not dataset_id.startswith("anchorl/"), f"unknown built-in dataset {dataset_id!r}: give {known}")
     print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
@@ -164,7 +164,8 @@ class ReplayBuffer:
         self.dataset = dataset
         self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
-        storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
+        with explain(f"{dataset.dataset_id}: no room for its {dataset.num_steps} steps"):
+            storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         self.origin = np.zeros(self.observation_dim)  # of the stored observations: near theirs float32 is fine enough
         lengths, returns = self._fill(storage, normalize_observations)
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
@@ -201,8 +202,7 @@ class ReplayBuffer:
             numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
             warn(f"the data never take action {numbers}: what these are worth is a guess")
 
-    def draw(self, batch_size: int) -> Tensor:
-        """Rows [batch], drawn uniformly with replacement."""
+    def draw(self, batch_size: int) -> Tensor:  # rows [batch], uniformly with replacement
         return torch.randint(len(self.storage), (batch_size,), device=self.storage.device)
 
     def take(self, rows: Tensor) -> Batch:

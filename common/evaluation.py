@@ -90,14 +90,15 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
     module = load_script(str(origin["script"]), script)
-    known = {field.name for field in dataclasses.fields(module.HyperParameters)} & origin["hyper_parameters"].keys()
-    args = module.HyperParameters(**{name: origin["hyper_parameters"][name] for name in known})
-    actor = module.Actor(normalization.shape[1], int(high[0] - low[0]) + 1 if discrete else len(low), args)
-    policy = Policy(actor, normalization, (low, high), discrete, origin)
     with explain(f"{path} does not fit {module.__file__}: name the script that trained it (script=)"):
+        known = {field.name for field in dataclasses.fields(module.HyperParameters)} & origin["hyper_parameters"].keys()
+        args = module.HyperParameters(**{name: origin["hyper_parameters"][name] for name in known})
+        actor = module.Actor(normalization.shape[1], int(high[0] - low[0]) + 1 if discrete else len(low), args)
+        policy = Policy(actor, normalization, (low, high), discrete, origin)
         actor.load_state_dict(weights)  # says which weights are missing or of another shape
         same = torch.isclose(policy.act(inputs), outputs, rtol=1e-3, atol=1e-3).flatten(1).all(dim=1)
         check(float(same.float().mean()) > 0.5, "its Actor makes something else of the same weights")
+        check(bool(np.isfinite(policy(inputs.numpy())).all()), "its actions are no numbers")
     return policy.eval()
 
 
@@ -106,7 +107,8 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     with zipfile.ZipFile(path) as file:
         # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
         damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
-    check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")
+    if damaged != [None]:
+        raise zipfile.BadZipFile(f"a part of it is damaged: {damaged[-1]}")
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -128,17 +130,17 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
     """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises NoEnvironment."""
     with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
         gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    module, name = env_id.rpartition(":")[::2] if users else ("", env_id)
     try:
-        if users and ":" in env_id:
-            module, env_id = env_id.split(":")
+        if module:
             importlib.import_module(module)
-        own = gym.registry[env_id]  # raises for another "module:Id", which gym.make would import
-        limit = max_episode_steps or own.max_episode_steps or 1000
-        return gym.make(env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-    except KeyError:
-        raise NoEnvironment(f"environment {env_id!r} is not installed") from None
-    except Exception as error:  # a missing simulator raises whatever its binding raises
-        raise NoEnvironment(f"environment {env_id!r} cannot be made ({one_line(error)})") from None
+        problem, own = "is not installed", gym.registry.get(name)  # nor is "module:Id", which gym.make would import
+        if own:
+            limit = max_episode_steps or own.max_episode_steps or 1000
+            return gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
+        problem = f"cannot be made ({one_line(error)})"
+    raise NoEnvironment(f"environment {env_id!r} {problem}")
 
 
 def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env]:

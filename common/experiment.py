@@ -23,7 +23,7 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import Diverged, ExperimentArgs, check, explain, interruption, warn
+from common.command_line import BadInput, Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
 
@@ -91,14 +91,14 @@ class Run:
             except NoEnvironment as reason:
                 check(args.env_id is None, f"--env-id: {reason}")
                 warn(f"{reason}: training goes on without evaluation")
-        default = f"{args.dataset_id.strip('/').replace('/', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        default = f"{args.dataset_id.replace('/', '-').replace(':', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         self.metrics_path = self.dir / "metrics.csv"
         self._take_dir()
         self.step, self.update_seconds, self.columns = 0, 0.0, list[str]()
         self.started = self.began = time.perf_counter()
         if args.resume:
-            self._restore()
+            load_checkpoint(self.dir, self.device, self._restore)
         self.first_step = self.step + 1
         config = {"algorithm": args.algorithm} | dataclasses.asdict(args)
         self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
@@ -258,27 +258,27 @@ class Run:
             self.lock.acquire()
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
-    def _restore(self) -> None:
-        """Puts learner, random state and metrics.csv back to the checkpoint."""
-        checkpoint = load_checkpoint(self.dir, self.device)
-        with explain(f"--resume: the checkpoint in {self.dir} does not fit this run"):
-            for name, value in self.learning_arguments.items():
-                before = checkpoint["arguments"].get(name, value)
-                check(value == before, f"{name} is {before} in it, not {value}; start a new run to change it")
-            same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
-            check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
-            check(checkpoint["step"] <= self.args.num_updates, f"it has made {checkpoint['step']:,} updates already")
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint["learner"][name])
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Puts learner, random state and metrics.csv back. Raises BadInput for another run's, else other kinds."""
+        misfit = f"--resume: the checkpoint in {self.dir} does not fit this run"
+        for name, value in self.learning_arguments.items():
+            before = checkpoint["arguments"].get(name, value)
+            check(value == before, f"{misfit}: {name} is {before} in it, not {value}; start a new run to change it")
+        same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
+        check(same_data, f"{misfit}: it was trained on other data than {self.args.dataset_id} holds")
+        self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
+        check(0 <= self.step <= self.args.num_updates, f"{misfit}: it has made {self.step:,} updates already")
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint["learner"][name])
+        self._check_finite(self.parts)
         state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])
         torch.set_rng_state(state)
         if self.device.type == "cuda" and cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-        self.step, (seconds, self.update_seconds) = checkpoint["step"], checkpoint["seconds"]
+        text = checkpoint["metrics"].encode()  # without the rows that come again
+        replace(self.metrics_path, lambda file: file.write(text))
+        self.columns = next(csv.reader(checkpoint["metrics"].splitlines()), [])
         self.started -= seconds
-        text = checkpoint["metrics"]  # without the rows that come again
-        replace(self.metrics_path, lambda file: file.write(text.encode()))
-        self.columns = next(csv.reader(text.splitlines()), [])
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
@@ -286,15 +286,21 @@ class Run:
         replace(self.dir / name, lambda file: file.write(text.encode()))
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The last checkpoint of a run or, where that is damaged, the one before it. Raises BadInput without either."""
-    path = folder / "checkpoint.pt"
-    with contextlib.suppress(Exception):  # unpickling raises many kinds
-        return load_file(path, device)
-    with explain(f"cannot read {path}, nor the checkpoint before it"):
-        checkpoint = load_file(folder / "previous_checkpoint.pt", device)
-    warn(f"cannot read {path}: going on from the checkpoint before it, of update {checkpoint['step']}")
-    return checkpoint
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu", use: Callable = dict) -> dict[str, Any]:
+    """The last checkpoint of a run that is intact and that `use` takes, of two. Raises BadInput without, and use's."""
+    problem = ""
+    for path in (folder / "checkpoint.pt", folder / "previous_checkpoint.pt"):
+        try:
+            use(checkpoint := load_file(path, device))
+        except BadInput:  # it is intact, and does not fit
+            raise
+        except Exception as error:  # damage raises many kinds
+            problem = problem or f"cannot read {path} ({error!r:.200})"
+        else:
+            if problem:
+                warn(f"{problem}: going on from the checkpoint before it, of update {checkpoint['step']}")
+            return checkpoint
+    raise BadInput(f"{problem}, nor the checkpoint before it")
 
 
 def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Adam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for tensor, value in zip(tree_leaves(self.state_dict()), tree_leaves(state), strict=True):
-            tensor.copy_(value)
+            tensor.copy_(value.view_as(tensor))  # which has no other shape spread over it
 
 
 def _step_in_the_open(weights: Any, gradients: Any, means: Any, squares: Any, group: dict[str, Any]) -> None:

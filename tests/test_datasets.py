@@ -1,6 +1,7 @@
 """Where data comes from, and what is said when it cannot be had."""
 
 import json
+import re
 import shutil
 
 import gymnasium as gym
@@ -209,6 +210,8 @@ def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_pat
         {"env_spec": {"id": "a b"}},
         {"env_spec": {"kwargs": "g"}},
         {"total_steps": "../.."},
+        {"dataset_id": "../.."},
+        {"dataset_id": "x"},
         {"ref_min_score": "low"},
     ],
 )
@@ -237,8 +240,49 @@ def test_a_module_that_the_user_names_is_imported(make_dataset, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     (environment,) = make_environments(load_dataset(make_dataset(), "theirs:Theirs-v0"), 1)
     assert type(environment.unwrapped).__module__ == "theirs" and environment.spec.max_episode_steps == 7
-    with pytest.raises(NoEnvironment, match=r"cannot be made .*No module named 'nobodys'"):
+    with pytest.raises(NoEnvironment, match=r"'nobodys:Env-v0' cannot be made .*No module named 'nobodys'"):
         make_environments(load_dataset("test/data-v0", "nobodys:Env-v0"), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def (", "cannot be made (invalid syntax"),
+        ("import nobodys", "cannot be made (No module named 'nobodys')"),
+        ("{}['x']", "cannot be made ('x')"),
+        ("raise SystemExit(5)", "cannot be made (5)"),
+        ("", "is not installed"),
+        ("import gymnasium\ngymnasium.register('Env-v0', lambda **_: {}['y'])", "cannot be made ('y')"),
+    ],
+)
+def test_a_users_module_that_fails_is_named(text, reason, make_dataset, tmp_path, monkeypatch):
+    name = f"faulty{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NoEnvironment, match=re.escape(f"environment '{name}:Env-v0' {reason}")):
+        make_environments(load_dataset(make_dataset(), f"{name}:Env-v0"), 1)
+    gym.registry.pop("Env-v0", None)
+
+
+def test_scores_stay_where_the_users_module_registers_the_datas_environment(make_dataset):
+    make_dataset(env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=-200.0)
+    assert load_dataset("test/data-v0", "conftest:Pendulum-v1").reference_returns == (-1000, -200)
+    assert load_dataset("test/data-v0", "conftest:CartPole-v1").reference_returns is None
+
+
+@pytest.mark.parametrize("steps", [-1, 10**18])
+def test_a_number_of_steps_that_cannot_be(steps, make_dataset, datasets_path):
+    path = datasets_path / make_dataset() / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": steps}))
+    with pytest.raises(BadInput, match=f"test/data-v0: no room for its {steps} steps"):
+        ReplayBuffer(load_dataset("test/data-v0"), CPU)
+
+
+def test_an_id_without_version_or_longer_than_a_path_may_be():
+    with pytest.raises(BadInput, match=r"no dataset 'my/logs'.*: it has no version at its end"):
+        load_dataset("my/logs")
+    with pytest.raises(BadInput, match="File name too long"):
+        load_dataset("l" * 300 + "-v0")
 
 
 @pytest.mark.parametrize("name", ["logs.hdf5", "a/hopper.h5", "table.csv", "table.parquet"])

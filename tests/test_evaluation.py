@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import bc
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import ROOT, random_episode
+from conftest import ROOT, random_episode, write_policy
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
@@ -246,6 +247,27 @@ def test_load_policy_without_policy(tmp_path):
     (tmp_path / "policy.pt").write_bytes(b"junk")
     with pytest.raises(BadInput, match="cannot read"):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"actor": None}, "does not fit"),
+        ({"normalization": torch.ones(1, 3)}, "does not fit"),
+        ({"normalization": torch.full((2, 3), torch.nan)}, "its actions are no numbers"),
+        ({"normalization": "x"}, "does not fit"),
+        ({"action_range": torch.tensor([True, False])}, "cannot read|does not fit"),
+        ({"action_range": torch.full((2, 1), torch.nan)}, "its actions are no numbers"),
+        ({"hyper_parameters": []}, "does not fit"),
+        ({"hyper_parameters": {"hidden_dims": "x"}}, "does not fit"),
+        ({"examples": None}, "cannot read"),
+    ],
+)
+def test_load_policy_refuses_wrong_entries(change, message, tmp_path):
+    path = Path(write_policy(tmp_path / "run")) / "policy.pt"
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(BadInput, match=message):
+        load_policy(path.parent)
 
 
 def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_dataset):

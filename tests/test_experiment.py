@@ -26,6 +26,7 @@ from conftest import (
     SHORTER,
     assert_one_line,
     assert_same,
+    assert_same_runs,
     checkpoint,
     random_episode,
     run_script,
@@ -249,6 +250,31 @@ def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 30
 
 
+def with_nan(saved):
+    actor = saved["learner"]["actor"]
+    name = next(iter(actor))
+    broken = actor | {name: torch.full_like(actor[name], torch.nan)}
+    return saved | {"learner": saved["learner"] | {"actor": broken}}
+
+
+def with_small_moments(saved):
+    group = saved["learner"]["optimizer"]["groups"][0]
+    groups = [[*group[:2], *(torch.zeros(1) for _ in group[2:])], *saved["learner"]["optimizer"]["groups"][1:]]
+    return saved | {"learner": saved["learner"] | {"optimizer": {"groups": groups}}}
+
+
+WRONG_ENTRIES = [  # what is done to a checkpoint, and a word of the reason that is given
+    (lambda saved: saved | {"learner": {"actor": {}}}, "Missing key"),
+    (lambda saved: {"weights": torch.zeros(1)}, "'arguments'"),
+    (lambda saved: [saved], "list indices"),
+    (lambda saved: {name: value for name, value in saved.items() if name != "random_state"}, "'random_state'"),
+    (lambda saved: saved | {"step": "x"}, "invalid literal"),
+    (lambda saved: saved | {"metrics": None}, "encode"),
+    (with_small_moments, "invalid for input"),
+    (with_nan, "actor is not finite"),
+]
+
+
 def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     folder = str(tmp_path / "run")
     assert_one_line(run_script("iql", "--resume"), "--resume: no checkpoint at .*; name a run's --run-dir")
@@ -266,11 +292,37 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     saved = checkpoint(tmp_path / "run")
     torch.save(saved | {"dataset_fingerprint": ""}, tmp_path / "run" / "checkpoint.pt")
     assert_one_line(run_script("iql", *resume), "trained on other data")
-    torch.save(saved | {"learner": {"actor": {}}}, tmp_path / "run" / "checkpoint.pt")
-    assert_one_line(run_script("iql", *resume), "does not fit this run: .*Missing key")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "run" / "checkpoint.pt")
-    assert_one_line(run_script("iql", *resume), "does not fit this run: 'arguments'")
+    (tmp_path / "run" / "previous_checkpoint.pt").unlink()
+    for damage, reason in WRONG_ENTRIES:
+        torch.save(damage(saved), tmp_path / "run" / "checkpoint.pt")
+        assert_one_line(run_script("iql", *resume), rf"cannot read .*checkpoint.pt \(.*{reason}.*, nor the checkpoint")
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
+
+
+def test_resume_goes_on_from_the_checkpoint_before_one_with_wrong_entries(tmp_path):
+    folder = tmp_path / "run"
+    words = ["--num-updates", "3", "--checkpoint-every", "1", *SHORT, "--run-dir", str(folder)]
+    assert run_script("iql", *words).returncode == 0
+    shutil.copytree(folder, tmp_path / "whole")
+    newest, before = checkpoint(folder), (folder / "previous_checkpoint.pt").read_bytes()
+    for damage, reason in WRONG_ENTRIES:
+        torch.save(damage(newest), folder / "checkpoint.pt")
+        (folder / "previous_checkpoint.pt").write_bytes(before)
+        run = run_script("iql", *words, "--resume")
+        assert run.returncode == 0 and re.search(rf"\(.*{reason}.*: going on from .*, of update 2", run.stderr), (
+            run.stderr
+        )
+        assert_same_runs(folder, tmp_path / "whole")
+
+
+def test_resume_goes_on_with_a_run_of_a_version_that_lacked_an_argument(tmp_path):
+    words = ["--num-updates", "3", *SHORT, "--run-dir", str(tmp_path)]
+    assert run_script("iql", *words).returncode == 0
+    saved = checkpoint(tmp_path)
+    del saved["arguments"]["reward_scale"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    run = run_script("iql", *words, "--resume")
+    assert run.returncode == 0 and "warning" not in run.stderr
 
 
 # --- Divergence ---

@@ -1,4 +1,4 @@
-"""Bad input by the hundred: mutated datasets and command lines work, or are one line and exit code 2.
+"""Bad input by the hundred: mutated datasets, run files and command lines work, or are one line and exit code 2.
 
 ANCHORL_FUZZ=1000 in the environment adds 1,000 cases of each kind, of other seeds; `-k more` runs them alone.
 """
@@ -9,18 +9,21 @@ import gzip
 import importlib
 import io
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import h5py
 import minari
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, random_episode
+import torch
+from conftest import ALGORITHMS, MODEL, random_episode
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -270,6 +273,140 @@ def test_tables_in_any_dialect_and_order(count, tmp_path, datasets_path):
     outcomes = []
     tables_in_dialects(count)(tmp_path, datasets_path, outcomes)
     assert outcomes.count(0) > len(outcomes) / 2
+
+
+# --- Run files ---
+
+RUN = [*FEW, "--num-updates", "3", "--eval-every", "1", "--checkpoint-every", "1", "--batch-size", "4"]
+ON_DATA = [*RUN, "--dataset-id", "test/data-v0"]
+ON_MODEL = [*ON_DATA, *MODEL, "--rollout-batch-size", "8", "--rollout-every", "2"]
+COLLECT = ["--env-id", "Pendulum-v1", "--num-updates", "3", "--steps", "1", "--reference-episodes", "1"]
+RUNS = {  # scripts whose runs are mutated, and how they are made
+    "bc": ON_DATA,
+    "iql": ON_DATA,
+    "mopo": ON_MODEL,
+    "fqe": [*ON_DATA, "--policy-run-dir", "{runs}/bc"],
+    "sac": [*RUN, "--random-steps", "200", "--replay-size", "1000", "--keep-policies"],
+}
+CHECKPOINTS, ALL = ("checkpoint.pt",), ("args.json", "checkpoint.pt", "metrics.csv", "policy.pt", "result.json")
+READERS = [  # what reads a run folder, whose run, the files of it that are mutated, and with what arguments
+    *((script, script, CHECKPOINTS, [*words, "--resume", "--run-dir", "{run}"]) for script, words in RUNS.items()),
+    ("bc", "bc", ALL, [*ON_DATA, "--resume", "--run-dir", "{run}"]),
+    ("fqe", "fqe", ("policy.pt",), [*RUNS["fqe"], "--resume", "--run-dir", "{run}"]),
+    ("fqe", "bc", ("policy.pt",), [*ON_DATA, "--policy-run-dir", "{run}", "--run-dir", "{run}/fqe"]),
+    ("mopo", "mopo", CHECKPOINTS, [*ON_MODEL, "--dynamics", "{run}", "--run-dir", "{run}/mopo"]),
+    ("shift_report", "iql", ALL, ["{run}", "--num-states", "50", "--num-updates", "1", "--eval-episodes", "0"]),
+    ("watch", "bc", ("args.json", "policy.pt"), ["{run}", "--out", "{run}/a.gif", "--max-steps", "1", "--height", "9"]),
+    (
+        "collect",
+        "sac",
+        (*ALL, *ALL, "policy-1.pt", "policy-2.pt", "policy-3.pt"),
+        [*COLLECT, "--run-dir", "{run}", "--quality", "full-replay", "--medium", "1e-9", "--prefix", "fuzzed/agent"],
+    ),
+]
+
+
+def mutate_value(value, rng):
+    """Another one in its place; of a tensor also one of another shape or type, or with a number that is none."""
+    if not isinstance(value, torch.Tensor) or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    if value.numel() and value.is_floating_point() and rng.random() < 0.4:
+        changed = value.clone()
+        changed.view(-1)[rng.randrange(changed.numel())] = rng.choice([math.nan, math.inf, 1e30])
+        return changed
+    dtypes = torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8
+    shapes = value[..., None], value.reshape(-1), value[:0] if value.ndim else value[None], torch.zeros(1)
+    return rng.choice([*shapes, *(value.to(dtype) for dtype in dtypes)])
+
+
+def mutate_tree(tree, rng):
+    """Changes, drops or adds one thing somewhere in dictionaries and lists."""
+    place = None
+    while tree:
+        place = rng.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        if not isinstance(tree[place], (dict, list)) or rng.random() < 0.3:
+            break
+        tree, place = tree[place], None
+    how = rng.random()
+    if how < 0.1 or place is None:
+        tree.update(more=rng.choice(VALUES)) if isinstance(tree, dict) else tree.append(rng.choice(VALUES))
+    elif how < 0.4:
+        del tree[place]
+    else:
+        tree[place] = mutate_value(tree[place], rng)
+
+
+def mutate_lines(path, rng):
+    """Changes bytes, drops a line or a column of a CSV file, or puts something else in a cell."""
+    rows, how = [line.split(",") for line in path.read_text().splitlines()], rng.randrange(5)
+    if how == 0:
+        mutate_bytes(path, rng)
+        return
+    row, column = rng.choice(rows), rng.randrange(len(rows[0]))
+    if how == 1:
+        rows.remove(row)
+    elif how == 2:
+        rows = [cells[:column] + cells[column + 1 :] for cells in rows]
+    else:
+        row[column] = rng.choice(["", "x", "nan", "1,2", "1e999", '"', "-1", "\0"])
+    path.write_text("".join(",".join(cells) + "\n" for cells in rows))
+
+
+def mutate_run(path, rng):
+    """Changes one of the files of a run."""
+    if path.suffix == ".csv":
+        mutate_lines(path, rng)
+    elif rng.random() < 0.1:
+        mutate_bytes(path, rng)
+    else:
+        tree = torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
+        mutate_tree(tree, rng)
+        tree = rng.choice([tree] * 19 + [[tree]])
+        torch.save(tree, path) if path.suffix == ".pt" else path.write_text(json.dumps(tree))
+
+
+def make_runs(folder):
+    """A run of each script, to be copied."""
+    for script, words in RUNS.items():
+        words = [word.format(runs=folder) for word in words]
+        code, errors = run_quietly([*words, "--run-dir", str(folder / script)], script)
+        assert code == 0, errors
+
+
+def assert_reads_or_refuses(case, rng, runs, run):
+    """Exit code 0, 3 (numbers that are finite, but not in the losses), or 2 with one line; gives it."""
+    reader, script, files, words = READERS[case % len(READERS)]
+    shutil.copytree(runs / script, run)
+    mutate_run(run / rng.choice(files), rng)
+    if rng.random() < 0.2:
+        (run / "previous_checkpoint.pt").unlink()
+    code, errors = run_quietly([word.format(run=run, runs=runs) for word in words], reader)
+    assert code in (0, 3) or (code == 2 and re.fullmatch(r"(.*warning: .*\n)*.*error: .+\n", errors)), errors
+    return code
+
+
+@pytest.mark.parametrize("cases", [36, pytest.param(360, marks=pytest.mark.slow), *MORE])
+def test_mutated_run_files(cases, make_dataset, tmp_path, datasets_path, monkeypatch):
+    def go_on(command):  # collect's agent, in this process
+        code, errors = run_quietly(command[2:], "sac")
+        sys.stderr.write(errors)
+        return SimpleNamespace(returncode=code)
+
+    make_dataset(episodes=[random_episode(index, length=40) for index in range(3)], env="Pendulum-v1")
+    monkeypatch.setattr("common.experiment.Run._plot", lambda *_: None)
+    monkeypatch.setattr("fqe.plot", lambda *_: None)
+    monkeypatch.setattr("collect.subprocess.run", go_on)
+    make_runs(tmp_path)
+    failures = {}
+    for case in range(cases):
+        run = tmp_path / "run"
+        try:
+            assert_reads_or_refuses(case, random.Random(cases * 10**6 + case), tmp_path, run)
+        except Exception as error:  # also what scripts let through, which users would see as a traceback
+            failures[case, READERS[case % len(READERS)][0]] = f"{type(error).__name__}: {error}"[:300]
+        shutil.rmtree(run)
+        shutil.rmtree(datasets_path / "fuzzed", ignore_errors=True)
+    assert not failures
 
 
 # --- Command lines ---

@@ -375,11 +375,11 @@ ARGUMENTS = {
     ),
     "no such module": (
         ["--env-id", "no_such:Pendulum-v1"],
-        "Pendulum-v1' cannot be made (No module named 'no_such'): check",
+        "'no_such:Pendulum-v1' cannot be made (No module named 'no_such'): check",
     ),
     "not in the module": (
         ["--env-id", "conftest:Nobodys-v0"],
-        "Nobodys-v0' is not installed: check the name",
+        "'conftest:Nobodys-v0' is not installed: check the name",
     ),
     "size": (["--env-id", "Pendulum-v1"], "--env-id Pendulum-v1 has observations of size 3, the file of size 2: name"),
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
