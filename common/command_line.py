@@ -28,8 +28,7 @@ def check(condition: bool, message: str) -> None:  # raises BadInput unless it h
         raise BadInput(message)
 
 
-def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:
-    """Raises BadInput, naming the argument as typed and its value, unless `condition` holds."""
+def check_argument(args: Any, name: str, condition: bool, rule: str) -> None:  # likewise, naming it as it is typed
     check(condition, f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
 
 
@@ -51,9 +50,7 @@ def warn(message: str) -> None:  # one line on stderr, above a progress bar
 
 
 @dataclass
-class ExperimentArgs:
-    """Arguments that are not science; each script adds its hyper-parameters."""
-
+class ExperimentArgs:  # what is not science; each script adds its hyper-parameters
     dataset_id: str = BUILT_IN_ID  # built-in id or Minari id (local first, else downloaded)
     env_id: str | None = None  # evaluation environment; module:Id imports yours first; default: the one the data name
     seed: int = 0  # seed of networks, batches and noise
@@ -83,8 +80,7 @@ class ExperimentArgs:
         own = self.__dataclass_fields__.keys() - ExperimentArgs.__dataclass_fields__.keys()
         return {name: value for name, value in dataclasses.asdict(self).items() if name in own}
 
-    def validate(self) -> None:
-        """Raises BadInput where a value breaks a rule for its type or name. A script's `validate` checks the rest."""
+    def validate(self) -> None:  # raises BadInput by rules for types and names; a script's `validate` checks the rest
         for name, value in vars(self).items():
             rules = [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
@@ -101,9 +97,7 @@ class ExperimentArgs:
                 check_argument(self, name, not broken, rule)
 
 
-class Interruption:
-    """The first SIGINT or SIGTERM ends the program, or waits as `number` for a run's update; the second kills."""
-
+class Interruption:  # SIGINT or SIGTERM ends the program, or waits as `number` for a run's update; the second kills
     number, waiting = 0, False
     close: Callable[[], object] = staticmethod(lambda: None)  # of a progress bar, before the last line
 
@@ -135,7 +129,7 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     interruption.close()
     try:
         sys.stdout.flush()
-    except (OSError, AttributeError):  # the output is closed, or its disk full: what it has not taken would fail again at the exit
+    except (OSError, AttributeError):  # it is closed, or its disk full: what it has not taken would fail again
         sys.stdout = None  # type: ignore[assignment]
     print(words, file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 import os
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import minari
@@ -25,20 +25,13 @@ BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
 
-class Batch(NamedTuple):
-    """N transitions: float32 tensors on the buffer's device; of an episode NumPy arrays in the environment's units."""
-
-    observations: Any  # [N, observation_dim], normalised as the buffer is
-    actions: Any  # [N, action_dim], scaled to [-1, 1]; discrete ones [N], int64, counted from 0
-    rewards: Any  # [N]
-    next_observations: Any  # [N, observation_dim]
-    terminations: Any  # [N], 1 where the environment ended the episode; a truncation does not, it bootstraps
+# N transitions: float32 tensors on the buffer's device, of which each script's Batch tells the shapes; discrete actions
+# are int64, counted from 0. Of an episode: NumPy arrays in the environment's units.
+Batch = namedtuple("Batch", "observations actions rewards next_observations terminations")
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What is known of a dataset before its transitions are read."""
-
+class Dataset:  # what is known of it before its transitions are read
     dataset_id: str
     num_steps: int  # of the transitions that `read_episodes` yields, or more
     observation_names: list[str]  # [observation_dim]: what the numbers of an observation are
@@ -76,8 +69,8 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
     same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
-    episodes, ids = partial(_read_episodes, dataset), (env_id or spec.get("id"), None if env_id else spec)
-    return Dataset(dataset_id, num_steps, names, *bounds, episodes, *ids, scale, discrete)
+    ids = env_id or spec.get("id"), None if env_id else spec
+    return Dataset(dataset_id, num_steps, names, *bounds, lambda: _read_episodes(dataset), *ids, scale, discrete)
 
 
 def find_dataset(dataset_id: str) -> Path:
@@ -112,7 +105,7 @@ def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
     values = np.asarray(observations)
     if isinstance(space, gym.spaces.Discrete):
         return values[..., None] == np.arange(space.start, space.start + space.n)
-    return values.reshape(*values.shape[: values.ndim - len(space.shape or ())], len(observation_names(space)))
+    return values.reshape(*values.shape[: values.ndim - len(space.shape or ())], -1)
 
 
 def observation_names(space: Any, name: str = "") -> list[str]:
@@ -127,9 +120,8 @@ def observation_names(space: Any, name: str = "") -> list[str]:
     return [f"{name}{index}" for index in range(math.prod(space.shape))]
 
 
-def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:
-    """The parts of a Tuple or Dict, in a fixed order. A goal task's achieved_goal repeats what the observation says."""
-    if isinstance(space, gym.spaces.Dict):
+def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:  # of a Tuple or Dict, in a fixed order
+    if isinstance(space, gym.spaces.Dict):  # a goal task's achieved_goal repeats what the observation says
         goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
         return [(key, space[key]) for key in (["observation", "desired_goal"] if goal_task else sorted(space))]
     return list(enumerate(space)) if isinstance(space, gym.spaces.Tuple) else []
@@ -139,17 +131,17 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
     """Lowest and highest action, [action_dim] each; with `discrete` the first and the last number, [1] each. Raises
     BadInput unless the space is a Box of real vectors of finite extent or, with `discrete`, a Discrete one.
     """
-    takers = {gym.spaces.Discrete: "take fqi, discrete_cql or discrete_bcq", gym.spaces.Box: "take another script"}
-    advice = takers.get(type(space), "store them as a Box of real vectors, or number them as a Discrete")
     kind = gym.spaces.Discrete if discrete else gym.spaces.Box
-    check(isinstance(space, kind), f"actions are {space}, not a {kind.__name__}: {advice}")
+    takers = "fqi, discrete_cql and discrete_bcq take a Discrete (of 2^24 at most), the others a Box; store it as one"
+    fits = isinstance(space, kind) and not (discrete and space.n > 2**24)  # float32 tells no more apart
+    check(fits, f"actions are {space}, not such a {kind.__name__} as is learned from: {takers}")
     if discrete:
-        check(space.n <= 2**24, f"{space.n} actions are more than float32, in which they are stored, can tell apart")
         return np.array([space.start]), np.array([space.start + space.n - 1])
-    extent = np.subtract(space.high, space.low, dtype=np.float32)
-    real = len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
-    usable = real and bool(((extent > 0) & (extent < np.inf)).all())
-    check(usable, f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
+    extent = np.subtract(space.high, space.low, dtype=np.float64)
+    usable = (
+        len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating) and np.all((extent > 0) & (extent < 1e38))
+    )
+    check(bool(usable), f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
     return space.low, space.high
 
 
@@ -218,8 +210,7 @@ class ReplayBuffer:
         actions = actions.long() if self.num_actions and integers else actions
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
-    def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:
-        """Copies the episodes, one by one, into `storage`. Gives their lengths and returns."""
+    def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
         dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         for index, episode in enumerate(dataset.read_episodes()):
@@ -245,8 +236,7 @@ class ReplayBuffer:
             warn(f"float32 merges different values of observation {names}: subtract something, or split them")
         return lengths, returns
 
-    def _checked(self, name: str, values: np.ndarray) -> np.ndarray:
-        """An episode's `values` in float32, actions scaled to [-1, 1] or, if they are discrete, counted from 0."""
+    def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0
         low, high, numbered = self.dataset.action_low, self.dataset.action_high, name == "actions" and self.num_actions
         check(not np.iscomplexobj(values), f"{name} are complex numbers")
         if numbered or name.endswith("observations"):  # subtracted before the rounding to float32

@@ -57,8 +57,7 @@ class Policy(nn.Module):
         return ((high + low) / 2 + (high - low) / 2 * outputs).clamp(low, high)
 
     @torch.inference_mode()
-    def act(self, observations: Tensor) -> Tensor:
-        """What the actor gives for normalised observations when it acts: layers such as dropout are off."""
+    def act(self, observations: Tensor) -> Tensor:  # the actor's, of normalised ones; layers such as dropout are off
         training = self.actor.training
         outputs = self.actor.eval()(observations)
         self.actor.train(training)

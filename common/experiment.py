@@ -31,8 +31,7 @@ PATIENCE_SECONDS = 100  # with W&B, at the end of a run
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is written into an OSError of one line."""
+def writing(path: Path) -> Iterator[None]:  # what goes wrong inside becomes an OSError of one line
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
@@ -64,8 +63,7 @@ def set_up(args: ExperimentArgs) -> torch.device:
     check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch finds no CUDA device; take cpu")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
-    # freed at once, so that glibc keeps later blocks of this size: to hand them back costs BCQ and CQL up to a tenth
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed: glibc then keeps blocks of this size, a tenth of BCQ's time
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -78,14 +76,13 @@ class Run:
     def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
         self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
         self.parts: dict[str, Any] = learner._asdict()
+        self.policy, self.environments, self.step, self.update_seconds, self.columns = None, None, 0, 0.0, list[str]()
         shared = "algorithm", "dataset_id", "seed", "batch_size", "precision"
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
-        self.policy, self.environments = None, None
         if actor := self.parts.get("actor"):
-            data, origin = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
-            origin["observation_names"] = data.observation_names
-            bounds = data.action_low, data.action_high
-            self.policy = Policy(actor, buffer.normalization, bounds, data.discrete, origin)
+            data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
+            more["observation_names"] = data.observation_names
+            self.policy = Policy(actor, buffer.normalization, (data.action_low, data.action_high), data.discrete, more)
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
             except NoEnvironment as reason:
@@ -95,7 +92,6 @@ class Run:
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         self.metrics_path = self.dir / "metrics.csv"
         self._take_dir()
-        self.step, self.update_seconds, self.columns = 0, 0.0, list[str]()
         self.started = self.began = time.perf_counter()
         if args.resume:
             load_checkpoint(self.dir, self.device, self._restore)
@@ -144,8 +140,7 @@ class Run:
         self.progress.set_postfix(found, refresh=False)
         return found
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds a row to metrics.csv (and W&B). Raises Diverged if a metric is not finite."""
+    def log(self, step: int, metrics: dict[str, Any]) -> None:  # a row of metrics.csv (and W&B); may raise Diverged
         row = {"step": step, "seconds": round(time.perf_counter() - self.started, 2)}
         row |= {name: float(value) for name, value in metrics.items()}
         self._check_finite(dict(sorted(row.items(), key=lambda item: "loss" not in item[0])))  # losses first
@@ -168,8 +163,7 @@ class Run:
             with self.metrics_path.open(newline="") as file:
                 yield from csv.DictReader(file)
 
-    def save_checkpoint(self) -> None:
-        """Writes policy.pt and checkpoint.pt. Raises Diverged for a number that is not finite."""
+    def save_checkpoint(self) -> None:  # and policy.pt. Raises Diverged for a number that is not finite
         self._check_finite(self.parts)
         cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
@@ -187,13 +181,10 @@ class Run:
         replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
         self.began = time.perf_counter()
         if interruption.number:
-            going_on = f"go on with the same and --resume --run-dir {self.dir}"
-            raise KeyboardInterrupt(f"interrupted at update {self.step}; {going_on}")
+            raise KeyboardInterrupt(f"interrupted at update {self.step}; to go on, add --resume --run-dir {self.dir}")
 
     def finish(self, result: dict[str, Any] | None = None, outcome: str = "", plot: Callable | None = None) -> None:
-        """Writes result.json and the learning curve, and says on the last line how the run went. A script that learns
-        no policy gives its own `result`, the `outcome` in words and the `plot`, which fills a file.
-        """
+        """Writes result.json and the curve, and the last line. A script without policy gives its own of the three."""
         if result is None:
             result, outcome, plot = self._final_score()
         args, seconds = self.args, time.perf_counter() - self.started
@@ -210,8 +201,7 @@ class Run:
         self.lock.release()
         print(f"{args.algorithm} on {args.dataset_id}: {outcome}, {seconds:.0f} s, {self.dir}", flush=True)
 
-    def _final_score(self) -> tuple[dict[str, Any], str, Callable | None]:
-        """The last policy in fresh episodes, beside its evaluations on the way and the dataset's own returns."""
+    def _final_score(self) -> tuple[dict[str, Any], str, Callable | None]:  # of the last policy, in fresh episodes
         dataset, mean = self.dataset, float(self.buffer.episode_returns.mean())
         unit, scale = ("score", dataset.score) if dataset.reference_returns else ("return", np.float64)
         result = {"final_score": None, "dataset_return_mean": mean, "dataset_score": dataset.score(mean)}
@@ -237,8 +227,7 @@ class Run:
         axes.legend()
         figure.savefig(file, dpi=150, format="png")
 
-    def _check_finite(self, values: dict[str, Any]) -> None:
-        """Raises Diverged for the first of the numbers, or parts of the learner, that is not finite."""
+    def _check_finite(self, values: dict[str, Any]) -> None:  # Diverged for the first number, or part, that is not
         for name, value in values.items():
             leaves = tree_leaves(value if isinstance(value, (int, float)) else value.state_dict())
             tensors = (torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, (float, torch.Tensor)))
@@ -246,8 +235,7 @@ class Run:
                 problem = f"{name} is {value if isinstance(value, float) else 'not finite'} at update {self.step}"
                 raise Diverged(f"{problem}; the last checkpoint in {self.dir} is kept")
 
-    def _take_dir(self) -> None:
-        """Makes the folder, unless it is there, and keeps other processes out of it while this one lives."""
+    def _take_dir(self) -> None:  # makes it, unless it is there, and keeps other processes out while this one lives
         where, resume = f"--run-dir {self.dir}", self.args.resume
         begun = any((self.dir / name).exists() for name in ("checkpoint.pt", "previous_checkpoint.pt"))
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")

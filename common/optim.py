@@ -27,8 +27,7 @@ class Adam:
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
             weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
-            place: Any = {"dtype": torch.float32, "device": weights[0].device}
-            rate, step = torch.tensor(float(group.get("lr", lr)), **place), torch.zeros((), **place)
+            rate, step = (torch.tensor(float(n), device=weights[0].device) for n in (group.get("lr", lr), 0))
             moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
             self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
 
@@ -52,8 +51,7 @@ class Adam:
             for weight in group["params"]:
                 weight.grad = None
 
-    def state_dict(self) -> dict[str, list[list[Tensor]]]:
-        """What changes beside the weights, always in place."""
+    def state_dict(self) -> dict[str, list[list[Tensor]]]:  # what changes beside the weights, always in place
         return {"groups": [[g["lr"], g["step"], *g["means"], *g["squares"]] for g in self.param_groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,8 +101,7 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
         "loop_ordering_after_fusion": False,  # of batched layers on a GPU it fails (PyTorch 2.11)
         "cpp_wrapper": device.type == "cpu",  # the calls between the kernels in C++, too
         "size_asserts": False,
-        # Before each update only its arguments are checked, `step` and the batch. To check every layer, weight and
-        # moment takes a tenth of a small update, and they stay what they are.
+        # what is checked before each update: `step` and batch; layers, weights and moments stay, and take a tenth of it
         "guard_filter_fn": lambda guards: [not any(mark in guard.name for mark in ".[") for guard in guards],
     }
     graph = torch.compile(update, fullgraph=True, options=options)

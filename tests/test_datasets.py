@@ -14,7 +14,7 @@ from conftest import random_episode
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.command_line import BUILT_IN_ID, BadInput
-from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, flatten_observations, load_dataset, observation_names
 from common.evaluation import NoEnvironment, make_environments
 
 CPU = torch.device("cpu")
@@ -125,14 +125,38 @@ REFUSED = {
     "discrete": (
         {"action_space": gym.spaces.Discrete(3)},
         {"actions": np.zeros(30, np.int64)},
-        r"actions must be vectors of real numbers \(a Box\), not Discrete\(3\)",
+        r"actions are Discrete\(3\), not such a Box .*: fqi, discrete_cql and discrete_bcq take a Discrete",
     ),
     "unbounded": ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, {}, "finite bounds"),
     "image": ({"observation_space": IMAGE}, {"observations": np.zeros((31, 32, 32, 3), np.uint8)}, "images"),
-    "discrete observations": (
-        {"observation_space": gym.spaces.Discrete(3)},
-        {"observations": np.zeros(31, np.int64)},
-        "observations must be",
+    "nested image": (
+        {
+            "observation_space": gym.spaces.Dict(
+                {"speed": gym.spaces.Discrete(3), "camera": gym.spaces.Dict({"rgb": IMAGE})}
+            )
+        },
+        {"observations": {"speed": np.zeros(31, int), "camera": {"rgb": np.zeros((31, 32, 32, 3), np.uint8)}}},
+        "observation camera/rgb must hold numbers",
+    ),
+    "whole actions": (
+        {"action_space": gym.spaces.Box(0, 9, (1,), np.int64)},
+        {"actions": np.zeros((30, 1), np.int64)},
+        "must be real vectors",
+    ),
+    "matrices": (
+        {"action_space": gym.spaces.Box(-1, 1, (2, 2))},
+        {"actions": np.zeros((30, 2, 2), np.float32)},
+        "must be real vectors",
+    ),
+    "a constant action": (
+        {"action_space": gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 0]))},
+        {"actions": np.zeros((30, 2), np.float32)},
+        "each low below its high",
+    ),
+    "many discrete": (
+        {"action_space": gym.spaces.MultiDiscrete([3, 4])},
+        {"actions": np.zeros((30, 2), np.int64)},
+        "not such a Box .*store it as one",
     ),
 }
 
@@ -147,14 +171,11 @@ def test_refuses_spaces_it_cannot_train_on(make_dataset, name):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("unbounded", r"actions must be numbered \(a Discrete\), not Box"),
-        ("discrete observations", "observations must be"),
-    ],
+    [("unbounded", "actions are Box.* not such a Discrete"), ("image", "must hold numbers, no images")],
 )
 def test_refuses_spaces_it_cannot_train_discrete_actions_on(make_dataset, name, message):
     spaces, fields, _ = REFUSED[name]
-    if name == "discrete observations":
+    if name == "image":
         spaces, fields = spaces | REFUSED["discrete"][0], fields | REFUSED["discrete"][1]
     dataset_id = make_dataset(episodes=[random_episode(0, **fields)], **spaces)
     with pytest.raises(BadInput, match=rf"test/data-v0: .*{message}"):
@@ -164,7 +185,7 @@ def test_refuses_spaces_it_cannot_train_discrete_actions_on(make_dataset, name, 
 def test_more_actions_than_can_be_stored_are_refused(make_dataset):
     space = gym.spaces.Discrete(2**24 + 1)
     dataset_id = make_dataset(episodes=[random_episode(0, actions=np.zeros(30, np.int64))], action_space=space)
-    with pytest.raises(BadInput, match="16777217 actions are more than"):
+    with pytest.raises(BadInput, match=r"Discrete\(16777217\), not such a Discrete .*2\^24 at most"):
         load_dataset(dataset_id, discrete=True)
 
 
@@ -173,6 +194,86 @@ def test_takes_either_kind_of_actions_where_asked_to(make_dataset):
     make_dataset("test/discrete-v0", [random_episode(0, **fields)], **spaces)
     make_dataset("test/box-v0")
     assert [load_dataset(name, discrete=None).discrete for name in ("test/discrete-v0", "test/box-v0")] == [True, False]
+
+
+KITCHEN = gym.spaces.Dict(
+    {
+        "observation": gym.spaces.Box(-np.inf, np.inf, (4,), np.float64),
+        "achieved_goal": gym.spaces.Dict({"kettle": gym.spaces.Box(-1, 1, (2,)), "light": gym.spaces.Box(-1, 1, (1,))}),
+        "desired_goal": gym.spaces.Dict({"light": gym.spaces.Box(-1, 1, (1,)), "kettle": gym.spaces.Box(-1, 1, (2,))}),
+    }
+)
+MIXED = gym.spaces.Tuple(
+    [
+        gym.spaces.Discrete(3, start=5),
+        gym.spaces.Dict({"flags": gym.spaces.MultiBinary(2), "count": gym.spaces.Box(0, 9, (), np.int64)}),
+        gym.spaces.MultiDiscrete([4, 7]),
+        gym.spaces.Box(-1, 1, (2, 2)),
+    ]
+)
+NAMES = {
+    "kitchen": [
+        *(f"observation/{i}" for i in range(4)),
+        *(f"desired_goal/{part}" for part in ("kettle/0", "kettle/1", "light/0")),
+    ],
+    "mixed": ["0/5", "0/6", "0/7", "1/count/0", "1/flags/0", "1/flags/1", "2/0", "2/1", *(f"3/{i}" for i in range(4))],
+}
+
+
+def by_hand(name, one):
+    """A single observation as a list of numbers."""
+    if name == "kitchen":
+        goal = one["desired_goal"]
+        return [*one["observation"], *goal["kettle"], *goal["light"]]
+    phase, counts, codes, matrix = one
+    return [
+        *(float(phase == k) for k in (5, 6, 7)),
+        float(counts["count"]),
+        *counts["flags"],
+        *codes,
+        *np.ravel(matrix),
+    ]
+
+
+@pytest.mark.parametrize(("name", "space"), [("kitchen", KITCHEN), ("mixed", MIXED)])
+def test_observations_of_several_parts_are_flattened(make_dataset, name, space):
+    """As Minari stores and reads them, and as an environment gives them one by one; each number has a name."""
+    space.seed(3)
+    samples = [space.sample() for _ in range(6)]
+    expected = np.array([by_hand(name, sample) for sample in samples])
+    np.testing.assert_allclose([flatten_observations(sample, space) for sample in samples], expected)
+    columns = gym.vector.utils.concatenate(space, samples, gym.vector.utils.create_empty_array(space, 6))
+    episodes = [random_episode(seed, 5, observations=columns) for seed in range(2)]
+    dataset = load_dataset(make_dataset(episodes=episodes, observation_space=space))
+    assert dataset.observation_names == NAMES[name] == observation_names(space)
+    buffer = ReplayBuffer(dataset, CPU, normalize_observations=False)
+    np.testing.assert_allclose(buffer.transitions.observations, np.tile(expected[:-1], (2, 1)), rtol=1e-6)
+    np.testing.assert_allclose(buffer.transitions.next_observations, np.tile(expected[1:], (2, 1)), rtol=1e-6)
+
+
+def test_what_the_data_lack_or_repeat_is_told(make_dataset, capsys):
+    numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
+    episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
+    ReplayBuffer(load_dataset(make_dataset("test/few-v0", episodes, **numbered), discrete=True), CPU)
+    assert "warning: the data never take action 4, 5, 7:" in capsys.readouterr().err
+    ends = np.ones(1, bool)
+    goals = [random_episode(seed, 1, terminations=ends, truncations=~ends) for seed in range(3)]
+    ReplayBuffer(load_dataset(make_dataset("test/goals-v0", [*goals, random_episode(9)])), CPU)
+    assert "3 of 4 episodes are one step that terminates" in capsys.readouterr().err
+    ReplayBuffer(load_dataset(make_dataset("test/bandit-v0", goals)), CPU)  # where all are of one step, it is meant
+    assert capsys.readouterr().err == ""
+    ReplayBuffer(load_dataset(make_dataset("test/one-v0", [random_episode(0)])), CPU)
+    assert "the data are one episode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [-5.0, 0.5, 2])
+def test_terminations_are_0_or_1(make_dataset, datasets_path, value):
+    dataset = load_dataset(make_dataset())
+    with h5py.File(datasets_path / "test/data-v0" / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1"]["terminations"]
+        file["episode_1"]["terminations"] = np.array([*np.zeros(29), value])
+    with pytest.raises(BadInput, match=rf"episode 1: step 29: terminations hold {value:g}, .* from 0 to 1"):
+        ReplayBuffer(dataset, CPU)
 
 
 def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,11 @@
 """Evaluation counts one episode per environment copy; a saved policy acts as the trained one did."""
 
+import copy
 import dataclasses
+import importlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,11 +16,12 @@ import discrete_cql
 import fqi
 import gymnasium as gym
 import iql
+import minari
 import numpy as np
 import pytest
 import sac
 import torch
-from conftest import ROOT, random_episode, write_policy
+from conftest import ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
@@ -75,8 +79,8 @@ def environments():
 NORMALIZATION = torch.tensor([[0.5, 0.0, 1.0], [1.0, 2.0, 3.0]])
 
 
-def make_policy(script, args, low=-2.0, high=2.0):
-    torch.manual_seed(0)
+def make_policy(script, args, low=-2.0, high=2.0, seed=0):
+    torch.manual_seed(seed)
     origin = {"script": script.__name__, "hyper_parameters": dataclasses.asdict(args)}
     bounds = np.array([[low], [high]], dtype=np.int64 if script in (fqi, discrete_bcq, discrete_cql) else np.float32)
     actor = script.Actor(3, int(high - low) + 1 if bounds.dtype == np.int64 else 1, args)
@@ -236,7 +240,7 @@ def test_environment_with_other_discrete_actions_is_refused(make_dataset, n, fir
     fields = {"actions": np.full(30, first), "observations": np.zeros((31, 4), np.float32)}
     spaces = {"action_space": gym.spaces.Discrete(n, start=first), "observation_space": gym.spaces.Box(-9, 9, (4,))}
     dataset = load_dataset(make_dataset(episodes=[random_episode(0, **fields)], **spaces), "CartPole-v1", discrete=True)
-    message = rf"CartPole-v1 has .* Discrete\(2\), test/data-v0 has 4 and \[{first}\] to \[{first + n - 1}\]"
+    message = rf"CartPole-v1 has .* Discrete\(2\), not 4 and \[{first}\] to \[{first + n - 1}\] of test/data-v0"
     with pytest.raises(BadInput, match=message):
         make_environments(dataset, 1)
 
@@ -299,3 +303,44 @@ def test_environment_of_another_size_is_refused(make_dataset):
 def test_normalised_score(pendulum: ReplayBuffer):
     low, high = pendulum.dataset.reference_returns
     assert [pendulum.dataset.score(value) for value in (low, (low + high) / 2, high)] == pytest.approx([0, 50, 100])
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "fqe"])
+def test_a_policy_is_a_whole_module(name, tmp_path):
+    """In tensors as in arrays; in double precision; exported for batches of any size; all of it in its state_dict."""
+    script = importlib.import_module(name)
+    args = script.HyperParameters(hidden_dims=(8,), **({"vae_hidden_dims": (8,)} if name in ("bcq", "bear") else {}))
+    policy = load_policy(save(make_policy(script, args), tmp_path))
+    observations = np.random.default_rng(0).normal(size=(5, 3))
+    expected, inputs = policy(observations), torch.from_numpy(observations)
+    np.testing.assert_allclose(policy(inputs).detach(), expected, atol=1e-6)
+    double = copy.deepcopy(policy).double()
+    assert all(value.dtype in (torch.float64, torch.int64) for value in double.state_dict().values())
+    np.testing.assert_allclose(double(observations), expected, atol=1e-5)
+    rows = {0: torch.export.Dim("batch")}
+    with warnings.catch_warnings(action="ignore"):
+        exported = torch.export.export(policy, (inputs,), dynamic_shapes=(rows,)).module()
+    np.testing.assert_allclose(exported(inputs[:3]).detach(), expected[:3], atol=1e-6)
+    other = make_policy(script, args, seed=1).eval()
+    other.load_state_dict(policy.state_dict())
+    np.testing.assert_array_equal(other(observations), expected)
+
+
+def test_a_policy_in_tensors_refuses_what_is_no_number(policy):
+    with pytest.raises(BadInput, match="not a finite number"):
+        policy(torch.full((2, 3), torch.nan))
+
+
+def test_the_names_of_observations_are_in_the_policy(tmp_path, make_dataset):
+    dataset_id = make_dataset()
+    for names, expected in (
+        (None, ["0", "1", "2"]),
+        (["age", "dose", "pulse"], ["age", "dose", "pulse"]),
+        (["a"], ["0", "1", "2"]),
+    ):
+        if names:
+            minari.load_dataset(dataset_id).storage.update_metadata({"observation_names": names})
+        folder = tmp_path / str(names)
+        run = run_script("bc", "--dataset-id", dataset_id, "--num-updates", "2", *SHORT, "--run-dir", str(folder))
+        assert run.returncode == 0, run.stderr
+        assert load_policy(folder).origin["observation_names"] == expected

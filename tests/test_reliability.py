@@ -186,7 +186,7 @@ def test_a_signal_saves_a_checkpoint(number, tmp_path):
     assert step == 0
     line = stop(process, number)
     step = checkpoint(tmp_path / "run")["step"]
-    assert step >= 100 and line.startswith(f"interrupted at update {step}; go on with the same and --resume --run-dir")
+    assert step >= 100 and line.startswith(f"interrupted at update {step}; to go on, add --resume --run-dir")
 
 
 def test_a_signal_in_an_evaluation_loses_neither_update_nor_row(tmp_path, pendulum):
@@ -198,10 +198,7 @@ def test_a_signal_in_an_evaluation_loses_neither_update_nor_row(tmp_path, pendul
     process = Started("td3_bc", *arguments, "--run-dir", str(stopped))
     wait_for_row(process, stopped, 4)
     line = stop(process, signal.SIGTERM)
-    assert (
-        line.startswith("interrupted at update 5; go on with the same and --resume")
-        and checkpoint(stopped)["step"] == 5
-    )
+    assert line.startswith("interrupted at update 5; to go on, add --resume") and checkpoint(stopped)["step"] == 5
     assert run_script("td3_bc", *arguments, "--resume", "--run-dir", str(stopped)).returncode == 0
     assert_same_runs(whole, stopped)
 
