@@ -170,7 +170,7 @@ def read_d4rl(file: h5py.File, timeouts_name: str) -> Log:
         warn_of_no_cuts(file, steps, used)
     return Log(
         steps,
-        observations=[f"observations/{index}" for index in range(observations.shape[1])],
+        observations=[str(index) for index in range(observations.shape[1])],
         actions=name_actions(steps.actions),
         unused=find_unused_arrays(file, used, len(terminals)),
         unit_actions=True,

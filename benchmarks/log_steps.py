@@ -31,12 +31,12 @@ class Log(NamedTuple):
 
 
 def describe_names(names: list[str]) -> str:
-    """Names of columns as they are; those that are key/0, key/1, ... as key (2)."""
-    keys = [
-        key if index.isdecimal() else f"{key}{slash}{index}" for key, slash, index in (n.rpartition("/") for n in names)
-    ]
-    counts = Counter(keys)
-    return ", ".join(key if key in names else f"{key} ({count})" for key, count in counts.items())
+    """Names as they are; key/0, key/1, ... as key (2); plain numbers by their count."""
+    if all(name.isdecimal() for name in names):
+        return f"{len(names)} numbers, as the file has them"
+    parts = (name.rpartition("/") for name in names)
+    keys = [key if key and index.isdecimal() else f"{key}{slash}{index}" for key, slash, index in parts]
+    return ", ".join(key if key in names else f"{key} ({count})" for key, count in Counter(keys).items())
 
 
 def find_gaps(steps: Steps) -> np.ndarray:

@@ -131,17 +131,16 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
     """Lowest and highest action, [action_dim] each; with `discrete` the first and the last number, [1] each. Raises
     BadInput unless the space is a Box of real vectors of finite extent or, with `discrete`, a Discrete one.
     """
-    kind = gym.spaces.Discrete if discrete else gym.spaces.Box
-    takers = "fqi, discrete_cql and discrete_bcq take a Discrete (of 2^24 at most), the others a Box; store it as one"
-    fits = isinstance(space, kind) and not (discrete and space.n > 2**24)  # float32 tells no more apart
-    check(fits, f"actions are {space}, not such a {kind.__name__} as is learned from: {takers}")
+    kind = "numbered (a Discrete)" if discrete else "vectors of real numbers (a Box)"
+    others = "fqi, discrete_cql and discrete_bcq take a Discrete (of 2^24 at most, for float32), other scripts a Box"
+    number = isinstance(space, gym.spaces.Discrete) and space.n <= 2**24
+    check(number if discrete else isinstance(space, gym.spaces.Box), f"actions must be {kind}, not {space}: {others}")
     if discrete:
         return np.array([space.start]), np.array([space.start + space.n - 1])
     extent = np.subtract(space.high, space.low, dtype=np.float64)
-    usable = (
-        len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating) and np.all((extent > 0) & (extent < 1e38))
-    )
-    check(bool(usable), f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
+    vectors = len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+    usable = vectors and bool(np.all((extent > 0) & (extent < 1e38)))
+    check(usable, f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
     return space.low, space.high
 
 
@@ -185,9 +184,9 @@ class ReplayBuffer:
 
     def _warn_of_doubts(self) -> None:  # inspect_dataset looks for more
         goals = int(((self.episode_lengths == 1) & (self.transitions.terminations[self.episode_starts] > 0)).sum())
-        if 0.01 * (count := len(self.episode_lengths)) < goals < count:
+        if 0.01 * (count := len(self.episode_lengths)) < goals < count and self.episode_lengths.max() >= 20:
             warn(f"{goals} of {count} episodes are one step that terminates: if an end repeats, cut at the first")
-        if count == 1:
+        if count == 1 and len(self.storage) > 1000:
             warn("the data are one episode: if the log holds several, mark where they end")
         taken = self.transitions.actions.unique().tolist() if self.num_actions else []
         if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:

@@ -419,7 +419,7 @@ def test_a_dataset_that_appears_meanwhile_is_kept(tmp_path, folder, monkeypatch)
 
     def create_late(*arguments, **options):
         (folder / ID / "data").mkdir(parents=True)
-        create(*arguments, **options)
+        return create(*arguments, **options)
 
     monkeypatch.setattr(minari, "create_dataset_from_buffers", create_late)
     outcome = import_logs(write(table(), tmp_path / "logs.csv"))

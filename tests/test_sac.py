@@ -129,8 +129,8 @@ def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
-        (["--env-id", "json:NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
+        (["--env-id", "NoSuch-v0"], "environment '(json:)?NoSuch-v0' is not installed"),
+        (["--env-id", "json:NoSuch-v0"], "environment '(json:)?NoSuch-v0' is not installed"),
         (["--env-id", "CartPole-v1"], r"actions must be vectors of real numbers \(a Box\), not Discrete"),
         (["--random-steps", "0"], "--random-steps 0: must be at least 1"),
         (["--replay-size", "1100"], "--replay-size 1100: must hold the random steps and an episode: 1200"),
