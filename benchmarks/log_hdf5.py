@@ -69,14 +69,18 @@ def vector_dim(item: Any, kinds: str = "biuf") -> int:
     return 1 if item.ndim == 1 else item.shape[1]
 
 
-def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarray:
-    """[rows, dim], as the file has them. Raises BadInput unless they are vectors, and finite in float32."""
+def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf", spare: np.ndarray | None = None) -> np.ndarray:
+    """[rows, dim], as the file has them. Raises BadInput unless they are vectors, and finite in float32 but in the rows
+    that are `spare`, of which nobody asks.
+    """
     item = group[name]
     dim = vector_dim(item, kinds)
     check(dim > 0, f"{where(group, name)} must be vectors of real numbers, not {describe(item)}")
     values = item[:].reshape(len(item), dim)
     with np.errstate(over="ignore"):
         finite = np.isfinite(values.astype(np.float32, copy=False))
+    if spare is not None and len(spare) == len(values):
+        finite |= spare[:, None]
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
         index = row if item.ndim == 1 else f"{row}, {column}"
@@ -85,9 +89,9 @@ def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarra
     return values
 
 
-def read_vectors(group: h5py.Group, name: str, kinds: str = "biuf") -> np.ndarray:
+def read_vectors(group: h5py.Group, name: str, kinds: str = "biuf", spare: np.ndarray | None = None) -> np.ndarray:
     """[rows, dim], float32 or, where the file has more digits, float64. Raises BadInput as read_numbers does."""
-    values = read_numbers(group, name, kinds)
+    values = read_numbers(group, name, kinds, spare)
     return values.astype(np.float32 if values.dtype.itemsize <= 2 else np.result_type(values, np.float32), copy=False)
 
 
@@ -148,19 +152,22 @@ def read_d4rl(file: h5py.File, timeouts_name: str) -> Log:
         "rewards": read_scalars(file, "rewards"),
         "terminals": read_flags(file, "terminals"),
     }
-    if "next_observations" in file:
-        arrays["next_observations"] = read_vectors(file, "next_observations")
     observations, terminals = arrays["observations"], arrays["terminals"]
     check(
         timeouts_name not in arrays, f"--timeouts {timeouts_name}: is read as such already: name another array, or ''"
     )
-    used = {*arrays, timeouts_name}
+    used = {*arrays, "next_observations", timeouts_name}
     if timeouts_name and timeouts_name in file:
         arrays[timeouts_name] = read_flags(file, timeouts_name)
     else:
         check_no_timeouts(file, timeouts_name, used, len(terminals))
     check_lengths(file, arrays)
-    following, timeouts = arrays.get("next_observations"), arrays.get(timeouts_name, np.zeros_like(terminals))
+    timeouts = arrays.get(timeouts_name, np.zeros_like(terminals))
+    if "next_observations" in file:
+        spare = terminals | timeouts | (np.arange(len(terminals)) == len(terminals) - 1)  # ends, which may lack them
+        arrays["next_observations"] = read_vectors(file, "next_observations", spare=spare)
+        check_lengths(file, arrays)
+    following = arrays.get("next_observations")
     sizes = f"{where(file, 'next_observations')} are of another size than observations"
     check(following is None or following.shape == observations.shape, sizes)
     ends = np.union1d(np.flatnonzero(terminals | timeouts) + 1, len(terminals))

@@ -87,6 +87,16 @@ def test_with_next_observations(d4rl_file):
     assert "cut" not in said and "dropped" not in said
 
 
+def test_next_observations_of_ends_may_be_missing(d4rl_file):
+    """A termination has no value after it, so its own observation stands in; the last row of a cut is left out."""
+    following = next_observations()
+    following[[3, 6, 9], 1] = np.nan
+    buffer, said = imported(d4rl_file(next_observations=following))
+    observations = d4rl_arrays()["observations"]
+    np.testing.assert_array_equal(buffer.transitions.next_observations, observations[[1, 2, 3, 3, 5, 6, 8, 9]])
+    assert "dropped 2 rows" in said
+
+
 def test_next_observations_that_do_not_go_on_cut_the_episode(d4rl_file):
     following = next_observations()
     following[[1, 8]] = [[0.5, 0, 0], [0.6, 0, 0]]
@@ -296,6 +306,10 @@ D4RL_REFUSED = {
     "words in columns": ({"terminals": np.full((10, 2), b"true")}, "terminals must be one word a row"),
     "next size": ({"next_observations": np.zeros((10, 2))}, "next_observations are of another size than observations"),
     "next nan": ({"next_observations": np.full((10, 3), np.nan)}, "next_observations[0, 0] = nan is not a finite"),
+    "next nan, short": (
+        {"next_observations": np.full((4, 3), np.nan)},
+        "next_observations[0, 0] = nan is not a finite",
+    ),
 }
 
 
