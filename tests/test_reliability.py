@@ -249,7 +249,7 @@ def test_a_signal_while_data_load_is_not_lost(name, tmp_path):
     code = f"import sys; sys.argv[:1] = []\n{SWALLOWED.format(name=name)}"
     run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 128 + getattr(signal, name), run.stderr
-    assert run.stderr.splitlines()[-1].startswith("interrupted at update 0; go on with")
+    assert run.stderr.splitlines()[-1].startswith("interrupted at update 0; to go on")
 
 
 @pytest.mark.slow
