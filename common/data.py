@@ -104,7 +104,7 @@ def flatten_observations(observations: Any, space: gym.Space) -> np.ndarray:
         return np.concatenate([flatten_observations(observations[key], part) for key, part in parts], axis=-1)
     values = np.asarray(observations)
     if isinstance(space, gym.spaces.Discrete):
-        return values[..., None] == np.arange(space.start, space.start + space.n)
+        return torch.nn.functional.one_hot(torch.as_tensor(values - space.start).long(), int(space.n)).numpy()
     return values.reshape(*values.shape[: values.ndim - len(space.shape or ())], -1)
 
 

@@ -251,6 +251,16 @@ def test_observations_of_several_parts_are_flattened(make_dataset, name, space):
     np.testing.assert_allclose(buffer.transitions.next_observations, np.tile(expected[1:], (2, 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_number_that_a_discrete_observation_cannot_be_is_refused(make_dataset, datasets_path, number):
+    episodes = [random_episode(seed, observations=np.zeros(31, np.int64)) for seed in range(2)]
+    dataset = load_dataset(make_dataset(episodes=episodes, observation_space=gym.spaces.Discrete(3)))
+    with h5py.File(datasets_path / "test/data-v0" / "data" / "main_data.hdf5", "a") as file:
+        file["episode_1"]["observations"][4] = number
+    with pytest.raises(BadInput, match="cannot read dataset test/data-v0: Class values must be"):
+        ReplayBuffer(dataset, CPU)
+
+
 def test_what_the_data_lack_or_repeat_is_told(make_dataset, capsys):
     numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
     episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
