@@ -213,7 +213,7 @@ class ReplayBuffer:
         dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         for index, episode in enumerate(dataset.read_episodes()):
-            with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):  # refused as infinite
+            with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(all="ignore"):  # refused below
                 start, end = end, end + len(episode.rewards)
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
                 columns = self._columns(storage[start:end], integers=False)
