@@ -189,7 +189,7 @@ class Run:
             result, outcome, plot = self._final_score()
         args, seconds = self.args, time.perf_counter() - self.started
         known = {name: getattr(args, name) for name in ("algorithm", "dataset_id", "seed", "num_updates")}
-        known |= {"updates_per_second": args.num_updates / self.update_seconds, "wall_seconds": seconds}
+        known |= {"updates_per_second": args.num_updates / max(self.update_seconds, 1e-9), "wall_seconds": seconds}
         self._write_json("result.json", known := known | {"device": str(self.device)} | result)
         if plot:
             replace(self.dir / "learning_curve.png", plot)
