@@ -325,6 +325,13 @@ def test_resume_goes_on_with_a_run_of_a_version_that_lacked_an_argument(tmp_path
     assert run.returncode == 0 and "warning" not in run.stderr
 
 
+def test_a_finished_run_whose_updates_took_no_time_is_resumed(tmp_path):
+    words = ["--num-updates", "3", *SHORT, "--run-dir", str(tmp_path)]
+    assert run_script("bc", *words).returncode == 0
+    torch.save(checkpoint(tmp_path) | {"seconds": [0.0, 0.0]}, tmp_path / "checkpoint.pt")
+    assert run_script("bc", *words, "--resume").returncode == 0
+
+
 # --- Divergence ---
 
 
