@@ -329,13 +329,14 @@ def write_dataset(
     dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
 ) -> None:
     environment, spec = play.environment, find_spec(play.env_id)
-    names = observation_names(environment.observation_space)
+    space, names = environment.observation_space, observation_names(environment.observation_space)
+    vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1  # others are flattened
     dataset = minari.create_dataset_from_buffers(
         dataset_id,
         episodes,
         env=None if spec.entry_point is None else spec,
         eval_env=spec,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float64),
+        observation_space=space if vectors else gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float64),
         action_space=environment.action_space,
         algorithm_name=f"{source}; AnchoRL's algorithms/sac.py",
         author="AnchoRL",
