@@ -14,7 +14,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
-from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import Tensor
@@ -77,8 +77,8 @@ def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
     known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
-        check(dataset_id.rpartition("-v")[2].isdecimal(), "it has no version at its end")
-        parse_dataset_id(dataset_id)
+        valid = DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
+        check(bool(valid), "ids are [namespace/]name-v0: letters, digits, - and _, and a namespace has two or more")
     with explain("no datasets folder: point MINARI_DATASETS_PATH to one"):
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
         if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off

@@ -390,7 +390,7 @@ def test_a_number_of_steps_that_cannot_be(steps, make_dataset, datasets_path):
 
 
 def test_an_id_without_version_or_longer_than_a_path_may_be():
-    with pytest.raises(BadInput, match=r"no dataset 'my/logs'.*: it has no version at its end"):
+    with pytest.raises(BadInput, match=r"no dataset 'my/logs'.*: ids are .namespace/.name-v0"):
         load_dataset("my/logs")
     with pytest.raises(BadInput, match="File name too long"):
         load_dataset("l" * 300 + "-v0")
