@@ -168,7 +168,7 @@ class Actor(nn.Module):
         latents = self.latents.unsqueeze(1).expand(-1, observations.shape[0], -1)  # [candidates, batch, latent_dim]
         candidates = self.perturbation(observations, self.decoder(observations, latents))
         q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
-        best = q.argmax(dim=0)[None, :, None].expand(-1, -1, candidates.shape[-1])
+        best = q.argmax(dim=0)[None, :, None].expand(-1, -1, candidates.shape[-1])  # [1, batch, action_dim]
         return candidates.gather(0, best)[0]
 
 

@@ -186,7 +186,7 @@ class Actor(nn.Module):
         """The action: [batch, action_dim] in [-1, 1]."""
         candidates = self.policy(observations, self.noise).tanh()  # [candidates, batch, action_dim]
         q = self.critic(observations, candidates, twins=1)[0]  # [candidates, batch], Q_1 alone
-        best = q.argmax(dim=0)[None, :, None].expand(-1, -1, candidates.shape[-1])
+        best = q.argmax(dim=0)[None, :, None].expand(-1, -1, candidates.shape[-1])  # [1, batch, action_dim]
         return candidates.gather(0, best)[0]
 
 

@@ -94,7 +94,8 @@ class Run:
         self._take_dir()
         self.started = self.began = time.perf_counter()
         if args.resume:
-            load_checkpoint(self.dir, self.device, self._restore)
+            metrics = load_checkpoint(self.dir, self.device, self._restore)["metrics"]
+            replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         self.first_step = self.step + 1
         config = {"algorithm": args.algorithm} | dataclasses.asdict(args)
         self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
@@ -247,7 +248,7 @@ class Run:
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        """Puts learner, random state and metrics.csv back. Raises BadInput for another run's, else other kinds."""
+        """Puts learner and random state back. Raises BadInput for another run's checkpoint, else other kinds."""
         misfit = f"--resume: the checkpoint in {self.dir} does not fit this run"
         for name, value in self.learning_arguments.items():
             before = checkpoint["arguments"].get(name, value)
@@ -263,8 +264,6 @@ class Run:
         torch.set_rng_state(state)
         if self.device.type == "cuda" and cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-        text = checkpoint["metrics"].encode()  # without the rows that come again
-        replace(self.metrics_path, lambda file: file.write(text))
         self.columns = next(csv.reader(checkpoint["metrics"].splitlines()), [])
         self.started -= seconds
 

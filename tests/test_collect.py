@@ -231,11 +231,3 @@ def test_bad_input_is_one_line(arguments, message, folder, datasets_path):
     assert_one_line(run_script("collect", *COLLECT, "--run-dir", str(folder), *arguments), message)
     assert not (datasets_path / "collected" / "x").exists()
     assert not list(datasets_path.glob(".making-*"))
-
-
-@pytest.mark.parametrize(("name", "content"), [("args.json", "[1]"), ("metrics.csv", "step\n1\n")])
-def test_a_damaged_run_of_the_agent_is_one_line(name, content, folder, tmp_path):
-    damaged = shutil.copytree(folder, tmp_path / "run")
-    (damaged / name).write_text(content)
-    run = run_script("collect", *COLLECT, "--prefix", "collected/x", "--run-dir", str(damaged))
-    assert_one_line(run, f"--run-dir {damaged}: cannot read the agent's run")

@@ -269,7 +269,7 @@ WRONG_ENTRIES = [  # what is done to a checkpoint, and a word of the reason that
     (lambda saved: [saved], "list indices"),
     (lambda saved: {name: value for name, value in saved.items() if name != "random_state"}, "'random_state'"),
     (lambda saved: saved | {"step": "x"}, "invalid literal"),
-    (lambda saved: saved | {"metrics": None}, "encode"),
+    (lambda saved: saved | {"metrics": None}, "splitlines"),
     (with_small_moments, "invalid for input"),
     (with_nan, "actor is not finite"),
 ]
@@ -323,6 +323,14 @@ def test_resume_goes_on_with_a_run_of_a_version_that_lacked_an_argument(tmp_path
     torch.save(saved, tmp_path / "checkpoint.pt")
     run = run_script("iql", *words, "--resume")
     assert run.returncode == 0 and "warning" not in run.stderr
+
+
+def test_a_disk_that_cannot_be_written_is_no_damaged_checkpoint(tmp_path):
+    words = ["--num-updates", "3", *SHORT, "--run-dir", str(tmp_path)]
+    assert run_script("bc", *words).returncode == 0
+    (tmp_path / ".metrics.csv").mkdir()  # where the file is made
+    run = run_script("bc", *words, "--resume")
+    assert run.returncode == 1 and re.match(r"error: cannot write \S+metrics.csv", run.stderr), run.stderr
 
 
 def test_a_finished_run_whose_updates_took_no_time_is_resumed(tmp_path):
