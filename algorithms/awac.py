@@ -230,7 +230,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.data import ReplayBuffer, load_dataset
+from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -248,12 +248,13 @@ class Args(HyperParameters, ExperimentArgs):
 
 def main(args: Args) -> None:
     device = set_up(args)
-    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     for step in range(run.first_step, args.num_updates + 1):
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due

@@ -249,7 +249,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.data import ReplayBuffer, load_dataset
+from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -275,15 +275,23 @@ class Args(HyperParameters, ExperimentArgs):
 
 def main(args: Args) -> None:
     device = set_up(args)
-    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
     _, _, rewards, next_observations, terminations = buffer.transitions
-    rewards.mul_(1 - args.gamma)  # R and V are then averages of the rewards to come, of a size that V learns soon
+    for part in filter(None, (buffer, buffer.validation)):
+        part.transitions.rewards.mul_(1 - args.gamma)  # R and V are then averages of the rewards to come, soon learned
     episodes = rewards, next_observations, terminations, buffer.episode_lengths
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+
+    def make_batch(held_out: ReplayBuffer, rows: Tensor) -> Batch:
+        episodes = *held_out.transitions[2:], held_out.episode_lengths
+        returns = compute_returns(learner.target_value, *episodes, args)
+        return Batch(*(column[rows] for column in (*held_out.transitions[:2], returns)))
+
+    run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
     returns = compute_returns(learner.target_value, *episodes, args)  # with the fresh V or, resuming, the checkpoint's
     for step in range(run.first_step, args.num_updates + 1):
         rows = buffer.draw(args.batch_size)

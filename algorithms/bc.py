@@ -108,7 +108,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.data import ReplayBuffer, load_dataset
+from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -134,12 +134,18 @@ def best_rows(returns: Tensor, lengths: Tensor, fraction: float) -> Tensor:
 
 def main(args: Args) -> None:
     device = set_up(args)
-    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     rows = best_rows(buffer.episode_returns, buffer.episode_lengths, args.top_fraction).to(device)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+
+    def make_batch(held_out: ReplayBuffer, rows: Tensor) -> Batch:  # of the best of these episodes, too
+        best = best_rows(held_out.episode_returns, held_out.episode_lengths, args.top_fraction).to(device)
+        return Batch(*held_out.take(best[rows % len(best)]))
+
+    run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
     for step in range(run.first_step, args.num_updates + 1):
         drawn = rows[torch.randint(len(rows), (args.batch_size,), device=device)]
         metrics = train(learner, Batch(*buffer.take(drawn)), step, args)

@@ -14,9 +14,9 @@ the distribution rho of the rollouts, and a mix of which the share f (--real-rat
 
 Paper: Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn, "COMBO: Conservative Offline Model-Based Policy Optimization",
 2021, arXiv 2102.08363; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: rho holds the actions that the rollouts took, under the policies of their time, as in the paper's equation.
-No code of the authors is known to us. OfflineRL-Kit has E_mix[ log integral exp Q_i(s, a) da ] in place of E_rho[Q_i],
-and so has --regularizer logsumexp, from 3 num_samples actions where that takes 3. No factor 1/2 in the squared error.
+Differences: rho holds the actions that the rollouts took, under the policies of their time, as in the paper's equation;
+the paper has uniform actions, too. No code of the authors is known to us. OfflineRL-Kit has E_mix[ log integral exp
+Q_i(s, a) da ] in place of E_rho[Q_i], and so has --regularizer logsumexp. No factor 1/2 in the squared error.
 Observations and z are normalised. Members of the model draw every batch anew (MBPO's: one bootstrap each), and stop one
 by one. One step trains actor, critic and temperature. Layers start as PyTorch's do, MBPO's from a truncated normal.
 
@@ -44,7 +44,6 @@ class HyperParameters:
     beta: float = 1.0  # weight of the regulariser in L_Q (paper: 0.5 to 5, for its own form of it)
     regularizer: Literal["rollouts", "logsumexp"] = "rollouts"  # where Q goes down: rho (paper), or as OfflineRL-Kit's
     num_samples: int = 10  # of logsumexp, per state of the mix: uniform, from pi(.|s), from pi(.|s') (OfflineRL-Kit)
-    rollout_policy: Literal["policy", "uniform"] = "policy"  # whose actions the rollouts take: rho's (paper: either)
     rollout_length: int = 5  # steps of a rollout, h (paper: 1 or 5)
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (MOPO's code)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (MOPO's code)
@@ -317,9 +316,7 @@ def rollout(actor: Actor, elites: Dynamics, starts: Batch, scale: Tensor, ending
     for observations in starts.observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
             noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
-            uniform = args.rollout_policy == "uniform"
-            actions = torch.rand_like(noise) * 2 - 1 if uniform else actor.sample(observations, noise)[0]
-            transitions = model_step(elites, observations, actions, scale, ending)
+            transitions = model_step(elites, observations, actor.sample(observations, noise)[0], scale, ending)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
             rolled.append(transitions)
     return Batch(*map(torch.cat, zip(*rolled, strict=True)))
@@ -408,7 +405,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
-from common.data import ReplayBuffer, load_dataset
+from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, load_checkpoint, set_up
 from common.optim import Adam, compiled
 
@@ -434,8 +431,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        done = saved["step"] > 0 and "dynamics" in saved["learner"]
-        check(done, "has no model, or was stopped before that was done; then go on with it first")
+        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
@@ -462,16 +458,22 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
 
 def main(args: Args) -> None:
     device = set_up(args)
-    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
+
+    def make_batch(data: ReplayBuffer, rows: Tensor) -> Batch:  # of some of the rows and, in place of others, rollouts
+        num_real = round(args.real_ratio * len(rows))
+        rollouts = learner.model_buffer.sample(len(rows) - num_real)
+        return Batch(*map(torch.cat, zip(data.take(rows[:num_real]), rollouts, strict=True)))
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
     train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
         for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):
@@ -479,7 +481,6 @@ def main(args: Args) -> None:
             run.save_checkpoint()
             run.progress.set_postfix_str(f"dynamics epoch {int(learner.dynamics.epoch)}")
     elites = learner.dynamics.elites(args.num_elites)
-    num_real = round(args.real_ratio * args.batch_size)
     for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:  # half a cosine, from 1 at the first update to 0 after the last
             decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
@@ -489,8 +490,7 @@ def main(args: Args) -> None:
             transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
             learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
             run.log(step, {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")})
-        parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
-        metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)
+        metrics = train(learner, make_batch(buffer, buffer.draw(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

@@ -343,7 +343,7 @@ def main(args: Args) -> None:
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
     truth = true_returns(policy, dataset, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     replace(run.dir / "policy.pt", policy.save)  # a resumed run needs it, and its own run may be gone by then
     warn_of_too_few_updates(args)
     transitions = *buffer.transitions, act(policy, buffer.transitions.next_observations, buffer)  # pi does not change

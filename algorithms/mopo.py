@@ -407,7 +407,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
-from common.data import ReplayBuffer, load_dataset
+from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, load_checkpoint, set_up
 from common.optim import Adam, compiled
 
@@ -432,8 +432,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        done = saved["step"] > 0 and "dynamics" in saved["learner"]
-        check(done, "has no model, or was stopped before that was done; then go on with it first")
+        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])
@@ -460,7 +459,8 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
 
 def main(args: Args) -> None:
     device = set_up(args)
-    buffer = ReplayBuffer(load_dataset(args.dataset_id, args.env_id), device, args.normalize_observations)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
@@ -469,7 +469,7 @@ def main(args: Args) -> None:
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
     train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is None:
         for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):

@@ -308,6 +308,7 @@ class Args(HyperParameters, ExperimentArgs):
 
     def validate(self) -> None:
         super().validate()
+        check_argument(self, "validation_fraction", self.validation_fraction == 0, "there are no data to hold out")
         self.dataset_id = self.env_id
 
 
@@ -393,7 +394,7 @@ def main(args: Args) -> None:
     learner.replay.add(Batch(*buffer.transitions))
     learner.episodes.lengths = [*buffer.episode_lengths.tolist(), 0]
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     player = Player(environment, learner, args)
     for step in range(run.first_step, args.num_updates + 1):
         player.play()

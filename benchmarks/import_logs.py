@@ -31,7 +31,12 @@ The environment in --env-id is the one that scripts evaluate in. It gives the bo
 data's own, and an HDF5 file's -1 and 1. Scores are 0 and 100 at the returns of --reference-returns, or else at D4RL's,
 of its tasks: Hopper-v5 as an environment, hopper_medium-v2.hdf5 as a file.
 
-Actions become float32, as training has them; observations keep their digits. Time grows with the rows and, since Minari
+Actions are amounts, or choices: --discrete-action names the column of what was chosen, whole numbers or words. Where
+not everything may be chosen at any time, columns of 1 and 0 say what was legal, or one column lists it: policies then
+never take anything else. --propensity names the column of the probability with which the action was taken, which
+importance sampling needs.
+
+Amounts become float32, as training has them; observations keep their digits. Time grows with the rows and, since Minari
 stores each episode by itself, by some milliseconds for every episode.
 
 Run: python -m benchmarks.import_logs logs.parquet --dataset-id my/logs-v0
@@ -58,6 +63,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
+from log_choices import is_whole
 from log_hdf5 import Hdf5Options, read_hdf5_log
 from log_steps import Log, describe_names, split_episodes
 from log_tables import TableOptions, read_table_log
@@ -65,7 +71,7 @@ from reference_returns import find_reference_returns
 from scratch import scratch_root
 
 from common.command_line import BadInput, check, explain, launch, warn
-from common.data import action_bounds, observation_names
+from common.data import MASK, action_bounds, observation_names
 from common.evaluation import NoEnvironment, make_environment
 
 
@@ -117,7 +123,7 @@ def find_environment(env_id: str, log: Log) -> Environment:
     """Raises BadInput if the environment is not installed, or not one for the log's observations and actions."""
     try:
         with warnings.catch_warnings(action="ignore"), make_environment(env_id, users=True) as environment:
-            bounds = action_bounds(environment.action_space)
+            bounds = action_bounds(environment.action_space, log.discrete)
             found = len(observation_names(environment.observation_space)), len(bounds[0])
     except NoEnvironment as reason:
         advice = "check the name, or leave --env-id out and give it to the script that trains"
@@ -126,9 +132,12 @@ def find_environment(env_id: str, log: Log) -> Environment:
         return Environment(find_spec(env_id), bounds=None)
     except BadInput as error:
         raise BadInput(f"--env-id {env_id}: {error}") from None
-    for what, size, rows in zip(("observations", "actions"), found, log.steps[:2], strict=True):
-        differ = f"has {what} of size {size}, the file of size {rows.shape[1]}: name another, or none"
-        check(size == rows.shape[1], f"--env-id {env_id} {differ}")
+    masks = 0 if log.steps.legal is None else int(bounds[1][0] - bounds[0][0]) + 1
+    expected = log.steps.observations.shape[1] + masks, 1 if log.discrete else len(log.actions)
+    for what, size, own in zip(("observations", "actions"), found, expected, strict=True):
+        check(
+            size == own, f"--env-id {env_id} has {what} of size {size}, the file of size {own}: name another, or none"
+        )
     return Environment(find_spec(env_id), bounds)
 
 
@@ -183,6 +192,23 @@ def explain_id(dataset_id: str) -> str:
     if len(dataset_id.rpartition("/")[0]) == 1:
         return "its namespace has one character, and needs two or more"
     return "it needs a name, and a namespace that neither begins nor ends with /"
+
+
+def number_choices(log: Log, environment: Environment | None) -> tuple[Log, gym.spaces.Discrete]:
+    """The choices are numbered from 0 or as the environment has them. Raises BadInput for those that it lacks."""
+    if environment is None or environment.bounds is None:
+        return log, gym.spaces.Discrete(len(log.actions))
+    first, last = (int(bound[0]) for bound in environment.bounds)
+    strange = [name for name in log.actions if not is_whole(name) or not first <= int(name) <= last]
+    which = f"has actions {first} to {last}, the file {', '.join(strange)}"
+    check(not strange, f"--env-id {environment.spec.id} {which}: give the environment's numbers, or no environment")
+    numbers, legal = np.array([int(name) for name in log.actions]), log.steps.legal
+    if legal is not None:
+        legal = np.zeros((len(legal), last - first + 1), bool)
+        legal[:, numbers - first] = log.steps.legal
+    steps = log.steps._replace(actions=numbers[log.steps.actions], legal=legal)
+    names = [str(number) for number in range(first, last + 1)]
+    return log._replace(steps=steps, actions=names), gym.spaces.Discrete(len(names), start=first)
 
 
 def action_space(args: Args, log: Log, environment: Environment | None, actions: np.ndarray) -> gym.spaces.Box:
@@ -241,7 +267,7 @@ def warn_of_whole_numbers(names: list[str], actions: np.ndarray) -> None:
             found.append(f"{name} ({', '.join(f'{value:g}' for value in values[:5])}{', ...' * (len(values) > 5)})")
     if found:
         reading = "they are read as amounts, and policies choose any number between"
-        choices = "if they name choices, leave it: import_logs has no discrete actions yet"
+        choices = "if one names choices, give --discrete-action with its name"
         warn(f"whole numbers alone in {', '.join(found)}: {reading}; {choices}")
 
 
@@ -257,23 +283,27 @@ def write_dataset(
     args: Args,
     log: Log,
     buffers: list[EpisodeBuffer],
-    actions: gym.spaces.Box,
+    actions: gym.spaces.Space,
     environment: Environment | None,
     returns: tuple[float, float] | None,
 ) -> None:
     """Writes the dataset, all of it or nothing. Raises CannotWrite."""
-    observations = log.steps.observations
+    observations, legal = log.steps.observations, log.steps.legal
+    space: gym.Space = gym.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype.type)
+    if legal is not None:
+        space = gym.spaces.Dict({MASK: gym.spaces.MultiBinary(len(log.actions)), "observation": space})
+    masks = [] if legal is None else [f"{MASK}/{name}" for name in log.actions]
     names = f"observations {describe_names(log.observations)}; actions {', '.join(log.actions)}"
     with scratch_root(args.dataset_id, buffers):
         dataset = minari.create_dataset_from_buffers(
             args.dataset_id,
             buffers,
             eval_env=environment and environment.spec,
-            observation_space=gym.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype.type),
+            observation_space=space,
             action_space=actions,
             description=f"imported from {args.file.name}: {names}",
         )
-        dataset.storage.update_metadata({"observation_names": log.observations})
+        dataset.storage.update_metadata({"observation_names": masks + log.observations, "action_names": log.actions})
         if returns is not None:  # which Minari would take with an environment alone
             low, high = returns
             dataset.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
@@ -282,8 +312,11 @@ def write_dataset(
 def main(args: Args) -> None:
     check_id(args.dataset_id)
     log = read_log(args)
-    steps = log.steps
     environment = None if args.env_id is None else find_environment(args.env_id, log)
+    space: gym.Space | None = None
+    if log.discrete:
+        log, space = number_choices(log, environment)
+    steps = log.steps
     returns = find_returns(args, log)
     if log.unused:
         print("not used:", ", ".join(log.unused))
@@ -300,12 +333,15 @@ def main(args: Args) -> None:
         print(f"dropped {dropped} rows: the last ones of episodes that did not terminate, with no next observation")
     if len(buffers) < len(steps.ends):
         print(f"dropped {len(steps.ends) - len(buffers)} episodes with them: they had no other row")
-    actions = action_space(args, log, environment, np.concatenate([buffer.actions for buffer in buffers]))
+    if space is None:
+        space = action_space(args, log, environment, np.concatenate([buffer.actions for buffer in buffers]))
+    else:
+        print("actions:", ", ".join(log.actions))
     if returns is not None:
         print(f"scores: 0 for a return of {returns[0]:g}, 100 for {returns[1]:g}")
     elif environment is not None:
         print(f"no scores: D4RL has no reference returns for {args.env_id} (--reference-returns gives some)")
-    write_dataset(args, log, buffers, actions, environment, returns)
+    write_dataset(args, log, buffers, space, environment, returns)
     if ":" in (args.env_id or ""):
         print(f"scripts need --env-id {args.env_id}, too: what a dataset names is not imported")
     print(f"{args.dataset_id}: {num_steps} transitions in {len(buffers)} episodes")

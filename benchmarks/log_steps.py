@@ -6,17 +6,21 @@ from typing import NamedTuple
 import numpy as np
 from minari.data_collector import EpisodeBuffer
 
+from common.data import MASK
+
 
 class Steps(NamedTuple):
     """The rows of a log, of which each is a step; an episode's rows follow each other."""
 
     observations: np.ndarray  # [rows, observation_dim], float64 or, if the file has no more digits, float32
-    actions: np.ndarray  # [rows, action_dim], float32
+    actions: np.ndarray  # [rows, action_dim], float32; of choices [rows], int64, counted from 0
     rewards: np.ndarray  # [rows]
     terminations: np.ndarray  # [rows], as are truncations; true where an episode ends so
     truncations: np.ndarray
     next_observations: np.ndarray | None  # [rows, observation_dim], likewise; not finite where an end's is not known
     ends: np.ndarray  # [episodes], where each episode's rows end
+    legal: np.ndarray | None = None  # [rows, choices], bool
+    log_probabilities: np.ndarray | None = None  # [rows], of the actions; of vectors, log densities
 
 
 class Log(NamedTuple):
@@ -24,9 +28,10 @@ class Log(NamedTuple):
 
     steps: Steps
     observations: list[str]  # a name for each number of an observation
-    actions: list[str]  # a name for each number of an action
+    actions: list[str]  # a name for each number of an action, or for each choice
     unused: list[str]  # what else the file holds
     unit_actions: bool = False  # they should be in [-1, 1], wherever the file's lowest and highest are
+    discrete: bool = False  # actions are choices
     reference_returns: tuple[float, float] | None = None  # of score 0 and score 100, for what the file's name says
 
 
@@ -67,7 +72,7 @@ def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
     """The episodes as Minari has them, with one observation more than steps; those of no transition are left out."""
     buffers, start = [], 0
     for end in steps.ends.tolist():
-        observations, last = steps.observations[start:end], end - 1
+        observations, last, legal = steps.observations[start:end], end - 1, None
         if steps.next_observations is not None and np.isfinite(steps.next_observations[last]).all():
             observations = np.concatenate([observations, steps.next_observations[last:end]])
         elif steps.terminations[last]:
@@ -78,9 +83,14 @@ def split_episodes(steps: Steps) -> list[EpisodeBuffer]:
         if end > start:
             truncations = steps.truncations[rows].copy()
             truncations[-1] |= not steps.terminations[end - 1]
+            if steps.legal is not None:
+                legal = steps.legal[np.minimum(np.arange(start, end + 1), last)]  # the last row's, once more at an end
             buffers.append(
                 EpisodeBuffer(
-                    observations=observations,
+                    observations=observations if legal is None else {MASK: legal, "observation": observations},
+                    infos=None
+                    if steps.log_probabilities is None
+                    else {"log_prob": np.append(steps.log_probabilities[rows], np.nan)},
                     actions=steps.actions[rows],
                     rewards=steps.rewards[rows],
                     terminations=steps.terminations[rows],

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from log_cells import Table, to_flags, to_matrix, to_numbers
+from log_choices import read_choices, read_log_probabilities
 from log_csv import Dialect, find_dialect, read_csv
 from log_order import find_order, is_like_time
 from log_steps import Log, Steps, find_gaps
@@ -32,6 +33,14 @@ class TableOptions:
     """tables: columns of the action begin with this"""
     next_observation_prefix: str = "next_obs_"
     """tables: columns of the next observation begin with this; may be absent by default; "" ignores them"""
+    discrete_action: str | None = None
+    """tables: column of the choice that was taken, whole numbers or words, in place of an action's columns"""
+    legal_prefix: str | None = None
+    """tables, of choices: columns legal_a, legal_b, ... begin with this: true (or 1) where the choice was legal"""
+    legal_list: str | None = None
+    """tables, of choices: or one column that lists those which were legal, such as a;b"""
+    propensity: str | None = None
+    """tables: column of the probability with which the action was taken; of amounts, its density"""
     delimiter: str = ""
     """CSV: what separates columns, one character or tab; default: the one of , ; | and tab that fits the header"""
     decimal: str = ""
@@ -45,6 +54,7 @@ class Columns(NamedTuple):
     actions: list[str]
     next_observations: list[str]  # of the observations, one by one; empty where the table has none
     flags: list[str]  # terminated and, where the table has it, truncated
+    legal: list[str]  # of the mask of legal choices, where it has columns
     unused: list[str]
 
 
@@ -83,7 +93,7 @@ def read_table(path: Path, keys: list[str], dialect: Dialect | None, args: Table
         with explain(f"cannot read {path}"), parquet.ParquetFile(path) as file:
             table = file.read(columns=keys)
     else:
-        texts = [key for key in keys if key.strip() == args.episode]
+        texts = [key for key in keys if key.strip() in (args.episode, args.legal_list)]
         table, decimal = read_csv(path, dialect, keys, texts, args.decimal)
     check(len(table) > 0, f"{path}: the table is empty: it has a header and no rows")
     table = table.rename_columns([name.strip() for name in table.column_names])
@@ -101,14 +111,14 @@ def in_order(names: list[str], prefix: str) -> list[str]:
 def find_columns(path: Path, names: list[str], args: TableOptions) -> Columns:
     """Says which columns are which. Raises BadInput if one is missing, there twice, or without a partner."""
     single, flags = find_single(path, names, args)
-    prefixes = [args.observation_prefix, args.action_prefix, args.next_observation_prefix]
     members = find_members(path, names, single, args)
     used = {*single, *(name for group in members.values() for name in group)}
     used |= {args.order} if args.order else set()
     twice = sorted(name for name in used if names.count(name) > 1)
     check(not twice, f"{path} has several columns named {', '.join(twice)}: rename them")
 
-    observations, actions = (in_order(members[prefix], prefix) for prefix in prefixes[:2])
+    prefixes = (args.observation_prefix, args.action_prefix)
+    observations, actions = (in_order(members.get(prefix, []), prefix) for prefix in prefixes)
     next_observations = members.get(args.next_observation_prefix, [])
     if next_observations:
         partners = [args.next_observation_prefix + name.removeprefix(args.observation_prefix) for name in observations]
@@ -116,7 +126,7 @@ def find_columns(path: Path, names: list[str], args: TableOptions) -> Columns:
         check(sorted(partners) == sorted(next_observations), paired)
         next_observations = partners
     unused = [name for name in names if name and name not in used]
-    return Columns(observations, actions, next_observations, flags, unused)
+    return Columns(observations, actions, next_observations, flags, members.get(args.legal_prefix or "", []), unused)
 
 
 def list_names(names: list[str]) -> str:
@@ -126,12 +136,14 @@ def list_names(names: list[str]) -> str:
 def find_single(path: Path, names: list[str], args: TableOptions) -> tuple[list[str], list[str]]:
     """The columns that are none of a vector, and of these the flags. Raises BadInput if one is missing."""
     single = [args.episode, args.reward, args.terminated, args.truncated]
-    options = "--episode, --reward, --terminated and --truncated"
-    check(len(set(single)) == 4, f"{options} name one column twice: {single}")
+    more = [name for name in (args.discrete_action, args.legal_list, args.propensity) if name is not None]
+    options = "--episode, --reward, --terminated, --truncated, --discrete-action, --legal-list and --propensity"
+    check(len({*single, *more}) == 4 + len(more), f"{options} name one column twice: {single + more}")
     check(args.order not in single, f"--order {args.order}: is another column of the table already: {single}")
     flags = [args.terminated, args.truncated]
     if args.truncated == TableOptions.truncated and args.truncated not in names:
         flags, single = flags[:1], single[:3]
+    single += more
     missing = [name for name in [*single, args.order] if name is not None and name not in names]
     hint = ""
     if any(re.fullmatch(r"[-+]?[\d.,]*\d", name) for name in names):
@@ -143,8 +155,10 @@ def find_single(path: Path, names: list[str], args: TableOptions) -> tuple[list[
 def find_members(path: Path, names: list[str], single: list[str], args: TableOptions) -> dict[str, list[str]]:
     """The columns of each prefix, in the table's order. Raises BadInput where there are none."""
     prefixes = [args.observation_prefix, args.action_prefix, args.next_observation_prefix]
-    differ = len(set(prefixes)) == 3 and "" not in prefixes[:2]
-    check(differ, f"the three prefixes must differ, and only that of next observations may be empty: {prefixes}")
+    if args.discrete_action is not None:
+        prefixes[1:2] = [] if args.legal_prefix is None else [args.legal_prefix]
+    differ = len(set(prefixes)) == len(prefixes) and "" not in prefixes[:-1]
+    check(differ, f"prefixes must differ, and only that of next observations may be empty: {prefixes}")
     members: dict[str, list[str]] = {prefix: [] for prefix in prefixes if prefix}
     for name in names:
         fitting = [prefix for prefix in members if name.startswith(prefix)]
@@ -184,8 +198,9 @@ def last_rows(ends: np.ndarray) -> np.ndarray:
     return last
 
 
-def read_steps(table: Table, ends: np.ndarray, columns: Columns, reward: str) -> Steps:
-    """The steps of a table whose rows are in order. Raises BadInput at a cell that is used, and not what it must be.
+def read_steps(table: Table, ends: np.ndarray, columns: Columns, args: TableOptions) -> tuple[Steps, list[str]]:
+    """The steps of a table whose rows are in order, and the names of its actions. Raises BadInput at a cell that is
+    used, and not what it must be.
 
     What an episode's end led to need not be known, and a last row that is no transition needs no action and reward.
     """
@@ -194,30 +209,54 @@ def read_steps(table: Table, ends: np.ndarray, columns: Columns, reward: str) ->
     known, following = np.zeros_like(last), None
     if columns.next_observations:
         following = to_matrix(table, columns.next_observations, used=~last)
+        if columns.legal or args.legal_list is not None:
+            following[last] = np.nan  # what was legal there is in no row
         known = np.isfinite(following).all(axis=1)
     transitions = ~last | terminations | known
-    return Steps(
+    names, legal = columns.actions, None
+    if args.discrete_action is None:
+        actions = to_matrix(table, names, used=transitions, kind=np.float32)
+    else:
+        masks = {name.removeprefix(args.legal_prefix or ""): name for name in columns.legal}
+        names, actions, legal = read_choices(table, args.discrete_action, transitions, masks, args.legal_list)
+    discrete, log_probabilities = args.discrete_action is not None, None
+    if args.propensity is not None:
+        log_probabilities = read_log_probabilities(table, args.propensity, transitions, discrete)
+    steps = Steps(
         observations=to_matrix(table, columns.observations, used=every),
-        actions=to_matrix(table, columns.actions, used=transitions, kind=np.float32),
-        rewards=to_numbers(table, reward, used=transitions),
+        actions=actions,
+        rewards=to_numbers(table, args.reward, used=transitions),
         terminations=terminations,
         truncations=truncations[0] if truncations else np.zeros_like(last),
         next_observations=following,
         ends=ends,
+        legal=legal,
+        log_probabilities=log_probabilities,
     )
+    return steps, names
 
 
 def read_table_log(path: Path, args: TableOptions) -> Log:
     """The checked table. Raises BadInput at the first thing that is wrong with it."""
     keys, dialect = read_header(path, args)
+    check_choice_options(args)
     columns = find_columns(path, [key.strip() for key in keys], args)
-    vectors = [*columns.observations, *columns.actions, *columns.next_observations]
+    vectors = [*columns.observations, *columns.actions, *columns.next_observations, *columns.legal]
+    vectors += [name for name in (args.discrete_action, args.legal_list, args.propensity) if name is not None]
     times = [name for name in columns.unused if is_like_time(name) and columns.unused.count(name) == 1]
     times = [args.order] if args.order else times
     names = {args.episode, args.reward, *columns.flags, *vectors, *times}
     table = read_table(path, [key for key in keys if key.strip() in names], dialect, args)
     rows, ends = find_order(table, args.episode, args.order, times)
     table = table._replace(data=table.data.iloc[rows])
-    steps = read_steps(table, ends, columns, args.reward)
+    steps, actions = read_steps(table, ends, columns, args)
     check_steps(table, steps)
-    return Log(steps, columns.observations, columns.actions, columns.unused)
+    return Log(steps, columns.observations, actions, columns.unused, discrete=args.discrete_action is not None)
+
+
+def check_choice_options(args: TableOptions) -> None:
+    """Raises BadInput for options of legal choices that do not go together."""
+    legal = [name for name in ("legal_prefix", "legal_list") if getattr(args, name) is not None]
+    options = " and ".join(f"--{name.replace('_', '-')}" for name in legal)
+    check(len(legal) < 2, f"{options}: give one of them")
+    check(not legal or args.discrete_action is not None, f"{options}: is for choices: give --discrete-action, too")

@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock
 from minari.data_collector import EpisodeBuffer
 from minari.storage.datasets_root_dir import get_dataset_path
+from torch.utils._pytree import tree_leaves
 
 
 class CannotWrite(OSError):
@@ -78,7 +79,7 @@ def check_room(folder: Path, dataset_id: str, episodes: list[EpisodeBuffer]) -> 
     """Raises CannotWrite unless the disk takes a dataset of the episodes: where one fills up, HDF5 crashes."""
     size = 2**15 * (len(episodes) + 1)  # what HDF5 adds
     for episode in episodes:
-        columns = episode.observations, episode.actions, episode.rewards, *(episode.infos or {}).values()
+        columns = tree_leaves([episode.observations, episode.actions, episode.rewards, episode.infos or {}])
         size += 2 * sum(np.asarray(column).nbytes for column in columns)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -52,6 +52,8 @@ def warn(message: str) -> None:  # one line on stderr, above a progress bar
 @dataclass
 class ExperimentArgs:  # what is not science; each script adds its hyper-parameters
     dataset_id: str = BUILT_IN_ID  # built-in id or Minari id (local first, else downloaded)
+    validation_fraction: float = 0.0  # of the episodes that are held out of training, to measure the losses on them
+    validation_seed: int = 0  # of which episodes these are
     env_id: str | None = None  # evaluation environment; module:Id imports yours first; default: the one the data name
     seed: int = 0  # seed of networks, batches and noise
     num_updates: int = 10_000  # gradient steps; papers take 1,000,000 on MuJoCo tasks
@@ -84,9 +86,10 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
         for name, value in vars(self).items():
             rules = [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
-                (type(value) is int and name not in ("seed", "warm_start") and value < 1, "must be at least 1"),
-                (name in ("seed", "warm_start") and not 0 <= value < 2**63, "must not be negative"),
+                (type(value) is int and not name.endswith(("seed", "warm_start")) and value < 1, "must be at least 1"),
+                (name.endswith(("seed", "warm_start")) and not 0 <= value < 2**63, "must not be negative"),
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
+                (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (name.endswith("learning_rate") and value <= 0, "must be positive"),
                 (name == "reward_scale" and value != "return-range" and value <= 0, "must be positive"),

@@ -6,7 +6,8 @@ import math
 import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import Tensor
 
-from common.command_line import BUILT_IN_ID, BadInput, check, explain, warn
+from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, warn
 
 BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
+MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
 
@@ -42,6 +44,9 @@ class Dataset:  # what is known of it before its transitions are read
     env_spec: dict[str, Any] | None = None  # what the dataset says of it; None where the user named it
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
     discrete: bool = False  # actions are whole numbers
+    action_names: list[str] | None = None  # of the choices, or of a vector's numbers, where the dataset says them
+    num_episodes: int = 0
+    held_out: Any = None  # a Dataset, too: of the episodes that nothing is learned from, or None
 
     def score(self, returns: Any) -> Any:  # 100 (return - low) / (high - low), as D4RL has it; or None, without the two
         low, high = self.reference_returns or (0.0, 0.0)
@@ -58,19 +63,38 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         # lacking a space, Minari would make the environment from the entry point that the dataset names
         check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
         dataset = minari.MinariDataset(path)
-        num_steps = int(dataset.spec.total_steps)  # `spec` looks at the id in the metadata
+        num_steps, num_episodes = int(dataset.spec.total_steps), int(dataset.spec.total_episodes)  # looks at the id
         spec = dict(json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}"))
         spec["kwargs"] = dict(spec.get("kwargs") or {})
         low, high = (float(metadata.get(f"ref_{end}_score", math.nan)) for end in ("min", "max"))
     with explain(dataset_id):
         discrete = isinstance(dataset.action_space, gym.spaces.Discrete) if discrete is None else discrete
         bounds = action_bounds(dataset.action_space, discrete)
-        names, told = observation_names(dataset.observation_space), metadata.get("observation_names") or []
-        names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
+        names, num_actions = observation_names(dataset.observation_space), int(bounds[1][0] - bounds[0][0]) + 1
+        names = _told(metadata, "observation_names", len(names)) or names  # as import_logs stores its columns
+        choices = _told(metadata, "action_names", num_actions if discrete else len(bounds[0]))
     same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
-    ids = env_id or spec.get("id"), None if env_id else spec
-    return Dataset(dataset_id, num_steps, names, *bounds, lambda: _read_episodes(dataset), *ids, scale, discrete)
+    more: Any = env_id or spec.get("id"), None if env_id else spec, scale, discrete, choices, num_episodes
+    return Dataset(dataset_id, num_steps, names, *bounds, lambda: _read_episodes(dataset), *more)
+
+
+def _told(metadata: dict[str, Any], key: str, count: int) -> list[str] | None:  # names, if there are as many
+    names = metadata.get(key) or []
+    return names if len(names) == count and all(isinstance(name, str) for name in names) else None
+
+
+def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
+    """Without a --validation-fraction of its episodes, the same ones for all seeds, which are its `held_out`."""
+    count, of = math.ceil(args.validation_fraction * dataset.num_episodes), dataset.num_episodes
+    check_argument(args, "validation_fraction", count < max(of, 1), f"leaves none of {of} episodes to learn from")
+    chosen = {*np.random.default_rng(args.validation_seed).permutation(of)[:count]}
+
+    def read(inside: bool) -> Iterator[Batch]:
+        return (each for i, each in enumerate(dataset.read_episodes()) if (i in chosen) == inside)
+
+    held_out = replace(dataset, read_episodes=partial(read, True)) if chosen else None
+    return replace(dataset, read_episodes=partial(read, False), held_out=held_out)
 
 
 def find_dataset(dataset_id: str) -> Path:
@@ -123,7 +147,8 @@ def observation_names(space: Any, name: str = "") -> list[str]:
 def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:  # of a Tuple or Dict, in a fixed order
     if isinstance(space, gym.spaces.Dict):  # a goal task's achieved_goal repeats what the observation says
         goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
-        return [(key, space[key]) for key in (["observation", "desired_goal"] if goal_task else sorted(space))]
+        keys = ["observation", "desired_goal"] if goal_task else sorted(space, key=lambda key: (key != MASK, key))
+        return [(key, space[key]) for key in keys]
     return list(enumerate(space)) if isinstance(space, gym.spaces.Tuple) else []
 
 
@@ -148,37 +173,49 @@ class ReplayBuffer:
     """All transitions of a dataset. A row of `storage` is one, so that a batch is a single gather.
     Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
     `episode_starts`, `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
-    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0. Raises BadInput.
+    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0; `num_legal`, how
+    many numbers at the start of an observation say which actions are legal, or 0; `validation`, a buffer of held-out
+    episodes, normalised by the same, or None. Raises BadInput.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool = True) -> None:
+    def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool | Tensor = True) -> None:
         self.dataset = dataset
         self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
+        masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
+        self.num_legal = masks if masks == self.num_actions else 0
         with explain(f"{dataset.dataset_id}: no room for its {dataset.num_steps} steps"):
             storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
-        self.origin = np.zeros(self.observation_dim)  # of the stored observations: near theirs float32 is fine enough
-        lengths, returns = self._fill(storage, normalize_observations)
+        given = normalize_observations if isinstance(normalize_observations, Tensor) else None
+        # of the stored observations: near theirs float32 is fine enough
+        self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()
+        lengths, returns = self._fill(storage, normalize_observations is True)
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
         self.storage = storage[: sum(lengths)].to(device)
         self.transitions = self._columns(self.storage)
         mean, std = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
-        if normalize_observations:
+        if given is not None:
+            std = given[1].float()
+        elif normalize_observations:
             std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
             std += 1e-3  # a constant entry stays near zero
-            for observations in (self.transitions.observations, self.transitions.next_observations):
-                observations.sub_(mean).div_(std)
-        self._warn_of_doubts()
+            mean[: self.num_legal], std[: self.num_legal] = 0, 1
+        for observations in (self.transitions.observations, self.transitions.next_observations):
+            observations.sub_(mean).div_(std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
+        self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
+        if given is None:
+            self._warn_of_doubts()
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
         span = float(np.ptp((self.episode_returns + shift * self.episode_lengths).numpy()))
         check(span > 0 or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number: 1")
         self.reward_scale = 1000 / span if scale == "return-range" else float(scale)
-        self.transitions.rewards.add_(shift).mul_(self.reward_scale)
+        for buffer in filter(None, (self, self.validation)):
+            buffer.transitions.rewards.add_(shift).mul_(self.reward_scale)
         if span and not 30 < (span := span * self.reward_scale) < 30_000:  # learning rates and weights suit about 1,000
             warn(f"the data's returns span {span:.3g}, losses and rates suit 1,000: try --reward-scale return-range")
 
@@ -188,6 +225,12 @@ class ReplayBuffer:
             warn(f"{goals} of {count} episodes are one step that terminates: if an end repeats, cut at the first")
         if count == 1 and len(self.storage) > 1000:
             warn("the data are one episode: if the log holds several, mark where they end")
+        if self.num_legal:
+            legal = self.transitions.observations.gather(1, self.transitions.actions[:, None])
+            wrong = (
+                f"{self.dataset.dataset_id}: {MASK} forbids {int((legal != 1).sum())} of the actions that were taken"
+            )
+            check(bool((legal == 1).all()), wrong)
         taken = self.transitions.actions.unique().tolist() if self.num_actions else []
         if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:
             numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
@@ -222,6 +265,7 @@ class ReplayBuffer:
                     check(values.shape == column.shape, f"{name} of shape {shapes}")
                     if relative and start == 0 and name == "observations" and len(values):
                         self.origin = values[0].astype(np.float64)
+                        self.origin[: self.num_legal] = 0
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
                     if name == "observations":  # neighbours that are apart, but not in float32

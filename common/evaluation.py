@@ -81,11 +81,10 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
     environment has them (Dicts flattened by `flatten_observations`). `script` is the path of the script that trained
     it, if that is not in algorithms/. Raises BadInput if there is no readable policy, or the script has another Actor.
     """
-    path = Path(run_dir) / file
-    check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
+    check((path := Path(run_dir) / file).is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     with explain(f"cannot read {path}"):
-        state = {"observation_names": None} | load_file(path)  # which older versions did not save
-        origin = {key: state[key] for key in ("script", "hyper_parameters", "observation_names")}
+        state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
+        origin: dict[str, Any] = {key: state.get(key) for key in kept}  # older versions saved no names
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
     module = load_script(str(origin["script"]), script)

@@ -1,6 +1,7 @@
 """The course of an experiment: the run folder, evaluations, rows of metrics, checkpoints and progress."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -70,18 +71,20 @@ def set_up(args: ExperimentArgs) -> torch.device:
 class Run:
     """A run folder. Its checkpoint holds the state_dict of each part of the `learner`, a NamedTuple of everything that
     training changes, the random state and metrics.csv: a resumed run goes on to the same bits from update `first_step`.
-    The policy is the learner's `actor`, if it has one. Raises BadInput for a folder it cannot take, and OSError.
+    The policy is the learner's `actor`, if it has one. What `update` finds of make_batch(buffer.validation, rows) goes
+    to the metrics of evaluations. Raises BadInput for a folder it cannot take, and OSError.
     """
 
-    def __init__(self, args: ExperimentArgs, buffer: ReplayBuffer, learner: Any) -> None:
+    def __init__(self, args: Any, buffer: ReplayBuffer, learner: Any, update: Any, make_batch: Any = None) -> None:
+        self.learner, self.update, self.make_batch = learner, update, make_batch or ReplayBuffer.take
         self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
         self.parts: dict[str, Any] = learner._asdict()
         self.policy, self.environments, self.step, self.update_seconds, self.columns = None, None, 0, 0.0, list[str]()
-        shared = "algorithm", "dataset_id", "seed", "batch_size", "precision"
+        shared = "algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
             data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
-            more["observation_names"] = data.observation_names
+            more |= {name: getattr(data, name) for name in ("observation_names", "action_names")}
             self.policy = Policy(actor, buffer.normalization, (data.action_low, data.action_high), data.discrete, more)
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
@@ -121,13 +124,22 @@ class Run:
         self.update_seconds += time.perf_counter() - self.began
         evaluating = self.is_due(step, self.args.eval_every)
         if evaluating:
-            metrics = metrics | self._evaluate()
+            metrics = metrics | self._validate() | self._evaluate()
         if evaluating or self.is_due(step, self.args.log_every):
             self.log(step, metrics)
         self.progress.update()
         if interruption.number or self.is_due(step, self.args.checkpoint_every):
             self.save_checkpoint()
         self.began = time.perf_counter()
+
+    def _validate(self) -> dict[str, Any]:  # what `update` finds of held-out transitions, and nothing learns from them
+        if (held_out := self.buffer.validation) is None:
+            return {}
+        learner = copy.deepcopy(self.learner)
+        for group in (group for part in learner for group in getattr(part, "param_groups", [])):
+            group["lr"].zero_()
+        batch = self.make_batch(held_out, held_out.draw(8 * self.args.batch_size))
+        return {f"validation/{name}": each for name, each in self.update(learner, batch, self.step, self.args).items()}
 
     def _evaluate(self) -> dict[str, float]:  # mean and standard deviation of the policy's returns, and its score
         self._check_finite(self.parts)  # simulators fail in ways of their own on actions that are not numbers

@@ -119,12 +119,10 @@ def test_a_batch_needs_both_data_and_rollouts(real_ratio, tmp_path):
     assert run.returncode == 2 and run.stderr.startswith("error: --real-ratio ") and run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("rollout_policy", ["policy", "uniform"])
-def test_rollouts_take_the_policys_actions_or_uniform_ones(learner, args, rollout_policy):
-    args.rollout_policy, args.rollout_batch_size, args.rollout_length = rollout_policy, 10, 5
+def test_rollouts_take_the_policys_actions(learner, args):
+    args.rollout_batch_size, args.rollout_length = 10, 5
     with torch.no_grad():
         learner.actor.mean.bias.fill_(5.0)
     raw = torch.tensor([[0.0], [1.0]])
     actions = combo.rollout(learner.actor, learner.dynamics, random_batch(10), raw, "Pendulum", args).actions
-    assert actions.shape == (50, 2) and actions.abs().max() <= 1
-    assert (actions.mean() > 0.8) == (rollout_policy == "policy")
+    assert actions.shape == (50, 2) and 0.8 < actions.mean() and actions.abs().max() <= 1

@@ -587,8 +587,8 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         (elsewhere, ["--reward-scale", "0.5"], r"has another reward_scale: 1\.0"),
         (elsewhere, ["--reward-shift", "-1"], r"has another reward_shift: 0\.0"),
         (elsewhere, ["--num-models", "3"], r"Error.* size mismatch for "),
-        (cloned, [], "has no model, or was stopped before that was done; then go on with it first"),
-        (stopped, [], "has no model, or was stopped before that was done; then go on with it first"),
+        (cloned, [], "has no finished model; go on with that run first"),
+        (stopped, [], "has no finished model; go on with that run first"),
         (tmp_path / "none", [], "cannot read "),
     ):
         words = ["--dynamics", str(folder), *wrong, "--run-dir", str(tmp_path / "wrong")]
