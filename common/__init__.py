@@ -1,1 +1,0 @@
-"""What every script shares and no algorithm decides: arguments, data, the run folder, evaluation."""

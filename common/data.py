@@ -7,7 +7,6 @@ import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,10 @@ class Dataset:  # what is known of it before its transitions are read
     env_spec: dict[str, Any] | None = None  # what the dataset says of it; None where the user named it
     reference_returns: tuple[float, float] | None = None  # the returns of score 0 and of score 100
     discrete: bool = False  # actions are whole numbers
-    action_names: list[str] | None = None  # of the choices, or of a vector's numbers, where the dataset says them
+    action_names: list[str] = field(default_factory=list)  # of the choices or a vector's numbers, where the data say
     num_episodes: int = 0
-    held_out: Any = None  # a Dataset, too: of the episodes that nothing is learned from, or None
+    kept: frozenset[int] | None = None  # numbers of the episodes that count; default: all
+    held_out: Any = None  # a Dataset of episodes that nothing is learned from
 
     def score(self, returns: Any) -> Any:  # 100 (return - low) / (high - low), as D4RL has it; or None, without the two
         low, high = self.reference_returns or (0.0, 0.0)
@@ -70,31 +70,22 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
     with explain(dataset_id):
         discrete = isinstance(dataset.action_space, gym.spaces.Discrete) if discrete is None else discrete
         bounds = action_bounds(dataset.action_space, discrete)
-        names, num_actions = observation_names(dataset.observation_space), int(bounds[1][0] - bounds[0][0]) + 1
-        names = _told(metadata, "observation_names", len(names)) or names  # as import_logs stores its columns
-        choices = _told(metadata, "action_names", num_actions if discrete else len(bounds[0]))
+        names, told = observation_names(dataset.observation_space), metadata.get("observation_names") or []
+        names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
+        choices = [str(name) for name in metadata.get("action_names") or []]
     same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
     more: Any = env_id or spec.get("id"), None if env_id else spec, scale, discrete, choices, num_episodes
     return Dataset(dataset_id, num_steps, names, *bounds, lambda: _read_episodes(dataset), *more)
 
 
-def _told(metadata: dict[str, Any], key: str, count: int) -> list[str] | None:  # names, if there are as many
-    names = metadata.get(key) or []
-    return names if len(names) == count and all(isinstance(name, str) for name in names) else None
-
-
 def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
     """Without a --validation-fraction of its episodes, the same ones for all seeds, which are its `held_out`."""
     count, of = math.ceil(args.validation_fraction * dataset.num_episodes), dataset.num_episodes
     check_argument(args, "validation_fraction", count < max(of, 1), f"leaves none of {of} episodes to learn from")
-    chosen = {*np.random.default_rng(args.validation_seed).permutation(of)[:count]}
-
-    def read(inside: bool) -> Iterator[Batch]:
-        return (each for i, each in enumerate(dataset.read_episodes()) if (i in chosen) == inside)
-
-    held_out = replace(dataset, read_episodes=partial(read, True)) if chosen else None
-    return replace(dataset, read_episodes=partial(read, False), held_out=held_out)
+    order = np.random.default_rng(args.validation_seed).permutation(of).tolist()
+    held_out = replace(dataset, kept=frozenset(order[:count])) if count else None
+    return replace(dataset, kept=frozenset(order[count:]), held_out=held_out) if count else dataset
 
 
 def find_dataset(dataset_id: str) -> Path:
@@ -226,11 +217,10 @@ class ReplayBuffer:
         if count == 1 and len(self.storage) > 1000:
             warn("the data are one episode: if the log holds several, mark where they end")
         if self.num_legal:
-            legal = self.transitions.observations.gather(1, self.transitions.actions[:, None])
-            wrong = (
-                f"{self.dataset.dataset_id}: {MASK} forbids {int((legal != 1).sum())} of the actions that were taken"
+            forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
+            check(
+                not forbidden, f"{self.dataset.dataset_id}: {MASK} forbids {forbidden} of the actions that were taken"
             )
-            check(bool((legal == 1).all()), wrong)
         taken = self.transitions.actions.unique().tolist() if self.num_actions else []
         if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:
             numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
@@ -256,6 +246,8 @@ class ReplayBuffer:
         dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         for index, episode in enumerate(dataset.read_episodes()):
+            if dataset.kept is not None and index not in dataset.kept:
+                continue
             with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(all="ignore"):  # refused below
                 start, end = end, end + len(episode.rewards)
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")

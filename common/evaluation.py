@@ -81,7 +81,8 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
     environment has them (Dicts flattened by `flatten_observations`). `script` is the path of the script that trained
     it, if that is not in algorithms/. Raises BadInput if there is no readable policy, or the script has another Actor.
     """
-    check((path := Path(run_dir) / file).is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
+    path = Path(run_dir) / file
+    check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     with explain(f"cannot read {path}"):
         state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
         origin: dict[str, Any] = {key: state.get(key) for key in kept}  # older versions saved no names
@@ -164,8 +165,8 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
 def evaluate(
     policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, discounted by `gamma`, and lengths [num_episodes] of episodes which the environments play at the same
-    time, one each unless said, and one after the other. Episode i is reset with `seed` + i.
+    """Returns, discounted by `gamma`, and lengths, NumPy arrays [num_episodes], of episodes that the environments play
+    side by side, one each unless said, and one after the other. Episode i is reset with `seed` + i.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -42,8 +41,8 @@ def writing(path: Path) -> Iterator[None]:  # what goes wrong inside becomes an 
         raise OSError(f"cannot write {path} ({reason}): make room, and {advice}") from None
 
 
-def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | None = None) -> None:
-    """Lets `write` fill a file and, once the disk has it, renames it to `path`. `keep_as` names the old one's copy."""
+def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets `write` fill a file beside and, once the disk has it, renames it to `path`: all of it is there, or none."""
     scratch = path.with_name(f".{path.name}")
     with writing(path):
         try:
@@ -51,8 +50,6 @@ def replace(path: Path, write: Callable[[IO[bytes]], object], keep_as: str | Non
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if keep_as and path.exists():
-                shutil.copyfile(path, path.with_name(keep_as))
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -84,7 +81,7 @@ class Run:
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
             data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
-            more |= {name: getattr(data, name) for name in ("observation_names", "action_names")}
+            more |= {"observation_names": data.observation_names, "action_names": data.action_names}
             self.policy = Policy(actor, buffer.normalization, (data.action_low, data.action_high), data.discrete, more)
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
@@ -168,13 +165,11 @@ class Run:
             writer.writerow(row)
             with writing(self.metrics_path), self.metrics_path.open("a", newline="") as file:
                 file.write(text.getvalue())
-        if self.tracker.is_alive():
-            self.tracked.put(row)
+        self.tracked.put(row)
 
     def rows(self) -> Iterator[dict[str, str]]:  # of metrics.csv so far
-        if self.metrics_path.exists():
-            with self.metrics_path.open(newline="") as file:
-                yield from csv.DictReader(file)
+        text = self.metrics_path.read_text() if self.metrics_path.exists() else ""
+        yield from csv.DictReader(text.splitlines())
 
     def save_checkpoint(self) -> None:  # and policy.pt. Raises Diverged for a number that is not finite
         self._check_finite(self.parts)
@@ -191,7 +186,7 @@ class Run:
         }
         if self.policy:  # first: a kill in between leaves the older checkpoint, which leads to this policy again
             replace(self.dir / "policy.pt", self.policy.save)
-        replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file), keep_as="previous_checkpoint.pt")
+        replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self.began = time.perf_counter()
         if interruption.number:
             raise KeyboardInterrupt(f"interrupted at update {self.step}; to go on, add --resume --run-dir {self.dir}")
@@ -250,7 +245,7 @@ class Run:
 
     def _take_dir(self) -> None:  # makes it, unless it is there, and keeps other processes out while this one lives
         where, resume = f"--run-dir {self.dir}", self.args.resume
-        begun = any((self.dir / name).exists() for name in ("checkpoint.pt", "previous_checkpoint.pt"))
+        begun = (self.dir / "checkpoint.pt").exists()
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -286,20 +281,14 @@ class Run:
 
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu", use: Callable = dict) -> dict[str, Any]:
-    """The last checkpoint of a run that is intact and that `use` takes, of two. Raises BadInput without, and use's."""
-    problem = ""
-    for path in (folder / "checkpoint.pt", folder / "previous_checkpoint.pt"):
-        try:
-            use(checkpoint := load_file(path, device))
-        except BadInput:  # it is intact, and does not fit
-            raise
-        except Exception as error:  # damage raises many kinds
-            problem = problem or f"cannot read {path} ({error!r:.200})"
-        else:
-            if problem:
-                warn(f"{problem}: going on from the checkpoint before it, of update {checkpoint['step']}")
-            return checkpoint
-    raise BadInput(f"{problem}, nor the checkpoint before it")
+    """A run's checkpoint, which `use` takes. Raises BadInput, its own or that of a damaged file."""
+    try:
+        use(checkpoint := load_file(folder / "checkpoint.pt", device))
+    except BadInput:
+        raise
+    except Exception as error:  # damage raises many kinds
+        raise BadInput(f"cannot read {folder / 'checkpoint.pt'} ({error!r:.200}): start again") from None
+    return checkpoint
 
 
 def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:

@@ -17,10 +17,9 @@ OPTIONS: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON, "amsg
 
 
 class Adam:
-    """torch.optim.Adam for small networks: PyTorch's fused kernel or, while an update is compiled, the same arithmetic
-    in the open. What torch.optim.Adam does around that kernel takes longer than the kernel, and ends a graph.
-    A group holds `params` and may hold `lr`, here a tensor, so that filling in another needs no other graph, and
-    `weight_decay` (L2, added to the gradient). Source: Kingma, Ba, 2015, arXiv 1412.6980, algorithm 1.
+    """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: PyTorch's fused kernel or, while an update is
+    compiled, the same in the open. What torch.optim.Adam does around that kernel takes longer, and ends a graph. A group
+    holds `params`, perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
