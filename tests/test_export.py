@@ -16,7 +16,7 @@ from conftest import DISCRETE, ROOT, SCRIPTS, SHORT, assert_one_line, run_script
 from common.command_line import BadInput
 from common.evaluation import Policy, load_policy
 
-KINDS = "td3_bc", "iql", "bcq", "bear", "discrete_bcq"  # of Actors; the others' are like one of these
+KINDS = "td3_bc", "bcq", "bear", "discrete_bcq"  # of Actors; the others' are like one of these
 NAMES = ["clock", "speed", "height"]
 RUN = {"dataset_id": "my/rooms-v0", "dataset_fingerprint": "abc", "seed": 3, "num_updates": 100}  # of its args.json
 NORMALIZATION = torch.tensor([[1.7e9, -3.0, 0.0], [40.0, 0.01, 1.0]], dtype=torch.float64)
