@@ -144,7 +144,7 @@ def execute(words, monkeypatch):
 
 GPU_TRIAL = ["--device", "cpu", "--modes", "eager", "--algorithms", "bc", "--rounds", "1", "--seconds", "0.01"]
 GPU_TRIAL += ["--shared-algorithm", "bc", "--processes", "2", "--long-algorithms", "bc", "--long-updates", "300"]
-BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read what run.py wrote
+BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
     "measurements/throughput.py": [
@@ -170,6 +170,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py and watch.py read wh
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
     "shift_report.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", *FEW_SHIFTED],
     "watch.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", "--max-steps", "3"],
+    "export.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0"],
     "built_in.py": ["--out", "built_in"],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
     "measurements/soak.py": ["--num-updates", "300", "--max-growth", "1"],
