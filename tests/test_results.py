@@ -5,7 +5,9 @@ import re
 from collections import defaultdict
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 from conftest import ROOT, SCRIPTS
 
 from benchmarks.measurements import tables
@@ -79,8 +81,23 @@ def test_the_table_of_final_scores_is_what_its_command_makes():
 def test_the_table_is_put_between_its_comments(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tables.BEGIN}| old |\n{tables.END}\nafter\n")
-    tables.main(tables.Args(page))
+    tables.main(tables.Args(page, pictures=False))
     assert page.read_text() == f"before\n{tables.BEGIN}{tables.final_scores()}{tables.END}\nafter\n"
+
+
+def test_peers_stand_beside_ours_of_as_many_updates():
+    """The difference and Welch's interval, by hand."""
+    ours, theirs = [100.0, 90.0, 110.0, 95.0, 105.0], [80.0, 100.0, 90.0]
+    rows = [("zoo/hopper", "td3_bc", 10_000, score) for score in ours]
+    rows += [("zoo/hopper", "CORL td3_bc", 10_000, score) for score in theirs]
+    rows += [("zoo/hopper", "CORL iql", 10_000, 1.0), ("zoo/hopper", "d3rlpy td3_bc", 5_000, 1.0)]
+    made = tables.beside_peers(pd.DataFrame(rows, columns=["dataset_id", "algorithm", "updates", "last"]))
+    (line,) = made.strip().splitlines()[2:]
+    parts = np.var(ours, ddof=1) / 5, np.var(theirs, ddof=1) / 3
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 2)
+    half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    assert line.endswith(f"| CORL | 90.0 [80.0, 90.0, 100.0] | 10.0 ({10 - half:.1f} to {10 + half:.1f}) |")
+    assert line.startswith("| zoo/hopper | TD3+BC | 10,000 | 100.0 (")
 
 
 def test_final_scores_by_hand():
@@ -88,7 +105,8 @@ def test_final_scores_by_hand():
     rows = list(csv.DictReader((ROOT / "benchmarks/results/pendulum-five/results.csv").open()))
     scores = np.array([float(row["final_score"]) for row in rows if row["algorithm"] == "td3_bc"])
     half = 2.776 * scores.std(ddof=1) / 5**0.5  # Student's t of 4 degrees of freedom
-    line = next(line for line in tables.final_scores().splitlines() if "pendulum" in line and "| TD3+BC |" in line)
+    made = tables.final_scores().split("anchorl/pendulum/mixed-v0:")[1]
+    line = next(line for line in made.splitlines() if line.startswith("| TD3+BC |"))
     mean, low, high = map(float, re.findall(r"-?\d+\.\d", line)[:3])
     assert [mean, low, high] == pytest.approx([scores.mean(), scores.mean() - half, scores.mean() + half], abs=0.15)
 

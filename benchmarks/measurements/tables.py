@@ -1,27 +1,35 @@
-"""README.md's table of final scores, made anew of what benchmarks/results/ holds.
+"""README.md's tables of final scores, and its pictures, made anew of what benchmarks/results/ holds.
 
-A row is an algorithm on a dataset: the mean of its runs' scores with a 95 % interval over seeds or, of fewer than five,
-each seed's, as benchmarks/report.py has them. It stands between two comments in README.md, and a test compares them.
+Of each dataset a table: a row is an algorithm, the mean of its runs' scores with a 95 % interval over seeds or, of
+fewer than five, each seed's, as benchmarks/report.py has them; the highest first. Then the peers, where their runs have
+as many updates as ours: the difference of the means with Welch's 95 % interval, which takes scores for normal. The
+tables stand between two comments in README.md, and a test compares them.
 
 Run: python -m benchmarks.measurements.tables
 """
 
 import re
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import report
 from read_runs import measures, read
-from report import words
 
 from common.command_line import launch
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = ("pendulum-five", "cartpole-five", "hopper-medium-expert", "hopper-more", "walker2d-medium-expert")
+DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
+PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy")
 NAMES = {"td3_bc": "TD3+BC", "sac_bc": "SAC+BC", "rebrac": "ReBRAC", "bc --top-fraction 0.1": "10% BC"}
 BEGIN, END = "<!-- made by benchmarks.measurements.tables -->\n", "<!-- the end of it -->"
 
@@ -30,6 +38,8 @@ BEGIN, END = "<!-- made by benchmarks.measurements.tables -->\n", "<!-- the end 
 class Args:
     page: Path = ROOT / "README.md"
     """the file that holds the two comments"""
+    pictures: bool = True
+    """draw medium-expert-curves.png and medium-expert-summary.png in benchmarks/results/, too"""
 
 
 def label(algorithm: str) -> str:
@@ -42,29 +52,64 @@ def label(algorithm: str) -> str:
 
 
 def table(runs: pd.DataFrame, updates: pd.Series) -> str:
-    """The highest mean first, dataset by dataset."""
-    lines = ["| dataset | algorithm | updates | final score | last five evaluations |", "|---|---|---|---|---|"]
-    for dataset_id, of_dataset in runs.groupby("dataset_id", sort=False):
-        means = of_dataset.groupby("algorithm")["last"].mean().sort_values(ascending=False)
-        for algorithm in means.index:
-            own = of_dataset[of_dataset["algorithm"] == algorithm]
-            cells = [words([own[name].to_numpy()]) for name in ("last", "last five")]
-            failed = (own["problem"] != "").sum()
-            cells[0] += f", {failed} failed" if failed else ""
-            count = f"{updates[dataset_id, algorithm]:,}"
-            lines.append(" | ".join([f"| {dataset_id}", label(algorithm), count, *cells]) + " |")
+    """Of one dataset, the highest mean first."""
+    lines = ["| algorithm | updates | final score | last five evaluations |", "|---|---|---|---|"]
+    for algorithm in runs.groupby("algorithm")["last"].mean().sort_values(ascending=False).index:
+        own = runs[runs["algorithm"] == algorithm]
+        cells = [report.words([own[name].to_numpy()]) for name in ("last", "last five")]
+        failed = (own["problem"] != "").sum()
+        cells[0] += f", {failed} failed" if failed else ""
+        lines.append(" | ".join([f"| {label(algorithm)}", f"{updates[algorithm]:,}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
+def beside_peers(runs: pd.DataFrame) -> str:
+    """Peers' runs, and ours of the same algorithm, dataset and number of updates."""
+    head = [
+        "| dataset | algorithm | updates | ours | peer | the peer's | ours less the peer's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines, means = [], runs.groupby(["dataset_id", "algorithm", "updates"])["last"].apply(list)
+    for (dataset_id, algorithm, updates), theirs in means.items():
+        peer, _, script = algorithm.partition(" ")
+        ours = means.get((dataset_id, script, updates))
+        if peer not in PEERS or ours is None or min(len(ours), len(theirs)) < 2:
+            continue
+        low, high = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+        difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
+        cells = [dataset_id, label(script), f"{updates:,}", report.words([pd.Series(ours).to_numpy()])]
+        cells += [peer, report.words([pd.Series(theirs).to_numpy()]), f"{difference:.1f} ({low:.1f} to {high:.1f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(["", *head, *lines]) + "\n" if lines else ""
+
+
 def final_scores() -> str:
-    folders = (ROOT / "benchmarks" / "results" / name for name in FOLDERS)
+    folders = [RESULTS / name for name in FOLDERS] + sorted((RESULTS / "peers").glob("*"))
     rows = pd.concat([read((folder,), unequal=True) for folder in folders])
-    return table(measures(rows, "last"), rows.groupby(["dataset_id", "algorithm"])["num_updates"].max())
+    runs = measures(rows, "last")
+    counts = rows.groupby(["dataset_id", "algorithm"])["num_updates"].max()
+    runs["updates"] = [counts[run.dataset_id, run.algorithm] for run in runs.itertuples()]
+    ours = runs[~runs["algorithm"].str.startswith(PEERS)]
+    parts = [
+        f"{dataset_id}:\n\n{table(own, counts[dataset_id])}"
+        for dataset_id, own in ours.groupby("dataset_id", sort=False)
+    ]
+    return "\n" + "\n".join(parts) + beside_peers(runs) + "\n"
+
+
+def draw() -> None:
+    """The two pictures of benchmarks/report.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        report.main(report.Args(tuple(RESULTS / name for name in DRAWN), Path(folder), by="last", unequal=True))
+        for name in ("curves", "summary"):
+            shutil.copyfile(Path(folder, f"{name}.png"), RESULTS / f"medium-expert-{name}.png")
 
 
 def main(args: Args) -> None:
     pattern = f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})"
     args.page.write_text(re.sub(pattern, lambda _: final_scores(), args.page.read_text(), flags=re.DOTALL))
+    if args.pictures:
+        draw()
 
 
 if __name__ == "__main__":
