@@ -113,6 +113,7 @@ def half_tried():
     ("algorithm", "arguments", "expected"),
     [
         ("fqi", {}, 2),  # at first its Q is near 0, above all of the rewards, and nothing moves it
+        ("discrete_iql", {"beta": 10.0, "actor_learning_rate": 3e-3, "value_learning_rate": 3e-3, "tau": 0.05}, 1),
         ("discrete_cql", {"cql_alpha": 0.0}, 2),
         ("discrete_cql", {"cql_alpha": 0.1}, 1),
         ("discrete_cql", {"cql_alpha": 0.0, "bc_weight": 0.2, "behaviour_learning_rate": 3e-3}, 1),

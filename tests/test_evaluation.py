@@ -13,6 +13,7 @@ import bc
 import bcq
 import discrete_bcq
 import discrete_cql
+import discrete_iql
 import fqi
 import gymnasium as gym
 import iql
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
+from conftest import DISCRETE, ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
@@ -82,7 +83,7 @@ NORMALIZATION = torch.tensor([[0.5, 0.0, 1.0], [1.0, 2.0, 3.0]])
 def make_policy(script, args, low=-2.0, high=2.0, seed=0):
     torch.manual_seed(seed)
     origin = {"script": script.__name__, "hyper_parameters": dataclasses.asdict(args)}
-    bounds = np.array([[low], [high]], dtype=np.int64 if script in (fqi, discrete_bcq, discrete_cql) else np.float32)
+    bounds = np.array([[low], [high]], dtype=np.int64 if script.__name__ in DISCRETE else np.float32)
     actor = script.Actor(3, int(high - low) + 1 if bounds.dtype == np.int64 else 1, args)
     return Policy(actor, NORMALIZATION, bounds, bounds.dtype == np.int64, origin)
 
@@ -183,7 +184,7 @@ def test_a_loaded_actor_samples_and_gives_densities(script, tmp_path):
     assert not torch.allclose(ours, loaded.act(observations))
 
 
-PREFERENCES = [(fqi, {}), (discrete_cql, {"bc_weight": 2.0}), (discrete_bcq, {"threshold": 0.9})]
+PREFERENCES = [(fqi, {}), (discrete_iql, {}), (discrete_cql, {"bc_weight": 2.0}), (discrete_bcq, {"threshold": 0.9})]
 
 
 @pytest.fixture(params=PREFERENCES, ids=lambda param: param[0].__name__)

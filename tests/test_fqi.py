@@ -98,7 +98,7 @@ def test_the_discounted_return_is_that_of_the_evaluated_episodes(tmp_path, cartp
 # --- Bad input ---
 
 
-@pytest.mark.parametrize("algorithm", ["fqi", "discrete_cql", "discrete_bcq"])
+@pytest.mark.parametrize("algorithm", ["fqi", "discrete_iql", "discrete_cql", "discrete_bcq"])
 def test_continuous_data_is_one_line(algorithm, tmp_path, pendulum):
     arguments = ["--dataset-id", "anchorl/pendulum/mixed-v0", "--run-dir", str(tmp_path / "run")]
     pattern = r"error: anchorl/pendulum/mixed-v0: actions must be numbered \(a Discrete\), not Box"

@@ -44,6 +44,7 @@ RUNS = {
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {
     "fqi": ["--num-updates", "1000", "--critic-learning-rate", "1e-3", "--tau", "0.2"],
+    "discrete_iql": [*DISCRETE_FAST, "--actor-learning-rate", "1e-3", "--value-learning-rate", "1e-3"],
     "discrete_cql": DISCRETE_FAST,
     "discrete_bcq": [*DISCRETE_FAST, "--behaviour-learning-rate", "1e-3"],
 }
@@ -76,7 +77,7 @@ def test_cloning_the_best_episodes_only_learns_the_good_controller(tmp_path, pen
     assert train("bc", tmp_path, "--top-fraction", "0.2") > 85
 
 
-@pytest.mark.parametrize("algorithm", ["discrete_cql", "discrete_bcq"])
+@pytest.mark.parametrize("algorithm", ["discrete_iql", "discrete_cql", "discrete_bcq"])
 def test_offline_rl_with_discrete_actions_passes_its_data(algorithm, tmp_path, cartpole):
     """By the mean of five evaluations: from one to the next, a pole or two of the ten may fall."""
     train(algorithm, tmp_path)

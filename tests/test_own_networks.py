@@ -12,7 +12,8 @@ from conftest import DISCRETE, ROOT, SHORT, SHORTER, assert_one_line, checkpoint
 from common.command_line import BadInput
 from common.evaluation import FINAL_SEED, evaluate, load_policy, load_script, make_environments
 
-CHANGED = {"iql": "Actor", "td3_bc": "Actor", "sac_bc": "Actor", "bcq": "Decoder", "discrete_cql": "Critic"}  # classes
+CHANGED = {"iql": "Actor", "td3_bc": "Actor", "sac_bc": "Actor", "bcq": "Decoder"}  # classes
+CHANGED |= {"discrete_iql": "Actor", "discrete_cql": "Critic"}
 RESIDUAL = """class Residual(nn.Module):
     def __init__(self, inner):
         super().__init__()

@@ -35,7 +35,12 @@ from common.data import Batch as Episode
 from common.experiment import set_up
 from common.optim import Adam, compiled
 
-DISCRETE = "fqi", "discrete_cql", "discrete_bcq"  # as many actions as there are dimensions for the others
+DISCRETE = (
+    "fqi",
+    "discrete_iql",
+    "discrete_cql",
+    "discrete_bcq",
+)  # as many actions as there are dimensions for the others
 PEERS = "bc", "td3_bc", "iql", "bcq", "cql"  # the algorithms that d3rlpy has, too
 COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "bound_updates_per_second", "ratio"]
 
