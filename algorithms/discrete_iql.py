@@ -44,6 +44,8 @@ class HyperParameters:
     cosine_decay: bool = True  # the actor's rate falls to 0 over the run (authors' code); off if more updates follow
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     value_learning_rate: float = 3e-4  # of Adam (authors' code)
+    legal_actions: bool = False
+    """an observation begins with a mask of the actions that are legal in it, 1 or 0 each; others are never taken"""
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (paper)
 
 
@@ -69,16 +71,24 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
     return [*layers, nn.Linear(input_dim, output_dim)]
 
 
+def legal_only(preferences: Tensor, observations: Tensor, masked: bool) -> Tensor:
+    """`preferences` [batch, num_actions], with the lowest for each action that the mask of its state forbids."""
+    if not masked:
+        return preferences
+    return preferences.masked_fill(observations[:, : preferences.shape[1]] < 0.5, -1e9)  # finite: times 0 it is 0
+
+
 class Actor(nn.Module):
     """pi(a | s) = softmax(net(s)): a probability for each action."""
 
     def __init__(self, observation_dim: int, num_actions: int, args: HyperParameters) -> None:
         super().__init__()
         self.net = nn.Sequential(*mlp(observation_dim, args.hidden_dims, num_actions))
+        self.masked = args.legal_actions
 
     def forward(self, observations: Tensor) -> Tensor:
         """The logits of pi(. | s), of which the deterministic policy takes the highest: [batch, num_actions]."""
-        return self.net(observations)
+        return legal_only(self.net(observations), observations, self.masked)
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
         """log pi(a | s), [batch]."""
@@ -240,9 +250,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
-from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -253,6 +265,7 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    legal_actions: tyro.conf.Fixed[bool] = False  # set where the data's observations have an action_mask
 
     def validate(self) -> None:
         super().validate()
@@ -263,13 +276,14 @@ class Args(HyperParameters, ExperimentArgs):
 
 def main(args: Args) -> None:
     device = set_up(args)
-    dataset = load_dataset(args.dataset_id, args.env_id, discrete=True)
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id, discrete=True), args)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
+    args.legal_actions = buffer.num_legal > 0
     learner = build(buffer.observation_dim, buffer.num_actions, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner)  # makes the run folder or, with --resume, puts the learner back to its checkpoint
+    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:
             rate = args.actor_learning_rate * cosine_decay(step, args.num_updates)

@@ -248,7 +248,7 @@ def test_no_policy_takes_what_is_not_legal(folder, tmp_path):
     columns |= {"reward": np.array([0.0, 1, 10])[action], "terminated": np.arange(300) % 5 == 4}
     columns |= {f"legal_{name}": legal[:, index] for index, name in enumerate("abc")}
     imported(pd.DataFrame(columns), folder, "--legal-prefix", "legal_")
-    for script in ("discrete_cql", "discrete_bcq", "fqi"):
+    for script in ("discrete_cql", "discrete_bcq", "discrete_iql", "fqi"):
         options = ["--num-updates", "200", "--hidden-dims", "16", "--validation-fraction", "0.1"]
         run = run_script(script, "--dataset-id", ID, *options, "--run-dir", str(tmp_path / script))
         assert run.returncode == 0, run.stderr
