@@ -119,7 +119,7 @@ class Run:
             torch.cuda.synchronize()  # else its updates are still to come, and their time is taken for the log's
         self.update_seconds += time.perf_counter() - self.began
         if evaluating := self.is_due(step, self.args.eval_every):
-            metrics = metrics | self._validate() | self._evaluate()
+            metrics = metrics | (self._validate() if self.buffer.validation else {}) | self._evaluate()
         if evaluating or self.is_due(step, self.args.log_every):
             self.log(step, metrics)
         self.progress.update()
@@ -128,13 +128,13 @@ class Run:
         self.began = time.perf_counter()
 
     def _validate(self) -> dict[str, Any]:  # what `update` finds of held-out transitions, and nothing learns from them
-        if (held_out := self.buffer.validation) is None:
-            return {}
-        learner = copy.deepcopy(self.learner)
+        learner, held_out, args = copy.deepcopy(self.learner), self.buffer.validation, self.args
         for group in (group for part in learner for group in getattr(part, "param_groups", [])):
             group["lr"].zero_()
-        batch = self.make_batch(held_out, held_out.draw(8 * self.args.batch_size))
-        return {f"validation/{name}": each for name, each in self.update(learner, batch, self.step, self.args).items()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the same rows every time
+            torch.manual_seed(args.validation_seed)
+            found = self.update(learner, self.make_batch(held_out, held_out.draw(8 * args.batch_size)), self.step, args)
+        return {f"validation/{name}": value for name, value in found.items()}
 
     def _evaluate(self) -> dict[str, float]:  # mean and standard deviation of the policy's returns, and its score
         self._check_finite(self.parts)  # simulators fail in ways of their own on actions that are not numbers
