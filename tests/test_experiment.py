@@ -514,6 +514,8 @@ NONSENSE = {
     "alpha_learning_rate": "0",
     "logit_penalty": "-1",
     "bc_weight": "-1",
+    "validation_fraction": "1",
+    "validation_seed": "-1",
 }
 
 
