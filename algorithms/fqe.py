@@ -230,6 +230,7 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "gamma", 0 < self.gamma < 1, "must be in (0, 1)")
         check_argument(self, "num_members", self.num_members >= 2, "must be at least 2, for an interval")
+        check_argument(self, "validation_fraction", self.validation_fraction == 0, "FQE holds nothing out")
         needed = "--policy-run-dir is needed: the folder of the run to evaluate"
         check(self.resume or self.policy_run_dir is not None, needed)
 

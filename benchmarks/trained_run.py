@@ -56,7 +56,7 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     with explain(f"cannot read the run in {folder}"):
         saved = json.loads((folder / "args.json").read_text())
         algorithm = str(saved["algorithm"])
-        checkpoint = load_file(folder / "checkpoint.pt")  # never the one before it, which is of another policy
+        checkpoint = load_file(folder / "checkpoint.pt")
         learned, fingerprint = dict(checkpoint["learner"]), checkpoint["dataset_fingerprint"]
         with (folder / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

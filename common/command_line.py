@@ -1,8 +1,6 @@
 """From the command line to the exit code: the arguments every script shares, and how a program ends."""
 
 import contextlib
-import dataclasses
-import inspect
 import math
 import signal
 import sys
@@ -76,15 +74,14 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
 
     @property
     def algorithm(self) -> str:  # the script that defines the arguments: iql, or a user's own, my_iql
-        return Path(inspect.getfile(type(self))).stem
+        return Path(str(sys.modules[type(self).__module__].__file__)).stem
 
     def hyper_parameters(self) -> dict[str, Any]:  # what the script adds to the arguments above
-        own = self.__dataclass_fields__.keys() - ExperimentArgs.__dataclass_fields__.keys()
-        return {name: value for name, value in dataclasses.asdict(self).items() if name in own}
+        return {name: value for name, value in vars(self).items() if name not in ExperimentArgs.__dataclass_fields__}
 
     def validate(self) -> None:  # raises BadInput by rules for types and names; a script's `validate` checks the rest
         for name, value in vars(self).items():
-            rules = [
+            for broken, rule in [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
                 (type(value) is int and not name.endswith(("seed", "warm_start")) and value < 1, "must be at least 1"),
                 (name.endswith(("seed", "warm_start")) and not 0 <= value < 2**63, "must not be negative"),
@@ -95,8 +92,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (name == "reward_scale" and value != "return-range" and value <= 0, "must be positive"),
                 (name.endswith("dims") and not 1 <= min(value, default=0) <= max(value) <= 10**5, "1 to 100,000 each"),
                 (name.endswith(("size", "episodes")) and value > 10**7, "must be at most 10,000,000"),
-            ]
-            for broken, rule in rules:
+            ]:
                 check_argument(self, name, not broken, rule)
 
 

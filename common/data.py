@@ -25,7 +25,6 @@ BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
 MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
-
 # N transitions: float32 tensors on the buffer's device, of which each script's Batch tells the shapes; discrete actions
 # are int64, counted from 0. Of an episode: NumPy arrays in the environment's units.
 Batch = namedtuple("Batch", "observations actions rewards next_observations terminations")
@@ -54,9 +53,7 @@ class Dataset:  # what is known of it before its transitions are read
 
 
 def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | None = False) -> Dataset:
-    """Finds a Minari dataset: a local one, a built-in one, or else one to download. `env_id` overrides the evaluation
-    environment that it names; `discrete` None takes either kind of actions. Raises BadInput for spaces of other kinds.
-    """
+    """Finds or downloads a dataset. `env_id` overrides its own; `discrete` None takes any actions. Raises BadInput."""
     path = find_dataset(dataset_id)
     with explain(f"cannot read dataset {dataset_id} in {path}"):
         metadata = MinariStorage.read_raw_metadata(path)
@@ -84,8 +81,8 @@ def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
     count, of = math.ceil(args.validation_fraction * dataset.num_episodes), dataset.num_episodes
     check_argument(args, "validation_fraction", count < max(of, 1), f"leaves none of {of} episodes to learn from")
     order = np.random.default_rng(args.validation_seed).permutation(of).tolist()
-    held_out = replace(dataset, kept=frozenset(order[:count])) if count else None
-    return replace(dataset, kept=frozenset(order[count:]), held_out=held_out) if count else dataset
+    kept, held_out = (replace(dataset, kept=frozenset(numbers)) for numbers in (order[count:], order[:count]))
+    return replace(kept, held_out=held_out) if count else dataset
 
 
 def find_dataset(dataset_id: str) -> Path:
@@ -144,9 +141,7 @@ def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:  # of a Tuple or Di
 
 
 def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, [action_dim] each; with `discrete` the first and the last number, [1] each. Raises
-    BadInput unless the space is a Box of real vectors of finite extent or, with `discrete`, a Discrete one.
-    """
+    """Lowest and highest action, [action_dim], or [1] with `discrete`. Raises BadInput for a space of another kind."""
     kind = "numbered (a Discrete)" if discrete else "vectors of real numbers (a Box)"
     others = "fqi, discrete_cql and discrete_bcq take a Discrete (of 2^24 at most, for float32), other scripts a Box"
     number = isinstance(space, gym.spaces.Discrete) and space.n <= 2**24
@@ -161,12 +156,11 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
 
 
 class ReplayBuffer:
-    """All transitions of a dataset. A row of `storage` is one, so that a batch is a single gather.
-    Attributes, of N transitions in E episodes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions);
-    `episode_starts`, `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
-    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0; `num_legal`, how
-    many numbers at the start of an observation say which actions are legal, or 0; `validation`, a buffer of held-out
-    episodes, normalised by the same, or None. Raises BadInput.
+    """All N transitions, in E episodes, of a dataset: the rows of `storage`, so that a batch is a single gather.
+    Attributes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions); `episode_starts`,
+    `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
+    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0; `num_legal`, how many
+    numbers of an observation, its first, say which are legal, or 0; `validation`, held-out episodes. Raises BadInput.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool | Tensor = True) -> None:
@@ -178,18 +172,19 @@ class ReplayBuffer:
         with explain(f"{dataset.dataset_id}: no room for its {dataset.num_steps} steps"):
             storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None
-        # of the stored observations: near theirs float32 is fine enough
-        self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()
+        self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()  # subtracted first
         lengths, returns = self._fill(storage, normalize_observations is True)
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
         self.storage = storage[: sum(lengths)].to(device)
         self.transitions = self._columns(self.storage)
-        mean, std = torch.tensor([[0.0], [1.0]], device=device).repeat(1, self.observation_dim)
-        if given is not None:
-            std = given[1].float()
-        elif normalize_observations:
+        if self.num_legal:
+            forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
+            check(not forbidden, f"{dataset.dataset_id}: {MASK} forbids {forbidden} of the actions that were taken")
+        std = torch.ones(self.observation_dim, device=device) if given is None else given[1].float()
+        mean = torch.zeros_like(std)
+        if normalize_observations is True:
             std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
             std += 1e-3  # a constant entry stays near zero
             mean[: self.num_legal], std[: self.num_legal] = 0, 1
@@ -216,11 +211,6 @@ class ReplayBuffer:
             warn(f"{goals} of {count} episodes are one step that terminates: if an end repeats, cut at the first")
         if count == 1 and len(self.storage) > 1000:
             warn("the data are one episode: if the log holds several, mark where they end")
-        if self.num_legal:
-            forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
-            check(
-                not forbidden, f"{self.dataset.dataset_id}: {MASK} forbids {forbidden} of the actions that were taken"
-            )
         taken = self.transitions.actions.unique().tolist() if self.num_actions else []
         if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:
             numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
@@ -245,9 +235,8 @@ class ReplayBuffer:
     def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
         dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
-        for index, episode in enumerate(dataset.read_episodes()):
-            if dataset.kept is not None and index not in dataset.kept:
-                continue
+        kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
+        for index, episode in kept:
             with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(all="ignore"):  # refused below
                 start, end = end, end + len(episode.rewards)
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
@@ -256,8 +245,7 @@ class ReplayBuffer:
                     shapes = f"{values.shape} where its rewards ask for {tuple(column.shape)}"
                     check(values.shape == column.shape, f"{name} of shape {shapes}")
                     if relative and start == 0 and name == "observations" and len(values):
-                        self.origin = values[0].astype(np.float64)
-                        self.origin[: self.num_legal] = 0
+                        self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
                     if name == "observations":  # neighbours that are apart, but not in float32
@@ -266,9 +254,8 @@ class ReplayBuffer:
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
-        if len(worst := np.flatnonzero(merged > 0.01 * end)):
-            names = ", ".join(dataset.observation_names[index] for index in worst)
-            warn(f"float32 merges different values of observation {names}: subtract something, or split them")
+        if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
+            warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0

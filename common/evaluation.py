@@ -1,8 +1,6 @@
 """Acting: a policy as a function of NumPy arrays, loading it from a run folder, and its evaluation in environments."""
 
 import contextlib
-import dataclasses
-import importlib
 import importlib.util
 import sys
 import zipfile
@@ -26,9 +24,9 @@ FINAL_SEED = 20_000  # and with this + i when the final score is taken: from sta
 
 class Policy(nn.Module):
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], discrete ones [N], both
-    as the environment has them, both NumPy arrays or tensors. `actor`, a script's Actor, maps normalised observations
-    to actions in [-1, 1], or to a preference for each discrete one. `normalization` [2, observation_dim] is mean and
-    deviation, `action_range` [2, action_dim] lowest and highest, `origin` the other entries of the file (`save`).
+    as the environment has them, both NumPy arrays or tensors. A script's `actor` gives actions in [-1, 1], or discrete
+    ones' preferences. `normalization` [2, observation_dim] is mean and deviation, `action_range` [2, action_dim] lowest
+    and highest, `origin` the other entries of the file (`save`). Raises ValueError, and BadInput for nan.
     """
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
@@ -77,9 +75,8 @@ class Policy(nn.Module):
 
 
 def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str = "policy.pt") -> Policy:
-    """The trained policy of a run folder, on the CPU: `actions = load_policy("runs/...")(observations)`, both as the
-    environment has them (Dicts flattened by `flatten_observations`). `script` is the path of the script that trained
-    it, if that is not in algorithms/. Raises BadInput if there is no readable policy, or the script has another Actor.
+    """A run's policy, on the CPU: `actions = load_policy("runs/...")(observations)`. `script` is the path of the script
+    that trained it, if not in algorithms/. Raises BadInput for no readable policy, or where the Actor is another one.
     """
     path = Path(run_dir) / file
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
@@ -90,7 +87,7 @@ def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
     module = load_script(str(origin["script"]), script)
     with explain(f"{path} does not fit {module.__file__}: name the script that trained it (script=)"):
-        known = {field.name for field in dataclasses.fields(module.HyperParameters)} & origin["hyper_parameters"].keys()
+        known = module.HyperParameters.__dataclass_fields__.keys() & origin["hyper_parameters"].keys()
         args = module.HyperParameters(**{name: origin["hyper_parameters"][name] for name in known})
         actor = module.Actor(normalization.shape[1], int(high[0] - low[0]) + 1 if discrete else len(low), args)
         policy = Policy(actor, normalization, (low, high), discrete, origin)
@@ -133,8 +130,8 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
     try:
         if module:
             importlib.import_module(module)
-        problem, own = "is not installed", gym.registry.get(name)  # nor is "module:Id", which gym.make would import
-        if own:
+        problem = "is not installed"  # nor is "module:Id", which gym.make would import
+        if own := gym.registry.get(name):
             limit = max_episode_steps or own.max_episode_steps or 1000
             return gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
@@ -165,22 +162,19 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
 def evaluate(
     policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, discounted by `gamma`, and lengths, NumPy arrays [num_episodes], of episodes that the environments play
-    side by side, one each unless said, and one after the other. Episode i is reset with `seed` + i.
-    """
+    """Discounted returns and lengths, [num_episodes] (0: one per environment). Episode i is reset with `seed` + i."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
     returns, lengths = np.zeros(count := num_episodes or len(environments)), np.zeros(count, dtype=int)
     numbers, free, playing = iter(range(count)), list(environments), list[Any]()
     while playing := playing + [[env, i, env.reset(seed=seed + i)[0]] for env, i in zip(free, numbers, strict=False)]:
         rows = [flatten_observations(observation, env.observation_space) for env, _, observation in playing]
-        free, going_on = [], []
-        for (env, i, _), action in zip(playing, policy(np.stack(rows)), strict=True):  # one call for all of them
+        free, before, playing = [], playing, []
+        for (env, i, _), action in zip(before, policy(np.stack(rows)), strict=True):  # one call for all of them
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[i] += gamma ** lengths[i] * float(reward)
             lengths[i] += 1
             free += [env] if terminated or truncated else []
-            going_on += [] if terminated or truncated else [[env, i, observation]]
-        playing = going_on
+            playing += [] if terminated or truncated else [[env, i, observation]]
     torch.set_num_threads(threads)
     return returns, lengths

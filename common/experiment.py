@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import BadInput, Diverged, ExperimentArgs, check, explain, interruption, warn
+from common.command_line import Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
 
@@ -66,10 +65,9 @@ def set_up(args: ExperimentArgs) -> torch.device:
 
 
 class Run:
-    """A run folder. Its checkpoint holds the state_dict of each part of the `learner`, a NamedTuple of everything that
-    training changes, the random state and metrics.csv: a resumed run goes on to the same bits from update `first_step`.
-    The policy is the learner's `actor`, if it has one. What `update` finds of make_batch(buffer.validation, rows) goes
-    to the metrics of evaluations. Raises BadInput for a folder it cannot take, and OSError.
+    """A run folder. From its checkpoint, a resumed run goes on to the same bits at update `first_step`. `learner` is a
+    NamedTuple of all that training changes; its `actor`, if it has one, is the policy. What `update` finds of
+    make_batch(buffer.validation, rows) goes to the metrics. Raises BadInput for a folder it cannot take, and OSError.
     """
 
     def __init__(self, args: Any, buffer: ReplayBuffer, learner: Any, update: Any, make_batch: Any = None) -> None:
@@ -94,10 +92,11 @@ class Run:
         self._take_dir()
         self.started = self.began = time.perf_counter()
         if args.resume:
-            metrics = load_checkpoint(self.dir, self.device, self._restore)["metrics"]
+            with explain(f"--resume: the checkpoint in {self.dir} does not fit, start a new run"):
+                metrics = self._restore(load_checkpoint(self.dir, self.device))
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         self.first_step = self.step + 1
-        config = {"algorithm": args.algorithm} | dataclasses.asdict(args)
+        config = {"algorithm": args.algorithm} | vars(args)
         self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
         self.tracked = SimpleQueue[dict[str, Any]]()  # what W&B is given
         self.tracker = threading.Thread(target=track, args=(self.tracked, args, self.dir, config), daemon=True)
@@ -119,9 +118,8 @@ class Run:
         if self.device.type == "cuda" and self.is_due(step, self.args.log_every):
             torch.cuda.synchronize()  # else its updates are still to come, and their time is taken for the log's
         self.update_seconds += time.perf_counter() - self.began
-        evaluating = self.is_due(step, self.args.eval_every)
-        if evaluating:
-            metrics = metrics | self._validate() | self._evaluate()
+        if evaluating := self.is_due(step, self.args.eval_every):
+            metrics = metrics | (self._validate() if self.buffer.validation else {}) | self._evaluate()
         if evaluating or self.is_due(step, self.args.log_every):
             self.log(step, metrics)
         self.progress.update()
@@ -130,13 +128,13 @@ class Run:
         self.began = time.perf_counter()
 
     def _validate(self) -> dict[str, Any]:  # what `update` finds of held-out transitions, and nothing learns from them
-        if (held_out := self.buffer.validation) is None:
-            return {}
-        learner = copy.deepcopy(self.learner)
+        learner, held_out, args = copy.deepcopy(self.learner), self.buffer.validation, self.args
         for group in (group for part in learner for group in getattr(part, "param_groups", [])):
             group["lr"].zero_()
-        batch = self.make_batch(held_out, held_out.draw(8 * self.args.batch_size))
-        return {f"validation/{name}": each for name, each in self.update(learner, batch, self.step, self.args).items()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the same rows every time
+            torch.manual_seed(args.validation_seed)
+            found = self.update(learner, self.make_batch(held_out, held_out.draw(8 * args.batch_size)), self.step, args)
+        return {f"validation/{name}": value for name, value in found.items()}
 
     def _evaluate(self) -> dict[str, float]:  # mean and standard deviation of the policy's returns, and its score
         self._check_finite(self.parts)  # simulators fail in ways of their own on actions that are not numbers
@@ -154,8 +152,7 @@ class Run:
         row = {"step": step, "seconds": round(time.perf_counter() - self.started, 2)}
         row |= {name: float(value) for name, value in metrics.items()}
         self._check_finite(dict(sorted(row.items(), key=lambda item: "loss" not in item[0])))  # losses first
-        missing = [name for name in row if name not in self.columns]
-        self.columns += missing
+        self.columns += (missing := [name for name in row if name not in self.columns])
         writer = csv.DictWriter(text := io.StringIO(), self.columns, lineterminator="\n")
         if missing:  # the file gets wider
             writer.writeheader()
@@ -244,8 +241,7 @@ class Run:
                 raise Diverged(f"{problem}; the last checkpoint in {self.dir} is kept")
 
     def _take_dir(self) -> None:  # makes it, unless it is there, and keeps other processes out while this one lives
-        where, resume = f"--run-dir {self.dir}", self.args.resume
-        begun = (self.dir / "checkpoint.pt").exists()
+        where, begun, resume = f"--run-dir {self.dir}", (self.dir / "checkpoint.pt").exists(), self.args.resume
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -254,16 +250,14 @@ class Run:
             self.lock.acquire()
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        """Puts learner and random state back. Raises BadInput for another run's checkpoint, else other kinds."""
-        misfit = f"--resume: the checkpoint in {self.dir} does not fit this run"
+    def _restore(self, checkpoint: dict[str, Any]) -> str:  # learner and random state; gives the rows of metrics
         for name, value in self.learning_arguments.items():
             before = checkpoint["arguments"].get(name, value)
-            check(value == before, f"{misfit}: {name} is {before} in it, not {value}; start a new run to change it")
+            check(value == before, f"{name} is {before} in it, not {value}")
         same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
-        check(same_data, f"{misfit}: it was trained on other data than {self.args.dataset_id} holds")
+        check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
         self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
-        check(0 <= self.step <= self.args.num_updates, f"{misfit}: it has made {self.step:,} updates already")
+        check(0 <= self.step <= self.args.num_updates, f"it has made {self.step:,} updates already")
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint["learner"][name])
         self._check_finite(self.parts)
@@ -273,6 +267,7 @@ class Run:
             torch.cuda.set_rng_state_all(cuda_states)
         self.columns = next(csv.reader(checkpoint["metrics"].splitlines()), [])
         self.started -= seconds
+        return checkpoint["metrics"]
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
@@ -280,14 +275,10 @@ class Run:
         replace(self.dir / name, lambda file: file.write(text.encode()))
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu", use: Callable = dict) -> dict[str, Any]:
-    """A run's checkpoint, which `use` takes. Raises BadInput, its own or that of a damaged file."""
-    try:
-        use(checkpoint := load_file(folder / "checkpoint.pt", device))
-    except BadInput:
-        raise
-    except Exception as error:  # damage raises many kinds
-        raise BadInput(f"cannot read {folder / 'checkpoint.pt'} ({error!r:.200}): start again") from None
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A run's checkpoint. Raises BadInput where there is none, or a damaged one."""
+    with explain(f"cannot read {folder / 'checkpoint.pt'}"):
+        checkpoint = load_file(folder / "checkpoint.pt", device)
     return checkpoint
 
 

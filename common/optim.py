@@ -18,8 +18,8 @@ OPTIONS: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON, "amsg
 
 class Adam:
     """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: PyTorch's fused kernel or, while an update is
-    compiled, the same in the open. What torch.optim.Adam does around that kernel takes longer, and ends a graph. A group
-    holds `params`, perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
+    compiled, the same in the open. torch.optim.Adam takes longer around that kernel, and ends a graph. A group holds
+    `params`, perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
@@ -39,11 +39,23 @@ class Adam:
                 continue
             weights, gradients, means, squares = map(list, zip(*rows, strict=True))
             group["step"].add_(1)
-            if torch.compiler.is_compiling():
-                _step_in_the_open(weights, gradients, means, squares, group)
-            else:
+            if not torch.compiler.is_compiling():
                 steps, rates = [group["step"]] * len(rows), {name: group[name] for name in ("lr", "weight_decay")}
                 torch._fused_adam_(weights, gradients, means, squares, [], steps, **rates, **OPTIONS)
+                continue
+            if group["weight_decay"]:
+                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+            torch._foreach_lerp_(means, gradients, 1 - BETA1)  # m <- beta1 m + (1 - beta1) g
+            torch._foreach_mul_(squares, BETA2)  # v <- beta2 v + (1 - beta2) g^2
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETA2)
+            # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
+            t, dtype = group["step"].double(), weights[0].dtype
+            correction1, correction2 = ((1 - torch.exp(t * math.log(beta))).to(dtype) for beta in (BETA1, BETA2))
+            scales = torch._foreach_sqrt(squares)  # sqrt(v / (1 - beta2^t)) + epsilon
+            torch._foreach_div_(scales, correction2.sqrt())
+            torch._foreach_add_(scales, EPSILON)
+            torch._foreach_mul_(scales, -correction1 / group["lr"])
+            torch._foreach_addcdiv_(weights, means, scales)  # weight <- weight - lr m / (1 - beta1^t) / the above
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -56,25 +68,6 @@ class Adam:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for tensor, value in zip(tree_leaves(self.state_dict()), tree_leaves(state), strict=True):
             tensor.copy_(value.view_as(tensor))  # which has no other shape spread over it
-
-
-def _step_in_the_open(weights: Any, gradients: Any, means: Any, squares: Any, group: dict[str, Any]) -> None:
-    """m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
-    weight <- weight - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon)
-    """
-    if group["weight_decay"]:
-        gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-    torch._foreach_lerp_(means, gradients, 1 - BETA1)
-    torch._foreach_mul_(squares, BETA2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETA2)
-    # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
-    step, dtype = group["step"].double(), weights[0].dtype
-    correction1, correction2 = ((1 - torch.exp(step * math.log(beta))).to(dtype) for beta in (BETA1, BETA2))
-    scales = torch._foreach_sqrt(squares)
-    torch._foreach_div_(scales, correction2.sqrt())
-    torch._foreach_add_(scales, EPSILON)
-    torch._foreach_mul_(scales, -correction1 / group["lr"])
-    torch._foreach_addcdiv_(weights, means, scales)
 
 
 def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:

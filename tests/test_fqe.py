@@ -305,7 +305,7 @@ def test_run_folder(tmp_path):
     run = run_script("fqe", *arguments, "--run-dir", str(folder), plot=True)
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
-    assert {path.name for path in folder.iterdir()} == expected | {"previous_checkpoint.pt", ".lock"}
+    assert {path.name for path in folder.iterdir()} == expected | {".lock"}
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
     assert [bool(row["fqe/estimate"]) for row in rows] == [False, True, False, True, True]

@@ -378,8 +378,6 @@ def assert_reads_or_refuses(case, rng, runs, run):
     reader, script, files, words = READERS[case % len(READERS)]
     shutil.copytree(runs / script, run)
     mutate_run(run / rng.choice(files), rng)
-    if rng.random() < 0.2:
-        (run / "previous_checkpoint.pt").unlink()
     code, errors = run_quietly([word.format(run=run, runs=runs) for word in words], reader)
     assert code in (0, 3) or (code == 2 and re.fullmatch(r"(.*warning: .*\n)*.*error: .+\n", errors)), errors
     return code
