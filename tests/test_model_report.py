@@ -227,6 +227,9 @@ def test_ends_by_hand():
     blind = model._replace(ends=lambda states, _: states[:, 0] > 99)
     rows = report_on(blind, data, torch.full((5,), 4), steps={1, 2})
     assert (rows[2].values["ends seen"], rows[2].values["false ends"]) == (0.0, 0.0)
+    passing = model._replace(ends=lambda states, _: (states[:, 0] > 2.5) & (states[:, 0] < 3.5))
+    rows = report_on(passing, data, torch.full((5,), 4), steps={1, 2})
+    assert rows[2].values["ends seen"] == 0.5  # of s = 2 and 3: a sample that has ended stays so
 
 
 def test_where_a_file_does_not_say_what_followed_nothing_but_the_end_counts():
