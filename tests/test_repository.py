@@ -28,6 +28,7 @@ STEPS = [  # in the README's order: some use what others wrote
 FEW = ["--num-updates", "3", "--eval-episodes", "1", "--final-eval-episodes", "1"]
 FEW_COLLECTED = ["--num-updates", "2000", "--steps", "300", "--reference-episodes", "2"]
 FEW_SHIFTED = ["--num-states", "50", "--num-updates", "5"]
+FEW_FORESEEN = ["--num-starts", "50", "--num-samples", "20"]
 FAST_AGENT = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
 FAST_AGENT += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
 SMALL_TABLE = ["--seeds", "0", "--num-updates", "3", "--results", "estimates.csv"]
@@ -123,6 +124,8 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         words = [*words[:split], "--seeds", "1", *words[split:], *FEW]
     elif words[1] == "benchmarks.shift_report":
         words += FEW_SHIFTED
+    elif words[1] == "benchmarks.model_report":
+        words += FEW_FORESEEN
     elif words[1] == "benchmarks.watch":
         words += ["--max-steps", "3"]
     execute(words, monkeypatch)
@@ -205,6 +208,7 @@ def test_every_benchmark_is_tested():
     tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
     tried_with_others |= {f"log_{name}.py" for name in ("cells", "choices", "csv", "hdf5", "order", "steps", "tables")}
     tried_with_others |= {"intervals.py", "read_runs.py"}
+    tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, as the README's
     tried_with_others |= {"measurements/tables.py"}
     folder = ROOT / "benchmarks"
     names = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("measurements/*.py")]}
