@@ -26,7 +26,9 @@ class Adam:
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
             weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
-            rate, step = (torch.tensor(float(n), device=weights[0].device) for n in (group.get("lr", lr), 0))
+            # float32 whatever the weights: torch.compile takes a lone float64 on a CPU for a constant, and drops add_
+            one = torch.ones((), dtype=torch.float32, device=weights[0].device)
+            rate, step = one * group.get("lr", lr), one * 0
             moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
             self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
 

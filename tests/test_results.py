@@ -7,8 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 from conftest import ROOT, SCRIPTS
+from scipy import stats
 
 from benchmarks.measurements import tables
 
