@@ -1,0 +1,193 @@
+"""select: the ranking, its doubts, and what the choice would have cost, from numbers whose answer is known."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, SHORT, run_script
+
+from benchmarks import selection
+from common.command_line import BadInput
+
+
+def estimate(value, std=0.1, seeds=(0.0, 0.0)):
+    return {"estimate": value, "low": value - 2 * std, "high": value + 2 * std, "std": std, "seeds": list(seeds)}
+
+
+def result(policies, data=0.0, **more):
+    """What ope.py writes, of policies by name with their estimates."""
+    told = {"dataset_id": "test/data-v0", "gamma": 0.9, "episodes": 100, "beta": "fitted", "temperature": 1.0}
+    told |= {"log_likelihood": -0.5, "of_frequencies": -0.7}
+    told |= {"data": {"return": estimate(data - 0.1), "fqe": estimate(data), "beyond": 0.0}, "policies": policies}
+    return told | more
+
+
+def three(**of_best):
+    """Policies b, a, c by fqe; the estimates of b can be replaced."""
+    best = {"fqe": estimate(3.0), "model": estimate(2.5), "wis": estimate(2.0), "ess": 20.0} | of_best
+    return {
+        "a": {"fqe": estimate(1.0), "model": estimate(1.2), "ess": 2.0},
+        "b": best,
+        "c": {"fqe": estimate(-1.0), "model": estimate(-1.0), "ess": 1.0},
+    }
+
+
+def test_the_ranking_and_the_odds_by_hand():
+    policies = three(fqe=estimate(3.0, 0.3, [2.0, 4.0]))
+    table = selection.table_of(result(policies, data=1.0), "fqe")
+    assert table["policy"].tolist() == ["b", "a", "c"]
+    error = math.hypot(0.3, math.sqrt(2.0))  # the deviation of 2 and 4
+    assert table["fqe error"].iloc[0] == pytest.approx(error)
+    odds = 0.5 * (1 + math.erf((3 - 1) / math.hypot(error, 0.1) / math.sqrt(2)))
+    assert table["fqe beats data"].iloc[0] == pytest.approx(odds)
+    wis = 0.5 * (1 + math.erf((2 - 0.9) / math.hypot(0.1, 0.1) / math.sqrt(2)))  # the recorded return is its baseline
+    assert table["wis beats data"].iloc[0] == pytest.approx(wis)
+    assert table["wis"].isna().tolist() == [False, True, True]
+
+
+def test_what_cannot_be_told_from_the_best():
+    table = selection.table_of(result(three()), "fqe")
+    assert selection.as_good(table, "fqe") == ["b"]
+    table = selection.table_of(result(three(fqe=estimate(1.2))), "fqe")
+    assert selection.as_good(table, "fqe") == ["b", "a"]  # 0.2 apart, of errors 0.1 and 0.1: 0.23 is too little
+    assert "cannot be ranked among each other by fqe: b, a" in selection.remarks(table, "fqe", result(three()))
+
+
+def test_nothing_speaks_against_a_clear_choice():
+    assert selection.doubts(selection.table_of(result(three()), "fqe"), "fqe") == []
+
+
+@pytest.mark.parametrize(
+    ("policies", "data", "line"),
+    [
+        (three(), 2.95, "the odds that the best beats the data are 0.64 by fqe"),
+        (three(wis=estimate(-1.0)), 0.0, "wis puts the best below the data's own actions"),
+        (three(model=estimate(-3.0)), 0.0, "model puts the best below the data's own actions"),
+        (three(model=estimate(-3.0)), 0.0, "fqe and model rank against each other (rank correlation -0.50)"),
+    ],
+)
+def test_what_speaks_against_the_best(policies, data, line):
+    assert line in selection.doubts(selection.table_of(result(policies, data), "fqe"), "fqe")
+
+
+def test_remarks():
+    told = result(three())
+    table = selection.table_of(told, "fqe")
+    lines = selection.remarks(table, "fqe", told)
+    assert "importance sampling has no say on 2 of 3: their effective samples are too small" in lines
+    assert "fqe and model agree: rank correlation 1.00" in lines
+    assert any("1.22 times as likely" in line for line in lines)  # exp(0.2)
+    told["data"]["beyond"] = 0.25
+    assert any(line.startswith("25% of the discount is beyond") for line in selection.remarks(table, "fqe", told))
+    continuous = result(
+        {name: {"fqe": each["fqe"], "model": each["model"]} for name, each in three().items()}, beta="none"
+    )
+    lines = selection.remarks(selection.table_of(continuous, "fqe"), "fqe", continuous)
+    assert any("no importance sampling" in line for line in lines)
+
+
+def test_regret_and_rank_correlation_by_hand():
+    table = selection.table_of(result(three()), "fqe").assign(truth=[1.0, 2.0, 0.5])  # of b, a, c
+    assert selection.regret(table, "fqe", 1) == 1.0 and selection.regret(table, "fqe", 2) == 0.0
+    judged = selection.judge_choice(table).set_index("estimator")
+    assert judged.index.tolist() == ["fqe", "model", "by chance"]  # wis is not there of all
+    assert judged.loc["fqe", "rank correlation"] == pytest.approx(0.5)
+    assert judged.loc["by chance", "regret@1"] == pytest.approx(2 - 3.5 / 3)
+    assert judged.loc["by chance", "regret@3"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_the_regret_of_three_by_chance_is_that_of_all_draws(count):
+    truth = np.random.default_rng(0).normal(size=count)
+    draws = [max(draw) for draw in itertools.combinations(truth, min(3, count))]
+    assert selection.chance_of_three(truth) == pytest.approx(truth.max() - np.mean(draws))
+
+
+def test_an_estimator_that_some_lack_cannot_rank():
+    with pytest.raises(
+        BadInput, match=r"--by wis: there is no such estimate of a, c: the effective sample is too small"
+    ):
+        selection.table_of(result(three()), "wis")
+
+
+def fake_ope(monkeypatch, told):
+    class Ope:
+        class Args:
+            def __init__(self, **given):
+                self.__dict__.update(given)
+
+        def main(args):
+            names = dict(zip(map(str, args.policies), told["policies"].values(), strict=True))
+            args.out.write_text(json.dumps(told | {"policies": names}))
+
+    monkeypatch.setattr(selection, "load_script", lambda name: Ope)
+
+
+def test_the_page_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
+    fake_ope(monkeypatch, result(three()))
+    selection.main(selection.Args(tuple(tmp_path / name for name in "abc"), tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert f"choose {tmp_path / 'b'}" in said and (tmp_path / "out" / "select.md").read_text() in said
+    html = (tmp_path / "out" / "select.html").read_text()
+    assert "data:image/png;base64" in html and "Which policy" in html and str(tmp_path / "b") in html
+    assert (tmp_path / "out" / "select.png").stat().st_size > 10_000
+
+
+def test_the_choice_is_refused_in_words(tmp_path, monkeypatch, capsys):
+    fake_ope(monkeypatch, result(three(), data=5.0))
+    selection.main(selection.Args(tuple(tmp_path / name for name in "abc"), tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "- cannot choose: the odds that the best beats the data are 0.00 by fqe" in said and "- choose" not in said
+
+
+def test_kept_policies_come_in_the_order_of_their_updates(tmp_path):
+    for name in ("policy-900.pt", "policy-1000.pt", "policy.pt"):
+        (tmp_path / name).touch()
+    found = selection.find_policies(selection.Args((tmp_path,), kept=True))
+    assert found == (tmp_path / "policy-900.pt", tmp_path / "policy-1000.pt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["runs/a"], "there is nothing to choose from: name two runs or more, or give --kept"),
+        (["runs/a", "runs/a"], "a policy is named twice"),
+        (["runs/a", "runs/b"], "no policy at runs/a/policy.pt: give the folder of a run that has saved a checkpoint"),
+        (["runs/a", "runs/b", "--top", "0"], "--top and --eval-episodes must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, line):
+    run = run_script("benchmarks.select", *arguments, "--out", str(tmp_path / "out"))
+    assert run.returncode == 2 and run.stderr == f"error: {line}\n"
+
+
+def test_two_runs_of_cartpole_are_ranked_beside_their_truth(tmp_path):
+    for script in ("fqi", "discrete_cql"):
+        run = run_script(script, *SHORT, "--run-dir", str(tmp_path / script), "--hidden-dims", "16")
+        assert run.returncode == 0, run.stderr
+    small = ["--num-updates", "30", "--hidden-dims", "16", "--eval-episodes", "2"]
+    paths = [str(tmp_path / name) for name in ("fqi", "discrete_cql")]
+    run = run_script("benchmarks.select", *paths, "--out", str(tmp_path / "out"), "--truth", *small)
+    assert run.returncode == 0, run.stderr
+    assert "| by chance |" in run.stdout and "truth" in run.stdout
+    written = json.loads((tmp_path / "out" / "ope.json").read_text())
+    assert {*written["policies"]} == {*paths}
+
+
+def test_a_script_that_is_run_by_its_path_finds_pythons_own_select():
+    """benchmarks/select.py has its name, and lies first on the path then."""
+    code = "import select, selectors, subprocess; print(select.select, selectors.DefaultSelector)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert run.returncode == 0 and "built-in function select" in run.stdout, run.stderr
+
+
+def test_the_table_in_words_has_what_there_is():
+    table = selection.table_of(result(three()), "fqe")
+    words = selection.shown(table, "fqe")
+    assert words.columns.tolist() == ["", "policy", "fqe", "wis", "model", "beats data", "ESS"]
+    assert words["wis"].tolist() == ["2 +- 0.1", "", ""] and isinstance(words, pd.DataFrame)
