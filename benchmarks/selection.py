@@ -7,6 +7,9 @@ and the deviation between networks of different seeds, as the root of the sum of
     beats data      Phi((J - J_data) / sqrt(s^2 + s_data^2)): the odds that the policy earns more than the data's own
                     actions, J_data by fitted Q evaluation, too (by the recorded returns for is and wis)
     as good         policies whose J is within 1.64 sqrt(s^2 + s_best^2) of the best: they cannot be ranked
+    apart           policies whose fqe and model differ by more than half of S, the deviation of the recorded returns:
+                    one of the two extrapolates, and no rank is to be given; where that is so of more than half of
+                    the policies, the model is not up to the task, and they are ranked all the same
     agree           Spearman's correlation of two estimators' ranks, of the policies that have both
 
 The choice is refused where the best does not beat the data with odds of 0.9, where another estimator with an effective
@@ -99,7 +102,9 @@ def standard_error(found: dict[str, Any]) -> float:
 
 
 def table_of(result: dict[str, Any], by: Estimator) -> pd.DataFrame:
-    """A row per policy, the best first: estimates, their standard errors, and the odds of beating the data."""
+    """A row per policy, the best first and those without rank last: estimates, their standard errors, and the odds of
+    beating the data.
+    """
     data, rows = result["data"], []
     for name, found in result["policies"].items():
         row: dict[str, Any] = {"policy": name, "ess": found.get("ess", math.nan)}
@@ -111,19 +116,22 @@ def table_of(result: dict[str, Any], by: Estimator) -> pd.DataFrame:
             gap = row[estimator] - baseline["estimate"]
             error = math.hypot(row[f"{estimator} error"], standard_error(baseline))
             row[f"{estimator} beats data"] = float(stats.norm.cdf(gap / max(error, 1e-12)))
+        row["apart"] = abs(row["fqe"] - row["model"]) > 0.5 * data["return"]["std"] * math.sqrt(result["episodes"])
         rows.append(row)
     table = pd.DataFrame(rows)
+    table["apart"] &= table["apart"].mean() <= 0.5
     lacking = ", ".join(table["policy"][table[by].isna()])
     advice = "the effective sample is too small, or actions are continuous: rank by fqe or model"
     check(not lacking, f"--by {by}: there is no such estimate of {lacking}: {advice}")
-    return table.sort_values(by, ascending=False, kind="stable").reset_index(drop=True)
+    order = table.sort_values(by, ascending=False, kind="stable").sort_values("apart", kind="stable")
+    return order.reset_index(drop=True)
 
 
 def as_good(table: pd.DataFrame, by: Estimator) -> list[str]:
     """The policies that cannot be told from the best by the estimator."""
     error = np.hypot(table[f"{by} error"], table[f"{by} error"].iloc[0])
     within = table[by].iloc[0] - table[by] <= 1.64 * error
-    return table["policy"][within | (table.index == 0)].tolist()
+    return table["policy"][~table["apart"] & (within | (table.index == 0))].tolist()
 
 
 def agreement(table: pd.DataFrame, one: Estimator, other: Estimator) -> float:
@@ -142,7 +150,7 @@ def doubts(table: pd.DataFrame, by: Estimator) -> list[str]:
     for other in ESTIMATORS:
         if other != by and best[f"{other} beats data"] < 0.5:  # NaN is not
             found.append(f"{other} puts the best below the data's own actions")
-    correlation = agreement(table, "fqe", "model")
+    correlation = agreement(table[~table["apart"]], "fqe", "model")
     if correlation < 0:
         found.append(f"fqe and model rank against each other (rank correlation {correlation:.2f})")
     return found
@@ -151,6 +159,8 @@ def doubts(table: pd.DataFrame, by: Estimator) -> list[str]:
 def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[str]:
     """What to know of the numbers, a line each."""
     lines, equal = [], as_good(table, by)
+    if table["apart"].any():
+        lines.append(f"cannot be ranked, for fqe and model are far apart: {', '.join(table['policy'][table['apart']])}")
     if len(equal) > 1:
         lines.append(f"cannot be ranked among each other by {by}: {', '.join(equal)}")
     if result["beta"] == "none":
@@ -164,7 +174,7 @@ def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[
             f"their frequencies alone; its temperature is {result['temperature']:.2f}"
         )
     for other in ESTIMATORS:
-        if other != by and not math.isnan(correlation := agreement(table, by, other)):
+        if other != by and not math.isnan(correlation := agreement(table[~table["apart"]], by, other)):
             lines.append(f"{by} and {other} agree: rank correlation {correlation:.2f}")
     if (beyond := result["data"]["beyond"]) > 0.05:
         lines.append(
@@ -201,14 +211,20 @@ def regret(table: pd.DataFrame, by: Estimator, count: int) -> float:
 
 
 def judge_choice(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per estimator that all policies have, and one for a choice by chance: regret and rank correlation."""
-    rows = []
+    """Regret and rank correlation of the order as it is chosen, of each estimator that all policies have, and of a
+    choice by chance.
+    """
+    rows: list[dict[str, Any]] = []
     for by in ESTIMATORS:
         if table[by].notna().all():
             own = {"estimator": by, "regret@1": regret(table, by, 1), "regret@3": regret(table, by, 3)}
             rows.append(
                 own | {"rank correlation": agreement(table.rename(columns={"truth": "is", "is": "-"}), by, "is")}
             )
+    truth = table["truth"]  # in the order that is chosen
+    chosen: dict[str, Any] = {f"regret@{count}": float(truth.max() - truth.head(count).max()) for count in (1, 3)}
+    correlation = float(stats.spearmanr(-table.index, truth).statistic)
+    rows.insert(0, {"estimator": "as chosen", **chosen, "rank correlation": correlation})
     chance = {"estimator": "by chance", "regret@1": float(table["truth"].max() - table["truth"].mean())}
     return pd.DataFrame(
         [*rows, chance | {"regret@3": chance_of_three(table["truth"].to_numpy()), "rank correlation": 0.0}]
@@ -228,7 +244,8 @@ def chance_of_three(truth: np.ndarray) -> float:
 
 def shown(table: pd.DataFrame, by: Estimator) -> pd.DataFrame:
     """The table in words."""
-    columns: dict[str, Any] = {"": range(1, len(table) + 1), "policy": table["policy"]}
+    ranks = ["" if apart else str(index + 1) for index, apart in enumerate(table["apart"])]
+    columns: dict[str, Any] = {"": ranks, "policy": table["policy"]}
     for name in ESTIMATORS:
         if table[name].notna().any():
             cells = zip(table[name], table[f"{name} error"], strict=True)

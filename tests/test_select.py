@@ -21,7 +21,7 @@ def estimate(value, std=0.1, seeds=(0.0, 0.0)):
 
 def result(policies, data=0.0, **more):
     """What ope.py writes, of policies by name with their estimates."""
-    told = {"dataset_id": "test/data-v0", "gamma": 0.9, "episodes": 100, "beta": "fitted", "temperature": 1.0}
+    told = {"dataset_id": "test/data-v0", "gamma": 0.9, "episodes": 10_000, "beta": "fitted", "temperature": 1.0}
     told |= {"log_likelihood": -0.5, "of_frequencies": -0.7}
     told |= {"data": {"return": estimate(data - 0.1), "fqe": estimate(data), "beyond": 0.0}, "policies": policies}
     return told | more
@@ -58,6 +58,23 @@ def test_what_cannot_be_told_from_the_best():
     assert "cannot be ranked among each other by fqe: b, a" in selection.remarks(table, "fqe", result(three()))
 
 
+def test_policies_of_which_fqe_and_model_are_far_apart_have_no_rank():
+    policies = three() | {"d": {"fqe": estimate(9.0), "model": estimate(0.1), "ess": 0.0}}
+    told = result(policies, episodes=100)  # S is 0.1 sqrt(100) = 1
+    table = selection.table_of(told, "fqe")
+    assert table["policy"].tolist() == ["b", "a", "c", "d"] and table["apart"].tolist() == [False, False, False, True]
+    assert "cannot be ranked, for fqe and model are far apart: d" in selection.remarks(table, "fqe", told)
+    assert selection.shown(table, "fqe")[""].tolist() == ["1", "2", "3", ""]
+    for name in "ab":
+        policies[name]["model"] = estimate(-5.0)
+    assert selection.table_of(result(policies, episodes=100), "fqe")["policy"].tolist() == [
+        "d",
+        "b",
+        "a",
+        "c",
+    ]  # of too many to say
+
+
 def test_nothing_speaks_against_a_clear_choice():
     assert selection.doubts(selection.table_of(result(three()), "fqe"), "fqe") == []
 
@@ -67,8 +84,8 @@ def test_nothing_speaks_against_a_clear_choice():
     [
         (three(), 2.95, "the odds that the best beats the data are 0.64 by fqe"),
         (three(wis=estimate(-1.0)), 0.0, "wis puts the best below the data's own actions"),
-        (three(model=estimate(-3.0)), 0.0, "model puts the best below the data's own actions"),
-        (three(model=estimate(-3.0)), 0.0, "fqe and model rank against each other (rank correlation -0.50)"),
+        (three(model=estimate(-1.5)), 0.0, "model puts the best below the data's own actions"),
+        (three(model=estimate(-1.5)), 0.0, "fqe and model rank against each other (rank correlation -0.50)"),
     ],
 )
 def test_what_speaks_against_the_best(policies, data, line):
@@ -95,7 +112,8 @@ def test_regret_and_rank_correlation_by_hand():
     table = selection.table_of(result(three()), "fqe").assign(truth=[1.0, 2.0, 0.5])  # of b, a, c
     assert selection.regret(table, "fqe", 1) == 1.0 and selection.regret(table, "fqe", 2) == 0.0
     judged = selection.judge_choice(table).set_index("estimator")
-    assert judged.index.tolist() == ["fqe", "model", "by chance"]  # wis is not there of all
+    assert judged.index.tolist() == ["as chosen", "fqe", "model", "by chance"]  # wis is not there of all
+    assert judged.loc["as chosen", "regret@1"] == 1.0
     assert judged.loc["fqe", "rank correlation"] == pytest.approx(0.5)
     assert judged.loc["by chance", "regret@1"] == pytest.approx(2 - 3.5 / 3)
     assert judged.loc["by chance", "regret@3"] == pytest.approx(0.0)
