@@ -2,13 +2,17 @@
 
 Everything is in the data's own units and before any clipping or normalisation. Episodes of which nothing can be learned
 are counted, and left out of the numbers. A duplicate is a transition whose observation, action and reward all equal
-another's, bit for bit. The picture's states are projected on the two directions in which the normalised observations
-vary most (principal components), and coloured by the discounted sum of the rewards that followed in the same episode,
-which knows nothing of what would have come after its end.
+another's, bit for bit. Discrete actions are counted. Where an action_mask says which are legal, `legal` is the share of
+the steps in which an action is, `taken then` of these the share that took it; the mask's own numbers are no
+observations here. Of logged probabilities, infos["log_prob"], the report names the smallest. The picture's states are
+projected on the two directions in which the normalised observations vary most (principal components), and coloured by
+the discounted sum of the rewards that followed in the same episode, which knows nothing of what would have come after
+its end.
 
 Run: python -m benchmarks.inspect_dataset anchorl/pendulum/mixed-v0 --out data.png
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +25,18 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
+from inspect_actions import (
+    Problems,
+    choice_lines,
+    choice_problems,
+    count_choices,
+    count_legal,
+    draw_choices,
+    draw_vectors,
+    names,
+    vector_problems,
+    vector_ranges,
+)
 from scratch import replace
 
 from common.command_line import BadInput, check, launch, one_line
@@ -28,7 +44,6 @@ from common.data import Batch as Episode
 from common.data import Dataset, find_dataset, flatten_observations, load_dataset, observation_names
 
 PICTURED_STATES = 5_000
-AT_BOUND = 1e-3  # of the action's range: so close to its end counts as at it
 OUTLIER = 20  # times the width from the 1st to the 99th percentile, beyond either: no tail reaches so far
 SMALLEST_STD = 1e-3  # what training's normalisation adds to the standard deviation
 
@@ -46,13 +61,14 @@ class Args:
 class Data(NamedTuple):
     """All steps of the episodes that can be used, and what is wrong with the others."""
 
-    observations: np.ndarray  # [N, observation_dim], as the dataset has them; actions and rewards in float32
-    actions: np.ndarray  # [N, action_dim]
+    observations: np.ndarray  # [N, observation_dim], as the dataset has them; vectors and rewards in float32
+    actions: np.ndarray  # [N, action_dim]; of discrete ones [N], int64, counted from 0
     rewards: np.ndarray  # [N]
     terminations: np.ndarray  # [N]
     truncations: np.ndarray  # [N]
     lengths: np.ndarray  # [E]
     returns: np.ndarray  # [E]
+    log_probs: np.ndarray  # [N], of the actions; nan where they are not logged
     refused: list[str]  # why, one line for each episode left out
 
     @property
@@ -67,7 +83,7 @@ class Data(NamedTuple):
 def open_dataset(dataset_id: str) -> Dataset:
     """As load_dataset does, but also where actions have no bounds: the report says what they could be."""
     try:
-        return load_dataset(dataset_id)
+        return load_dataset(dataset_id, discrete=None)
     except BadInput as refusal:
         if "finite bounds" not in str(refusal):
             raise
@@ -78,22 +94,30 @@ def open_dataset(dataset_id: str) -> Dataset:
     return Dataset(dataset_id, int(stored.total_steps), names, space.low, space.high, lambda: iter(()))
 
 
-def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray]]:
-    """Each with its truncations [T]. Raises BadInput where a file is damaged."""
+def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray, np.ndarray]]:
+    """Each with its truncations and the log probabilities of its actions, [T]. Raises BadInput for a damaged file."""
     try:
         source = minari.MinariDataset(find_dataset(dataset.dataset_id))
         for stored in source.iterate_episodes():
             observations = flatten_observations(stored.observations, source.observation_space)
             fields = observations[:-1], stored.actions, stored.rewards, observations[1:], stored.terminations
-            yield Episode(*fields), stored.truncations
+            yield Episode(*fields), stored.truncations, log_probabilities(stored.infos, len(stored.rewards))
     except (OSError, KeyError, ValueError) as error:
         raise BadInput(f"cannot read dataset {dataset.dataset_id}: {one_line(error)}") from None
 
 
+def log_probabilities(infos: Any, steps: int) -> np.ndarray:
+    """Of an episode's actions [T], from infos["log_prob"] [T + 1]; nan where that is missing or something else."""
+    stored = np.asarray((infos or {}).get("log_prob", np.nan))
+    usable = stored.shape in ((steps,), (steps + 1,)) and np.issubdtype(stored.dtype, np.floating)
+    return stored[:steps].astype(np.float64) if usable else np.full(steps, np.nan)
+
+
 def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str | None:
     """Why nothing can be learned from this episode, or None; training refuses a dataset with such episodes."""
-    steps, dim = len(episode.rewards), len(dataset.observation_names)
-    shapes = (steps, dim), (steps, len(dataset.action_low)), (steps,), (steps, dim), (steps,), (steps,)
+    steps, dim, actions = len(episode.rewards), len(dataset.observation_names), episode.actions
+    action_shape = (steps,) if dataset.discrete else (steps, len(dataset.action_low))
+    shapes = (steps, dim), action_shape, (steps,), (steps, dim), (steps,), (steps,)
     fields = episode._asdict() | {"truncations": truncations}
     for (name, values), shape in zip(fields.items(), shapes, strict=True):
         if np.shape(values) != shape:
@@ -102,6 +126,10 @@ def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str 
         if not finite.all():
             place = tuple(np.argwhere(~finite)[0])
             return f"{name} hold {values[place]} at step {place[0]}"
+    if dataset.discrete and (wrong := (actions < 0) | (actions >= count_choices(dataset)) | (actions % 1 != 0)).any():
+        low, step = dataset.action_low[0], int(np.argmax(wrong))
+        rule = f"which is not a whole number from {low} to {dataset.action_high[0]}"
+        return f"actions hold {low + actions[step]:g} at step {step}, {rule}"
     return None if steps else "no steps"
 
 
@@ -109,8 +137,10 @@ def collect(dataset: Dataset) -> Data:
     """Raises BadInput if no episode is left to look at."""
     kept: list[tuple[np.ndarray, ...]] = []
     returns, refused = [], []
-    for index, (episode, truncations) in enumerate(read_episodes(dataset)):
+    for index, (episode, truncations, log_probs) in enumerate(read_episodes(dataset)):
         observations = np.asarray(episode.observations)  # training rounds them when they are near 0
+        if dataset.discrete:
+            episode = episode._replace(actions=np.asarray(episode.actions, np.float64) - dataset.action_low[0])
         with np.errstate(over="ignore"):  # what is too large for training's float32 becomes infinite, and is refused
             episode = Episode(*(np.asarray(values, np.float32) for values in episode))
         if reason := refusal(episode, truncations, dataset):
@@ -118,13 +148,14 @@ def collect(dataset: Dataset) -> Data:
             continue
         _, actions, rewards, _, terminations = episode
         returns.append(float(np.sum(rewards, dtype=np.float64)))
-        kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool)))
+        actions = actions.astype(np.int64) if dataset.discrete else actions
+        kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool), log_probs))
     check(bool(kept), f"{dataset.dataset_id}: the dataset is empty" + "".join(f"; {line}" for line in refused[:1]))
-    lengths = np.array([len(rewards) for _, _, rewards, _, _ in kept])
+    lengths = np.array([len(rewards) for _, _, rewards, *_ in kept])
     columns = (np.concatenate(column) for column in zip(*kept, strict=True))
-    observations, actions, rewards, terminations, truncations = columns
+    observations, actions, rewards, terminations, truncations, log_probs = columns
     ends = terminations, truncations
-    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), refused)
+    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), log_probs, refused)
 
 
 # --- Measures -------------------------------------------------------------------------------------------------------
@@ -134,14 +165,6 @@ def count_duplicates(data: Data) -> int:
     """Transitions that could go without a loss: N less the number of different (observation, action, reward)."""
     rows = np.column_stack([data.observations, data.actions, data.rewards]) + np.float32(0)  # -0 and 0 are one number
     return len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))))
-
-
-def share_beyond(data: Data, dataset: Dataset, edge: float = -1e-6) -> np.ndarray:
-    """Share of the actions beyond their bounds or, of their range, closer to them than `edge`: [action_dim]."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        low, high = dataset.action_low, dataset.action_high
-        edge = np.nan_to_num(edge * (high - low), posinf=0, neginf=0)
-        return ((data.actions < low + edge) | (data.actions > high - edge)).mean(axis=0)
 
 
 def outliers(columns: np.ndarray) -> np.ndarray:
@@ -175,25 +198,20 @@ def principal_components(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # --- Problems -------------------------------------------------------------------------------------------------------
 
-Problems = Iterator[tuple[str, str]]  # what is the matter, what to do
-
 
 def find_problems(data: Data, dataset: Dataset, duplicates: int) -> Problems:
     """What to know before training on the data; what stops training comes first."""
     yield from _refusals(data, dataset)
     yield from _endings(data)
-    yield from _actions(data, dataset)
-    yield from _values(data)
+    if dataset.discrete:
+        yield from choice_problems(data.actions, data.observations, dataset)
+    else:
+        yield from vector_problems(data.actions, dataset)
+    yield from _values(data, count_legal(dataset))
     if duplicates:
         todo = "expected where states and actions are few; else data was added twice: remove it"
         share = duplicates / len(data.rewards)
         yield f"{duplicates:,} of the transitions ({share:.1%}) are duplicates of others", todo
-
-
-def names(what: str, mask: np.ndarray) -> str:
-    """The dimensions in a mask: "observation 3, 7"."""
-    found = np.flatnonzero(mask).tolist()
-    return f"{what} {', '.join(map(str, found[:10]))}{', ...' if len(found) > 10 else ''}"
 
 
 def _refusals(data: Data, dataset: Dataset) -> Problems:
@@ -206,7 +224,7 @@ def _refusals(data: Data, dataset: Dataset) -> Problems:
         yield what, "write it again with Minari's create_dataset_from_buffers"
     with np.errstate(over="ignore"):
         bounded = np.isfinite(dataset.action_high - dataset.action_low) & (dataset.action_low < dataset.action_high)
-    if not bounded.all():
+    if not dataset.discrete and not bounded.all():
         low, high = ([float(f"{bound:.4g}") for bound in find(data.actions, axis=0)] for find in (np.min, np.max))
         todo = f"write it again with an action_space of what the actuators can do; the data fill Box({low}, {high})"
         yield f"{refuses}: {names('action', ~bounded)} without finite bounds", todo
@@ -235,33 +253,17 @@ def _endings(data: Data) -> Problems:
         yield "there is one episode only", "mark where episodes end, if the log holds several"
 
 
-def _actions(data: Data, dataset: Dataset) -> Problems:
-    low, high = data.actions.min(axis=0), data.actions.max(axis=0)
-    beyond = share_beyond(data, dataset)
-    if beyond.any():
-        todo = "training clips them, as environments do; if the bounds are wrong, correct the action_space"
-        yield f"{names('action', beyond > 0)}: up to {beyond.max():.2%} of the values are out of bounds", todo
-    if (low == high).any():
-        todo = "an actuator that never moves teaches nothing: leave it out, and hold it there when acting"
-        yield f"{names('action', low == high)}: always the same value", todo
-    with np.errstate(over="ignore", invalid="ignore"):
-        extent = dataset.action_high - dataset.action_low
-        narrow = (high - low < 0.1 * extent) & (low < high) & np.isfinite(extent)
-    if narrow.any():
-        todo = "check units and bounds: training scales actions by the bounds, and sees hardly any motion"
-        yield f"{names('action', narrow)}: less than a tenth of the range is used", todo
-
-
-def _values(data: Data) -> Problems:
-    constant = data.observations.min(axis=0) == data.observations.max(axis=0)
-    small = ~constant & (data.observations.std(axis=0, dtype=np.float64) < SMALLEST_STD)
+def _values(data: Data, num_legal: int) -> Problems:
+    measured = np.arange(data.observations.shape[1]) >= num_legal  # no mask
+    constant = measured & (data.observations.min(axis=0) == data.observations.max(axis=0))
+    small = measured & ~constant & (data.observations.std(axis=0, dtype=np.float64) < SMALLEST_STD)
     if constant.any():
         todo = "training sees 0 there: leave it out, or keep in mind that other values were never learned"
         yield f"{names('observation', constant)}: always the same value", todo
     if small.any():
         todo = f"normalisation divides by the standard deviation + {SMALLEST_STD}: give it in a smaller unit"
         yield f"{names('observation', small)}: standard deviation below {SMALLEST_STD}", todo
-    if (far := outliers(data.observations)).any():
+    if (far := measured & outliers(data.observations)).any():
         todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
         yield f"{names('observation', far)}: values far beyond all others", todo
     if outliers(data.rewards[:, None]).any():
@@ -284,31 +286,44 @@ def spread(name: str, values: np.ndarray) -> str:
 
 
 def ranges(data: Data, dataset: Dataset) -> Iterator[str]:
-    """One line per dimension of observations and actions."""
-    header = "".join(f"{name:>12}" for name in ("lowest", "highest", "mean", "std", "beyond", "at bound"))
-    yield f"{'dimension':<16}{header}  bounds"
-    beyond, at_bound = share_beyond(data, dataset), share_beyond(data, dataset, AT_BOUND)
-    for what, columns in (("observation", data.observations), ("action", data.actions)):
-        mean, std = columns.mean(axis=0, dtype=np.float64), columns.std(axis=0, dtype=np.float64)
-        rows = zip(columns.min(axis=0), columns.max(axis=0), mean, std, strict=True)
-        for index, row in enumerate(rows):
-            line = f"{what} {index}".ljust(16) + "".join(f"{number:>12.5g}" for number in row)
-            if what == "action":
-                bounds = f"{dataset.action_low[index]:.5g} to {dataset.action_high[index]:.5g}"
-                line += f"{beyond[index]:>12.2%}{at_bound[index]:>12.2%}  {bounds}"
-            yield line
+    """One line per dimension of observations, without a mask, and of actions that are vectors."""
+    vectors = () if dataset.discrete else ("beyond", "at bound")
+    header = "".join(f"{name:>12}" for name in ("lowest", "highest", "mean", "std", *vectors))
+    yield f"{'dimension':<16}{header}" + ("  bounds" if vectors else "")
+    yield from list(column_lines("observation", data.observations))[count_legal(dataset) :]
+    if not dataset.discrete:
+        for line, more in zip(column_lines("action", data.actions), vector_ranges(data.actions, dataset), strict=True):
+            yield line + more
+
+
+def column_lines(what: str, columns: np.ndarray) -> Iterator[str]:
+    mean, std = columns.mean(axis=0, dtype=np.float64), columns.std(axis=0, dtype=np.float64)
+    for index, row in enumerate(zip(columns.min(axis=0), columns.max(axis=0), mean, std, strict=True)):
+        yield f"{what} {index}".ljust(16) + "".join(f"{number:>12.5g}" for number in row)
+
+
+def propensities(data: Data, discrete: bool) -> str:
+    """Of how many steps the probabilities of actions are logged, and the smallest."""
+    logged = ~np.isnan(data.log_probs)
+    smallest = float(np.min(data.log_probs[logged]))
+    how_many = "each step" if logged.all() else f"{logged.sum():,} of the steps"
+    value = f"{math.exp(smallest):.3g}" if discrete else f"{smallest:.5g} (log density)"
+    return f"propensities: logged for {how_many}, the smallest {value}"
 
 
 def report(data: Data, dataset: Dataset) -> Iterator[str]:
     """The lines of the text."""
     duplicates = count_duplicates(data)
     terminated, truncated = int(data.terminations.sum()), int(data.truncations.sum())
-    sizes = f"observations of size {data.observations.shape[1]}, actions of size {data.actions.shape[1]}"
+    what = f"{count_choices(dataset):,} actions" if dataset.discrete else f"actions of size {data.actions.shape[1]}"
+    sizes = f"observations of size {data.observations.shape[1]}, {what}"
     yield f"{dataset.dataset_id}: {len(data.rewards):,} transitions in {len(data.lengths):,} episodes, {sizes}"
     yield f"environment: {dataset.env_id or 'none: training skips evaluation'}"
     scores = dataset.reference_returns
     yield f"returns of scores 0 and 100: {f'{scores[0]:.5g} and {scores[1]:.5g}' if scores else 'unknown'}"
     yield f"terminations: {terminated:,}; truncations: {truncated:,}; duplicate transitions: {duplicates:,}"
+    if not np.isnan(data.log_probs).all():
+        yield propensities(data, dataset.discrete)
     yield ""
     yield " " * 16 + "".join(f"{name:>12}" for name in ("mean", "std", "lowest", "25%", "median", "75%", "highest"))
     yield spread("episode length", data.lengths)
@@ -316,6 +331,9 @@ def report(data: Data, dataset: Dataset) -> Iterator[str]:
     yield spread("reward", data.rewards)
     yield ""
     yield from ranges(data, dataset)
+    if dataset.discrete:
+        yield ""
+        yield from choice_lines(data.actions, data.observations, dataset)
     yield ""
     problems = list(find_problems(data, dataset, duplicates))
     yield f"problems found: {len(problems) or 'none'}"
@@ -337,7 +355,10 @@ def draw(data: Data, dataset: Dataset, gamma: float, path: Path) -> None:
     returns.legend()
     lengths.hist(data.lengths, bins=40, range=(0, 1.05 * data.lengths.max()))
     lengths.set(title="lengths", xlabel="steps of an episode", ylabel="episodes")
-    draw_actions(actions, figure, data.actions)
+    if dataset.discrete:
+        draw_choices(actions, data.actions, data.observations, dataset)
+    else:
+        draw_vectors(actions, figure, data.actions)
 
     rows = np.random.default_rng(0).permutation(len(data.rewards))[:PICTURED_STATES]
     std = data.observations.std(axis=0, dtype=np.float64) + SMALLEST_STD
@@ -348,25 +369,6 @@ def draw(data: Data, dataset: Dataset, gamma: float, path: Path) -> None:
     states.set(ylabel=f"second, {shares[1]:.0%}")
     figure.colorbar(dots, ax=states, label=f"return-to-go, discount {gamma:g}")
     replace(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def draw_actions(axes: Any, figure: Any, actions: np.ndarray) -> None:
-    """How often each value of each dimension is taken: a line for each, or a row of an image where they are many."""
-    low, high = actions.min(axis=0), actions.max(axis=0)
-    if len(low) <= 4:
-        for index in range(len(low)):
-            axes.hist(actions[:, index], bins=50, histtype="step", density=True, label=f"action {index}")
-        axes.set(title="actions", xlabel="value", ylabel="density")
-        axes.legend()
-        return
-    from matplotlib.colors import PowerNorm
-
-    width = np.where(high > low, high - low, 1)
-    counts = [np.histogram(column, bins=50, range=(0, 1))[0] for column in ((actions - low) / width).T]
-    shares, extent = np.array(counts) / len(actions), (0, 1, len(low) - 0.5, -0.5)
-    image = axes.imshow(shares, aspect="auto", extent=extent, cmap="magma", norm=PowerNorm(0.5))
-    axes.set(title="actions", xlabel="from the lowest value to the highest", ylabel="dimension")
-    figure.colorbar(image, ax=axes, label="share of the steps")
 
 
 def main(args: Args) -> None:

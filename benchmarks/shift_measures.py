@@ -29,6 +29,8 @@ def coverage(values: Tensor, scale: Tensor, level: float = 0.95) -> float:
 
 # --- Behaviour ------------------------------------------------------------------------------------------------------
 
+# Masses [n, parts, bins] are those of an action's parts: of each entry of a vector, or of a choice as a whole.
+
 
 def bin_edges() -> Tensor:
     return torch.linspace(-1, 1, NUM_BINS + 1)
@@ -40,18 +42,18 @@ def bin_of(actions: Tensor) -> Tensor:
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """sum_j sum_b p_jb log(p_jb / q_jb), of products of [n, action_dim, bins]: [n]."""
+    """sum_j sum_b p_jb log(p_jb / q_jb), of products of [n, parts, bins]: [n]."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q.clamp(min=1e-30))).sum(dim=(1, 2))
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """1/2 sum_b |p_jb - q_jb|, averaged over the action's dimensions j: [n]."""
+    """1/2 sum_b |p_jb - q_jb|, averaged over the action's parts j: [n]."""
     return 0.5 * (p - q).abs().sum(dim=2).mean(dim=1)
 
 
-def surprise(behaviour: Tensor, actions: Tensor) -> Tensor:
-    """-sum_j log behaviour_j(bin of a_j), from masses [n, action_dim, bins] and actions [n, action_dim]: [n]."""
-    chosen = behaviour.gather(2, bin_of(actions)[..., None]).squeeze(2)
+def surprise(behaviour: Tensor, bins: Tensor) -> Tensor:
+    """-sum_j log behaviour_j(b_j), from masses [n, parts, bins] and bins b [n, parts]: [n]."""
+    chosen = behaviour.gather(2, bins[..., None]).squeeze(2)
     return -chosen.clamp(min=1e-30).log().sum(dim=1)
 
 
@@ -60,12 +62,12 @@ def mlp(input_dim: int, output_dim: int, width: int = 128) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def fit_behaviour(states: Tensor, actions: Tensor, num_updates: int) -> nn.Module:
-    """A network from states [N, dim] to the masses [n, action_dim, bins] that the data's actions [N, action_dim] have
-    there, by maximum likelihood: each dimension on its own, given the state.
+def fit_behaviour(states: Tensor, bins: Tensor, num_bins: int, num_updates: int) -> nn.Module:
+    """A network from states [N, dim] to the masses [n, parts, num_bins] that the data's actions, in the bins
+    [N, parts], have there, by maximum likelihood: each part on its own, given the state.
     """
-    action_dim, bins = actions.shape[1], bin_of(actions)
-    net = nn.Sequential(mlp(states.shape[1], action_dim * NUM_BINS), nn.Unflatten(1, (action_dim, NUM_BINS)))
+    parts = bins.shape[1]
+    net = nn.Sequential(mlp(states.shape[1], parts * num_bins), nn.Unflatten(1, (parts, num_bins)))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(num_updates):
         rows = torch.randint(len(states), (512,))

@@ -1,19 +1,21 @@
 """How far a trained policy has gone from its data, and whether its Q can be believed there: a table, and a picture.
 
 D is the data, pi the policy as it is evaluated, Q the mean of the run's critics in the units it learned in.
-States are in standard deviations of D, actions in [-1, 1]. A fifth of D's episodes (of fewer than ten: of short pieces)
-is left out of all that is fitted or searched. At their states, three actions are compared: `data` is D's own, `policy`
-is pi(s), `random` is drawn uniformly. The numbers of `data` are the scale. `visits` are the (s, a) of pi's own episodes
-in the environment.
+States are in standard deviations of D, actions in [-1, 1], discrete ones one-hot. A fifth of D's episodes (of fewer
+than ten: of short pieces) is left out of all that is fitted or searched. At their states, three actions are compared:
+`data` is D's own, `policy` is pi(s), `random` is drawn uniformly, of discrete ones among the legal. The numbers of
+`data` are the scale. `visits` are the (s, a) of pi's own episodes in the environment.
 
     G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01
     S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
     Q above     share of Q(s, a) > max(r_max, r_max / (1 - gamma)) + S / 10, r_max the highest reward in D: too high to
                 be true
-    critics     mean of max_i Q_i(s, a) - min_i Q_i(s, a), their disagreement: of twins |Q_1 - Q_2|
+    critics     mean of max_i Q_i(s, a) - min_i Q_i(s, a), their disagreement: of twins |Q_1 - Q_2|, of one critic none
     distance    d(s, a) = min_{j in near(s)} |a - a_j|,  near(s): the 10 states of D nearest to s
     covered     share of d(s, a) <= its 0.95 quantile for `data`;  visits covered: of distances to D's nearest pair
-    surprise    -sum_j log beta_j(b_j(a) | s),  b_j: the bin of a's entry j, of 15;  beta: a network fitted to D
+    taken       for discrete actions, in the place of distance and covered: share of the a that one of near(s) took
+    surprise    -sum_j log beta_j(b_j(a) | s),  b_j: the bin of a's entry j, of 15;  beta: a network fitted to D. Of
+                discrete actions -log beta(a | s); in KL and TV, too, a is then one entry, with a bin for each action
     typical     share of surprises <= their 0.95 quantile for `data`
     KL          sum_j sum_b p_jb log(p_jb / beta_jb),  p: the bins' masses under the actor's own distribution, each to
                 within 1/256
@@ -25,18 +27,20 @@ in the environment.
     speaking    N (sum w)^2 / (n sum w^2) min(1, mean w), n left-out data: how many of all N transitions speak of pi
 
 Alarming is: more than 10% of Q too high to be true; Q above G by S / 2 on average; critics that disagree more than
-twice as much as about `data`; fewer than 80% covered or typical, where `data` has 95%; fewer than 100 transitions that
-speak, whose mean has an error of a tenth of their standard deviation.
+twice as much as about `data`; fewer than 80% covered or typical, where `data` has 95%, or a share taken below 84% of
+`data`'s, the same ratio; fewer than 100 transitions that speak, whose mean has an error of a tenth of their standard
+deviation.
 
 Limits. An alarm says that the data cannot vouch for the policy, not that it is bad. A report without alarms has found
 nothing, which means little where `random` passes, too: the data cover every action. Distances mean less the more
-dimensions there are. beta takes the action's entries for independent. For actors without a distribution (BC, TD3+BC,
-BCQ) p is 1 in one bin. This makes KL and TV large even for a good clone of noisy data, so they have no verdict. Nor has
-accuracy: the best policy is far from mixed data. A Q above G is no error where rewards grow beyond what D has seen. Q
-may be of another policy than pi: IQL's is of a better one, CQL's and COMBO's of the actor with its noise, MOPO's has
-penalties and entropies in it. S is small where episodes are short pieces. The picture's Q over training is what the
-script logged: CQL of all three kinds of action, TD3+BC of data and policy, IQL and BCQ of data. BC and AWR have no Q.
-Without an environment there are no visits.
+dimensions there are, `taken` the fewer actions. beta takes the action's entries for independent. For actors without a
+distribution (BC, TD3+BC, BCQ, of discrete actions all but IQL's) p is 1 in one bin. This makes KL and TV large even for
+a good clone of noisy data, so they have no verdict. Nor has accuracy: the best policy is far from mixed data. A Q above
+G is no error where rewards grow beyond what D has seen. Q may be of another policy than pi: IQL's is of a better one,
+CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it. S is small where episodes are
+short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of action, TD3+BC of data
+and policy, IQL, BCQ and scripts for discrete actions of data. BC and AWR have no Q. Without an environment there are no
+visits.
 
 Run: python -m benchmarks.shift_report runs/first --out shift.png
 """
@@ -50,7 +54,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -58,13 +61,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import shift_measures as measures
 from scratch import replace
+from shift_actions import bins_of, count_bins, draw_random, masses_of_policy, masses_of_random
 from trained_run import Trained, Visits, load_run, visit
 
 from common.command_line import check, launch
 
 NUM_REFERENCES = 50_000  # transitions among which neighbours are looked for
 NUM_NEIGHBOURS = 10
-NUM_DRAWS = 256  # actions of an actor with a distribution, at each state
+MOST_CHOICES = 1_000  # discrete actions: a one-hot vector of each transition is held
 COLUMNS = "data", "policy", "random", "visits"
 LOGGED = {  # columns of metrics.csv, and whose actions they are about
     "critic/q_data": "data",
@@ -119,7 +123,7 @@ class Scene(NamedTuple):
 
     run: Trained
     visits: Visits | None
-    points: Tensor  # [N, observation_dim + action_dim] of the whole data, in standard deviations
+    points: Tensor  # [N, observation_dim + action_dim] of the whole data, in standard deviations; of choices one-hot
     visited: Tensor  # [n, the same] of the visits
     episodes: Tensor  # [N], their numbers
     left_out: Tensor  # [N], a mask
@@ -133,8 +137,10 @@ class Scene(NamedTuple):
 
 def set_scene(run: Trained, visits: Visits | None, num_states: int) -> Scene:
     """Raises BadInput if there is too little data to leave some out."""
-    data, lengths, dim = run.buffer.transitions, run.buffer.episode_lengths, run.buffer.action_dim
-    check(len(data.rewards) >= 100, f"{run.args.dataset_id}: {len(data.rewards)} transitions are too few for a report")
+    data, lengths, name = run.buffer.transitions, run.buffer.episode_lengths, run.args.dataset_id
+    check(len(data.rewards) >= 100, f"{name}: {len(data.rewards)} transitions are too few for a report")
+    many = run.buffer.num_actions
+    check(many <= MOST_CHOICES, f"{name}: {many} actions are too many for a report: at most {MOST_CHOICES}")
     episodes = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     if len(lengths) < 10:
         episodes = torch.arange(len(episodes)) // 10  # short pieces of the few
@@ -142,13 +148,14 @@ def set_scene(run: Trained, visits: Visits | None, num_states: int) -> Scene:
     left_out = torch.isin(episodes, numbers[: math.ceil(len(numbers) / 5)])
     rows, others = (mask.nonzero()[:, 0] for mask in (left_out, ~left_out))
     rows, others = rows[torch.randperm(len(rows))[:num_states]], others[torch.randperm(len(others))[:NUM_REFERENCES]]
-    columns = torch.cat([data.observations, data.actions], dim=1)
+    columns = torch.cat([data.observations, run.vectors(data.actions)], dim=1)
     std, mean = torch.std_mean(columns, dim=0)
     points, visited = (columns - mean) / (std + 1e-3), torch.empty(0)
     if visits is not None:
         visited = (torch.cat([visits.observations, visits.actions], dim=1) - mean) / (std + 1e-3)
-    random = torch.rand(len(rows), dim) * 2 - 1
-    actions = {"data": data.actions[rows], "policy": run.policy.act(data.observations[rows]), "random": random}
+    observations = data.observations[rows]
+    actions = {"data": run.vectors(data.actions[rows]), "policy": run.act(observations)}
+    actions["random"] = draw_random(run, observations)
     return Scene(run, visits, points, visited, episodes, left_out, rows, others, actions)
 
 
@@ -165,14 +172,14 @@ def judge_values(scene: Scene) -> Findings:
     highest = float(data.rewards.max())
     possible = max(highest, highest / max(1 - run.gamma, 1e-9)) + spread / 10
     states = data.observations[scene.rows]
-    q = {name: run.critic(states, actions) for name, actions in scene.actions.items()}  # [critics, n]
+    q = {name: run.q(states, actions) for name, actions in scene.actions.items()}  # [critics, n]
     if visits is not None:
-        q["visits"] = run.critic(visits.observations, visits.actions)
+        q["visits"] = run.q(visits.observations, visits.actions)
     mean = {name: values.mean(dim=0) for name, values in q.items()}
     rows = [Row("Q", {name: float(values.mean()) for name, values in mean.items()})]
     shares = {name: float((values > possible).float().mean()) for name, values in mean.items()}
     rows.append(judged(f"Q above {possible:.4g}", shares, ".1%", "at most 10%", lambda share: share > 0.1))
-    panels = {"critics": {name: values.amax(dim=0) - values.amin(dim=0) for name, values in q.items()}}
+    panels: Panels = {}
     if visits is not None:
         known = visits.returns.isfinite()
         came, believed = visits.returns[known], mean["visits"][known]
@@ -181,49 +188,47 @@ def judge_values(scene: Scene) -> Findings:
         name = f"(Q - G) / S, S {spread:.4g}"
         rows.append(judged(name, {"visits": bias}, ".2f", "at most 0.5", lambda bias: bias > 0.5))
         panels["returns"] = {"came": came, "believed": believed}
-    apart = {name: float(values.mean()) for name, values in panels["critics"].items()}
-    rows.append(judged("critics", apart, ".4g", "at most twice data", lambda value: value > 2 * apart["data"]))
+    if len(q["data"]) > 1:
+        panels["critics"] = {name: values.amax(dim=0) - values.amin(dim=0) for name, values in q.items()}
+        apart = {name: float(values.mean()) for name, values in panels["critics"].items()}
+        rows.append(judged("critics", apart, ".4g", "at most twice data", lambda value: value > 2 * apart["data"]))
     return rows, panels
 
 
-def action_bins(actor: Any, observations: Tensor, actions: Tensor) -> Tensor:
-    """Masses of the actor's own distribution [n, action_dim, bins]. Without one, they are 1 where the deterministic
-    `actions` are.
-
-    A mass is the share of draws in the bin, so that any actor will do that has `sample`. In each dimension, the draws'
-    noise takes NUM_DRAWS quantiles of the standard normal in random order. Where an entry of the action rises with its
-    own noise and depends on no other, as in every script here, no mass is off by more than 1 / NUM_DRAWS.
-    """
-    if not hasattr(actor, "sample"):
-        return F.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
-    quantiles = torch.special.ndtri((torch.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS)
-    shuffled = torch.rand(NUM_DRAWS, actions.shape[1], generator=torch.Generator().manual_seed(0)).argsort(dim=0)
-    noise = quantiles[shuffled]  # [draws, action_dim]
-    masses = torch.zeros(*actions.shape, measures.NUM_BINS)
-    for row in noise:
-        drawn, _ = actor.sample(observations, row.expand_as(actions))
-        masses += F.one_hot(measures.bin_of(drawn), measures.NUM_BINS) / NUM_DRAWS
-    return masses
-
-
 def judge_actions(scene: Scene, num_updates: int) -> Findings:
-    """pi's actions at the data's states: their distance from the data's actions, and their odds among them."""
+    """pi's actions at the data's states: how they are to those of near states, and their odds among all."""
     run, data, rows, others = scene.run, scene.run.buffer.transitions, scene.rows, scene.others
     _, near = measures.nearest(scene.states(rows), scene.states(others), NUM_NEIGHBOURS)
-    choices = data.actions[others][near]  # [n, neighbours, action_dim]
-    distances = {name: (some[:, None] - choices).norm(dim=2).amin(dim=1) for name, some in scene.actions.items()}
-    beta = measures.fit_behaviour(scene.states(others), data.actions[others], num_updates)(scene.states(rows))
-    surprises = {name: measures.surprise(beta, actions) for name, actions in scene.actions.items()}
-    bins = {"policy": action_bins(run.policy.actor, data.observations[rows], scene.actions["policy"])}
-    bins["random"] = torch.full_like(beta, 1 / measures.NUM_BINS)
+    actions = run.vectors(data.actions[others])
+    compare = taken_near if run.buffer.num_actions else distance_to_near
+    found, panel = compare(scene.actions, actions[near])
+    bins = bins_of(run, actions)
+    beta = measures.fit_behaviour(scene.states(others), bins, count_bins(run), num_updates)(scene.states(rows))
+    surprises = {name: measures.surprise(beta, bins_of(run, some)) for name, some in scene.actions.items()}
+    observations = data.observations[rows]
+    masses = {"policy": masses_of_policy(run, observations, scene.actions["policy"])}
+    masses["random"] = masses_of_random(run, observations)
     return [
-        Row("distance (median)", {name: float(values.median()) for name, values in distances.items()}),
-        covered("covered", distances),
+        *found,
         Row("surprise", {name: float(values.mean()) for name, values in surprises.items()}),
         covered("typical", surprises),
-        Row("KL", {name: float(measures.kl_divergence(masses, beta).mean()) for name, masses in bins.items()}),
-        Row("TV", {name: float(measures.total_variation(masses, beta).mean()) for name, masses in bins.items()}),
-    ], {"distance": distances, "surprise": surprises}
+        Row("KL", {name: float(measures.kl_divergence(some, beta).mean()) for name, some in masses.items()}),
+        Row("TV", {name: float(measures.total_variation(some, beta).mean()) for name, some in masses.items()}),
+    ], {"near": panel, "surprise": surprises}
+
+
+def distance_to_near(actions: dict[str, Tensor], near: Tensor) -> tuple[list[Row], dict[str, Tensor]]:
+    """d(s, a) from the actions of near states [n, neighbours, action_dim]."""
+    distances = {name: (some[:, None] - near).norm(dim=2).amin(dim=1) for name, some in actions.items()}
+    medians = {name: float(values.median()) for name, values in distances.items()}
+    return [Row("distance (median)", medians), covered("covered", distances)], distances
+
+
+def taken_near(actions: dict[str, Tensor], near: Tensor) -> tuple[list[Row], dict[str, Tensor]]:
+    """Whether a choice is one of those at near states [n, neighbours, C], and the share of these that took it, [n]."""
+    shares = {name: (some[:, None] * near).sum(dim=2).mean(dim=1) for name, some in actions.items()}
+    taken = {name: float((values > 0).float().mean()) for name, values in shares.items()}
+    return [judged("taken", taken, ".1%", "at least 84% of data", lambda share: share < 0.84 * taken["data"])], shares
 
 
 def covered(name: str, values: dict[str, Tensor]) -> Row:
@@ -292,9 +297,10 @@ def draw(run: Trained, rows: list[Row], panels: Panels, path: Path) -> None:
     axes = figure.subplots(2, 3).flatten()
     draw_training(axes[0], run)
     draw_returns(axes[1], panels.get("returns", {}))
+    discrete = run.buffer.num_actions > 0
     titles = {
         "critics": ("disagreement of the critics", "max Q - min Q"),
-        "distance": ("actions at near states", "distance to the nearest of the data's"),
+        "near": ("actions at near states", "share that took it" if discrete else "distance to the nearest"),
         "surprise": ("surprise under the fitted behaviour", "-log beta(a | s)"),
         "ratio": ("visits against data", "log of the ratio of densities, w"),
     }
@@ -368,6 +374,8 @@ def main(args: Args) -> None:
         print(line)
     if run.critic is None:
         print(f"skipped, for {run.args.algorithm} has no critic: Q and critics")
+    elif "critics" not in panels:
+        print(f"skipped, for {run.args.algorithm} has one critic: critics")
     if visits is None:
         print("skipped, for there is no environment: visits")
     print("", *headlines(rows), sep="\n")

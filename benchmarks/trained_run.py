@@ -10,19 +10,20 @@ from typing import Any, NamedTuple, get_type_hints
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from typeguard import TypeCheckError, check_type
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shift_measures import discounted_returns
 
 from common.command_line import BadInput, check, explain, one_line, warn
-from common.data import ReplayBuffer, flatten_observations, load_dataset
+from common.data import ReplayBuffer, flatten_observations, hold_out, load_dataset
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
 
 
 class Trained(NamedTuple):
-    """A run, read from its folder."""
+    """A run, read from its folder. Its actions are vectors in [-1, 1], discrete ones one-hot vectors of num_actions."""
 
     args: Any
     buffer: ReplayBuffer
@@ -33,12 +34,29 @@ class Trained(NamedTuple):
     reward_shift: float
     metrics: list[dict[str, float]]  # the rows of metrics.csv, of each the cells that are not empty
 
+    def vectors(self, actions: Tensor) -> Tensor:
+        """Of actions as the buffer has them, vectors or numbers from 0: [n, action_dim] or [n, num_actions]."""
+        return one_hot(actions, self.buffer.num_actions).float() if self.buffer.num_actions else actions
+
+    def act(self, observations: Tensor) -> Tensor:
+        """pi(s)."""
+        outputs = self.policy.act(observations)
+        return self.vectors(outputs.argmax(dim=1)) if self.buffer.num_actions else outputs
+
+    def q(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Q_i(s, a) of each critic i, [critics, n]."""
+        assert self.critic is not None
+        if not self.buffer.num_actions:
+            return self.critic(observations, actions)
+        of_all = self.critic(observations)  # [n, num_actions], of more critics than one [critics, n, num_actions]
+        return of_all.reshape(-1, *of_all.shape[-2:])[:, torch.arange(len(actions)), actions.argmax(dim=1)]
+
 
 class Visits(NamedTuple):
     """What a policy met in its episodes, until the time limit."""
 
     observations: Tensor  # [n, observation_dim], as the buffer has them
-    actions: Tensor  # [n, action_dim] in [-1, 1]
+    actions: Tensor  # [n, action_dim], as Trained has them
     returns: Tensor  # [n], G of the rewards as learned from; nan where an episode was cut too soon to know it
     episodes: Tensor  # [n], their numbers
 
@@ -65,14 +83,14 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
     module: Any = load_script(algorithm, script)
     args = arguments(module.Args, saved, folder, env_id)
-    dataset, cpu = load_dataset(args.dataset_id, args.env_id), torch.device("cpu")
+    policy, cpu = load_policy(folder, script), torch.device("cpu")
+    dataset = hold_out(load_dataset(args.dataset_id, args.env_id, discrete=policy.discrete), args)
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
     check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")
-    policy = load_policy(folder, script)
     actor = policy.actor.requires_grad_(False).eval()
-    critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor
+    critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor, as is that of most for discrete actions
     if "critic" in learned:
-        critic = module.build(buffer.observation_dim, buffer.action_dim, args, cpu, Adam).critic
+        critic = module.build(buffer.observation_dim, buffer.num_actions or buffer.action_dim, args, cpu, Adam).critic
         with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
             critic.load_state_dict(learned["critic"])
             finite = all(bool(weight.isfinite().all()) for weight in critic.parameters())
@@ -118,7 +136,7 @@ class Recorder(gym.Wrapper):
     def step(self, action: Any) -> Any:
         observation, reward, self.terminated, truncated, info = self.env.step(action)
         self.observations.append(self._flat(observation))
-        self.actions.append(torch.tensor(action, dtype=torch.float32))
+        self.actions.append(torch.tensor(action))
         self.rewards.append(float(reward))
         return observation, reward, self.terminated, truncated, info
 
@@ -154,6 +172,9 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
             column.append(values[:limit])
     observations, actions, returns, numbers = map(torch.cat, columns)
     low, high = torch.as_tensor(dataset.action_low), torch.as_tensor(dataset.action_high)
-    actions = (actions - (high + low) / 2) / ((high - low) / 2)
+    if dataset.discrete:
+        actions = run.vectors(actions - low)
+    else:
+        actions = ((actions - (high + low) / 2) / ((high - low) / 2)).float()
     observations = ((observations - buffer.normalization[0]) / buffer.normalization[1]).float()
     return Visits(observations, actions, returns, numbers)

@@ -106,11 +106,11 @@ def test_continuous_data_is_one_line(algorithm, tmp_path, pendulum):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "iql", "mopo", "inspect_dataset"])
+@pytest.mark.parametrize("algorithm", ["bc", "iql", "mopo"])
 def test_discrete_data_for_continuous_algorithms_is_one_line(algorithm, tmp_path, cartpole):
     dataset_id = "anchorl/cartpole/mixed-v0"
     arguments = ["--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run")]
-    run = run_script(algorithm, *([dataset_id] if algorithm == "inspect_dataset" else arguments))
+    run = run_script(algorithm, *arguments)
     assert_one_line(run, rf"error: {dataset_id}: actions must be vectors of real numbers \(a Box\), not Discrete\(2\)")
     assert not (tmp_path / "run").exists()
 

@@ -1,12 +1,21 @@
 """The report on a dataset: its numbers against a count by hand, and a line for each thing that can be wrong."""
 
+import json
+
 import h5py
 import numpy as np
 import pytest
 from conftest import random_episode, run_script
 from gymnasium import spaces
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from benchmarks.inspect_actions import (
+    count_taken,
+    draw_choices,
+    legal_steps,
+    share_beyond,
+)
 from benchmarks.inspect_dataset import (
     collect,
     count_duplicates,
@@ -14,9 +23,8 @@ from benchmarks.inspect_dataset import (
     outliers,
     principal_components,
     returns_to_go,
-    share_beyond,
 )
-from common.data import BUILT_IN_ID
+from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID
 
 SCRIPT = "benchmarks.inspect_dataset"
 
@@ -97,14 +105,14 @@ def test_duplicates_are_counted_as_a_set_counts_them(make_dataset):
 def test_share_beyond_bounds(make_dataset):
     episode = random_episode(0, 8, actions=np.linspace(-3, 4, 8, dtype=np.float32)[:, None])  # bounds are -2 and 2
     data, dataset = read(make_dataset(episodes=[episode]))
-    assert share_beyond(data, dataset).tolist() == [3 / 8]
-    assert share_beyond(data, dataset, edge=0.1).tolist() == [5 / 8]  # those at the bounds, too
+    assert share_beyond(data.actions, dataset).tolist() == [3 / 8]
+    assert share_beyond(data.actions, dataset, edge=0.1).tolist() == [5 / 8]  # those at the bounds, too
 
 
 def test_rounding_is_not_beyond_the_bounds(make_dataset):
     episode = random_episode(0, 2, actions=np.array([[2.0], [np.nextafter(np.float32(2), 3, dtype=np.float32)]]))
     data, dataset = read(make_dataset(episodes=[episode]))
-    assert share_beyond(data, dataset).tolist() == [0]
+    assert share_beyond(data.actions, dataset).tolist() == [0]
 
 
 def test_outliers_are_found_and_tails_are_not():
@@ -263,6 +271,203 @@ def test_more_steps_than_the_metadata_says(make_dataset, datasets_path):
     path = datasets_path / make_dataset() / "data" / "metadata.json"
     path.write_text(path.read_text().replace('"total_steps": 120', '"total_steps": 100'))
     assert "120 steps, of which its metadata says 100" in inspect("test/data-v0")
+
+
+# --- Discrete actions ---
+
+
+def discrete(*actions, masks=None, **fields):
+    """An episode of these actions, in which `masks` [steps + 1, C], if given, say which were legal."""
+    episode = random_episode(len(actions), len(actions), actions=np.array(actions), **fields)
+    if masks is not None:
+        episode["observations"] = {"action_mask": np.array(masks, np.int8), "x": episode["observations"]}
+    return episode
+
+
+def mask_space(size):
+    x = spaces.Box(-np.inf, np.inf, (3,))
+    return {"observation_space": spaces.Dict({"action_mask": spaces.MultiBinary(size), "x": x})}
+
+
+def cells(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def found(text):
+    return text.split("problems found: ")[1]
+
+
+def test_discrete_actions_are_counted(make_dataset):
+    """Three actions from 5 on; nobody takes 6."""
+    episodes = [discrete(5, 7, 7, 7), discrete(7, 5, 7, 7)]
+    dataset_id = make_dataset(episodes=episodes, action_space=spaces.Discrete(3, start=5))
+    data, dataset = read(dataset_id)
+    assert data.actions.tolist() == [0, 2, 2, 2, 2, 0, 2, 2]
+    assert count_taken(data.actions, dataset).tolist() == [2, 0, 6]
+    text = inspect(dataset_id)
+    assert "8 transitions in 2 episodes, observations of size 3, 3 actions\n" in text
+    for line in (["5", "2", "25.00%"], ["6", "0", "0.00%"], ["7", "6", "75.00%"], ["action", "steps", "share"]):
+        assert line in cells(text)
+    assert "action 6: never taken\n" in found(text)
+    assert "beyond" not in text and "propensities" not in text and "legal" not in text
+
+
+def test_discrete_actions_have_their_names(make_dataset, datasets_path, tmp_path):
+    names = ["wait", "a long name, of $\\what$ is done", "2"]
+    dataset_id = make_dataset(episodes=[discrete(0, 0, 2, 2)], action_space=spaces.Discrete(3))
+    path = datasets_path / dataset_id / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"action_names": names}))
+    text = inspect(dataset_id)
+    assert ["0", "wait", "2", "50.00%"] in cells(text) and ["2", "2", "50.00%"] in cells(text)
+    assert "action 1 a long name, of $\\what$ is done: never taken" in found(text)
+    columns = [line.rindex("%") for line in text.splitlines() if line.endswith("%")]
+    assert len(columns) == 3 and len(set(columns)) == 1  # right below one another
+    inspect(dataset_id, "--out", tmp_path / "page.png")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"action_names": names[:2]}))  # of something else
+    assert "action 1: never taken" in inspect(dataset_id)
+
+
+def test_nothing_is_wrong_with_the_built_in_dataset_of_discrete_actions(cartpole):
+    text = inspect(BUILT_IN_DISCRETE_ID)
+    counts = cartpole.transitions.actions.bincount()
+    total = int(counts.sum())
+    for action in range(2):
+        assert [str(action), f"{counts[action]:,}", f"{counts[action] / total:.2%}"] in cells(text)
+    assert found(text).startswith("1\n1. every reward is 1\n")
+
+
+def test_an_action_that_is_rarely_taken(make_dataset):
+    """Of 300 steps 2 are fewer than 1 %, 3 are not."""
+    for count in (2, 3):
+        actions = np.where(np.arange(300) < count, 1, 0)
+        dataset_id = make_dataset(f"test/rare{count}-v0", [discrete(*actions)], action_space=spaces.Discrete(2))
+        line = "action 1: taken in fewer than 1% of the steps\n"
+        assert (line in inspect(dataset_id)) == (count == 2)
+
+
+def test_always_the_same_discrete_action(make_dataset):
+    text = inspect(make_dataset(episodes=[discrete(2, 2, 2)] * 2, action_space=spaces.Discrete(3)))
+    assert "action 2: always taken\n" in found(text) and "never taken" not in text
+
+
+MASKS = [  # of the actions 0 to 3 below; 3 is never legal
+    [1, 1, 0, 0],
+    [1, 1, 1, 0],
+    [1, 0, 0, 0],
+    [1, 1, 0, 0],
+    [1, 0, 1, 0],
+]
+
+
+def test_legal_actions(make_dataset):
+    """2 is legal once and never taken; the last mask is of a state in which nobody acts."""
+    episode = discrete(0, 1, 0, 0, masks=MASKS)
+    dataset_id = make_dataset(episodes=[episode], action_space=spaces.Discrete(4), **mask_space(4))
+    data, dataset = read(dataset_id)
+    expected = np.array(MASKS)[:-1].sum(axis=0)
+    assert legal_steps(data.observations, dataset).tolist() == expected.tolist() == [4, 3, 1, 0]
+    text = inspect(dataset_id)
+    assert ["action", "steps", "share", "legal", "taken", "then"] in cells(text)
+    assert ["1", "1", "25.00%", "75.00%", "33.33%"] in cells(text)
+    assert ["3", "0", "0.00%", "0.00%", "0.00%"] in cells(text)
+    assert "legal actions: 2.00 of 4 in a state on average" in text  # (2 + 3 + 1 + 2) / 4
+    assert "action 2: legal, and never taken\n" in found(text)
+    assert "action 3: never legal\n" in found(text)
+
+
+def test_a_masks_columns_are_no_observations(make_dataset):
+    """Its first entry is always 1, its last one is once: neither a constant nor an outlier, nor a line of the table."""
+    masks = np.ones((401, 3), np.int8)
+    masks[:, 2] = np.arange(401) == 7
+    actions = np.where(np.arange(400) == 7, 2, np.arange(400) % 2)
+    episodes = [discrete(*actions, masks=masks)]
+    text = inspect(make_dataset(episodes=episodes, action_space=spaces.Discrete(3), **mask_space(3)))
+    assert "observation" not in found(text)
+    assert [line[:2] for line in cells(text) if line[:1] == ["observation"]] == [
+        ["observation", f"{i}"] for i in (3, 4, 5)
+    ]
+    assert "fewer than" not in text  # whenever action 2 was legal, it was taken
+
+
+def test_a_mask_that_training_refuses_or_does_not_obey(make_dataset):
+    forbidding = discrete(0, 2, 2, 0, masks=MASKS)  # the second 2 is not legal
+    text = inspect(make_dataset(episodes=[forbidding], action_space=spaces.Discrete(4), **mask_space(4)))
+    line = "training refuses the dataset: action_mask forbids the action that was taken in 1 steps"
+    assert line in found(text)
+    other = {"action_space": spaces.Discrete(3)} | mask_space(4)
+    text = inspect(make_dataset("test/other-v0", [discrete(0, 2, 2, 0, masks=MASKS)], **other))
+    assert "action_mask has 4 entries for 3 actions" in found(text) and "legal actions:" not in text
+    assert ["observation", "0"] in [line[:2] for line in cells(text)]
+
+
+@pytest.mark.parametrize("value", [3.5, 7, -1])
+def test_discrete_actions_that_are_none(make_dataset, datasets_path, value):
+    dataset_id = make_dataset(episodes=[discrete(0, 1, 2), discrete(1, 2, 0)], action_space=spaces.Discrete(4))
+    with h5py.File(datasets_path / dataset_id / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1"]["actions"]
+        file["episode_1"]["actions"] = np.array([1, value, 0])
+    rule = f"episode 1: actions hold {value:g} at step 1, which is not a whole number from 0 to 3"
+    assert f"1 episodes cannot be used, the first being {rule}" in found(inspect(dataset_id))
+    trained = run_script("fqi", "--dataset-id", dataset_id)
+    assert trained.returncode == 2 and "not a whole number from 0 to 3" in trained.stderr
+
+
+def test_a_row_of_vectors_where_actions_are_discrete(make_dataset, datasets_path):
+    dataset_id = make_dataset(episodes=[discrete(0, 1), discrete(1, 0)], action_space=spaces.Discrete(2))
+    with h5py.File(datasets_path / dataset_id / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1"]["actions"]
+        file["episode_1"]["actions"] = np.zeros((2, 1))
+    assert "actions of shape (2, 1) where its 2 rewards ask for (2,)" in found(inspect(dataset_id))
+
+
+def test_a_thousand_actions_are_not_all_listed(make_dataset, tmp_path):
+    """The hundred that were taken most, by number; the picture has these, too."""
+    actions = np.repeat(np.arange(0, 1000, 5), 2)[::-1]
+    dataset_id = make_dataset(episodes=[discrete(*actions, 995)], action_space=spaces.Discrete(1000))
+    text = inspect(dataset_id, "--out", tmp_path / "page.png")
+    assert ["995", "3", f"{3 / 401:.2%}"] in cells(text)
+    assert f"and 900 others, taken in {200 / 401:.2%} of the steps" in text
+    assert "action 1, 2, 3, 4, 6, 7, 8, 9, 11, 12, ...: never taken" in found(text)
+    picture(tmp_path / "page.png")
+
+
+@pytest.mark.parametrize("masks", [None, MASKS])
+def test_bars_of_discrete_actions(make_dataset, tmp_path, masks):
+    kinds = {"action_space": spaces.Discrete(4)} | (mask_space(4) if masks else {})
+    dataset_id = make_dataset(episodes=[discrete(0, 1, 0, 0, masks=masks)], **kinds)
+    data, dataset = read(dataset_id)
+    axes = Figure().subplots()
+    draw_choices(axes, data.actions, data.observations, dataset)
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths[-4:] == [0.75, 0.25, 0, 0]
+    assert widths[:-4] == ([1, 0.75, 0.25, 0] if masks else [])
+    inspect(dataset_id, "--out", tmp_path / "page.png")
+    picture(tmp_path / "page.png")
+
+
+# --- Logged probabilities ---
+
+
+def test_logged_probabilities(make_dataset):
+    """[T + 1] with nan at the last. Of vectors they are densities."""
+    logs = np.log([0.5, 0.25, 0.75, np.nan])
+    kinds = {"action_space": spaces.Discrete(3)}
+    both = [discrete(0, 1, 2, infos={"log_prob": logs}), discrete(0, 1, 2, infos={"log_prob": logs + np.log(0.5)})]
+    text = inspect(make_dataset(episodes=both, **kinds))
+    assert "\npropensities: logged for each step, the smallest 0.125\n" in text
+    holes = [both[0], discrete(0, 1, 2, infos={"log_prob": np.array([np.nan, -np.inf, -1, np.nan])})]
+    text = inspect(make_dataset("test/holes-v0", holes, **kinds))
+    assert "\npropensities: logged for 5 of the steps, the smallest 0\n" in text
+    vectors = [random_episode(0, infos={"log_prob": np.append(np.linspace(-3.25, 2, 30), np.nan)})]
+    text = inspect(make_dataset("test/vectors-v0", vectors))
+    assert "\npropensities: logged for each step, the smallest -3.25 (log density)\n" in text
+
+
+@pytest.mark.parametrize("log_prob", [np.zeros((4, 2)), np.array([b"a", b"b", b"c", b"d"])])
+def test_logged_probabilities_that_are_none_refuse_nothing(make_dataset, log_prob):
+    episodes = [discrete(0, 1, 2, infos={"log_prob": log_prob})]
+    text = inspect(make_dataset(episodes=episodes, action_space=spaces.Discrete(3)))
+    assert "3 transitions in 1 episodes" in text and "propensities" not in text
 
 
 # --- The picture ---

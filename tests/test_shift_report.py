@@ -15,13 +15,15 @@ import torch
 from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, checkpoint, random_episode, run_script
 from matplotlib.image import imread
 
-from benchmarks.shift_report import NUM_DRAWS, Row, action_bins, covered, headlines, judge_values, set_scene, table
+from benchmarks.shift_report import Row, covered, headlines, judge_actions, judge_values, set_scene, table, taken_near
 
 sys.path.append(str(ROOT / "benchmarks"))
 import shift_measures as measures
+from shift_actions import NUM_DRAWS, bins_of, choice_masses, draw_random, masses_of_random, vector_masses
 from trained_run import load_run, visit
 
-from common.command_line import BUILT_IN_ID
+from common.command_line import BUILT_IN_ID, BadInput
+from common.data import BUILT_IN_DISCRETE_ID
 from common.evaluation import load_policy, load_script
 
 SCRIPT = "benchmarks.shift_report"
@@ -94,7 +96,7 @@ def test_bins_hold_the_mass_of_a_normal_distribution_or_of_its_tanh(script):
         exact = gaussian_bins(actions, actor.log_std.exp().expand_as(actions))
     else:
         exact = gaussian_bins(*actor.distribution(observations), squashed=True)
-    masses = action_bins(actor, observations, actions)
+    masses = vector_masses(actor, observations, actions)
     np.testing.assert_allclose(masses.sum(dim=2), 1, rtol=1e-5)
     np.testing.assert_allclose(masses, exact, atol=1 / NUM_DRAWS + 1e-5)
     everywhere = torch.full_like(exact, 1 / measures.NUM_BINS)
@@ -109,14 +111,14 @@ def test_bins_of_entries_that_depend_on_each_other():
         def sample(self, observations, noise):
             return (0.2 + 0.5 * noise.mean(dim=1, keepdim=True)).expand_as(noise), noise[:, 0]
 
-    masses = action_bins(Together(), torch.zeros(5, 3), torch.zeros(5, 2))
+    masses = vector_masses(Together(), torch.zeros(5, 3), torch.zeros(5, 2))
     exact = gaussian_bins(torch.full((5, 2), 0.2), torch.full((5, 2), 0.5 / math.sqrt(2)))
     np.testing.assert_allclose(masses, exact, atol=0.06)  # as random draws have it
 
 
 def test_the_bins_of_an_actor_without_a_distribution_are_those_of_its_actions():
     actions = torch.rand(5, 2) * 2 - 1
-    masses = action_bins(torch.nn.Identity(), torch.zeros(5, 3), actions)
+    masses = vector_masses(torch.nn.Identity(), torch.zeros(5, 3), actions)
     assert torch.equal(masses.argmax(dim=2), measures.bin_of(actions))
     assert masses.amax(dim=2).eq(1).all() and masses.sum(dim=2).eq(1).all()
 
@@ -143,12 +145,13 @@ def test_kl_of_an_action_without_noise_is_its_surprise():
     behaviour = torch.rand(5, 2, measures.NUM_BINS).softmax(dim=2)
     actions = torch.rand(5, 2) * 2 - 1
     chosen = torch.nn.functional.one_hot(measures.bin_of(actions), measures.NUM_BINS).float()
-    expected = [-sum(math.log(behaviour[n, j, measures.bin_of(actions)[n, j]]) for j in range(2)) for n in range(5)]
-    np.testing.assert_allclose(measures.surprise(behaviour, actions), expected, rtol=1e-5)
+    bins = measures.bin_of(actions)
+    expected = [-sum(math.log(behaviour[n, j, bins[n, j]]) for j in range(2)) for n in range(5)]
+    np.testing.assert_allclose(measures.surprise(behaviour, bins), expected, rtol=1e-5)
     np.testing.assert_allclose(measures.kl_divergence(chosen, behaviour), expected, rtol=1e-5)
     tv = [
-        np.mean([1 - math.exp(-measures.surprise(b[None, j : j + 1], a[None, j : j + 1])) for j in range(2)])
-        for b, a in zip(behaviour, actions, strict=True)
+        np.mean([1 - math.exp(-measures.surprise(b[None, j : j + 1], own[None, j : j + 1])) for j in range(2)])
+        for b, own in zip(behaviour, bins, strict=True)
     ]
     np.testing.assert_allclose(measures.total_variation(chosen, behaviour), tv, rtol=1e-5)
 
@@ -157,7 +160,9 @@ def test_behaviour_is_fitted():
     """Two kinds of state: 0.6 always, or 0.6 and -0.6 by turns."""
     states = (torch.arange(4000) % 2).float()[:, None]
     actions = torch.where((states == 1) | (torch.rand(4000, 1) < 0.5), 0.6, -0.6)
-    masses = measures.fit_behaviour(states, actions, 300)(torch.tensor([[0.0], [1.0]]))
+    masses = measures.fit_behaviour(states, measures.bin_of(actions), measures.NUM_BINS, 300)(
+        torch.tensor([[0.0], [1.0]])
+    )
     up, down = measures.bin_of(torch.tensor([0.6, -0.6])).tolist()
     np.testing.assert_allclose(masses.sum(dim=2), 1, rtol=1e-5)
     np.testing.assert_allclose(masses[:, 0, [up, down]], [[0.5, 0.5], [1, 0]], atol=0.05)
@@ -350,6 +355,174 @@ def test_values_of_a_known_critic(runs):
         assert rows["bias"].values["visits"] == pytest.approx(float(bias / spread), rel=1e-3)
 
 
+# --- Discrete actions ---
+
+
+def test_taken_is_whether_a_near_state_took_the_action():
+    """Three states with four near ones each, of three choices."""
+    near = np.array([[0, 0, 1, 1], [2, 2, 2, 2], [0, 1, 2, 0]])
+    actions = {"data": np.array([0, 2, 0]), "policy": np.array([2, 2, 1]), "random": np.array([1, 0, 2])}
+    one_hot = np.eye(3, dtype=np.float32)
+    vectors = {name: torch.as_tensor(one_hot[some]) for name, some in actions.items()}
+    (row,), shares = taken_near(vectors, torch.as_tensor(one_hot[near]))
+    for name, some in actions.items():
+        np.testing.assert_allclose(shares[name], (near == some[:, None]).mean(axis=1))
+        assert row.values[name] == pytest.approx((near == some[:, None]).any(axis=1).mean())
+    assert row.values == pytest.approx({"data": 1, "policy": 2 / 3, "random": 2 / 3})
+    assert row.alarming == {"policy": True}
+
+
+def test_taken_is_alarming_below_84_percent_of_the_datas_own():
+    def row_of(data, policy):
+        """Of 100 states: at so many of them, the near one took the action."""
+        counts = {"data": data, "policy": policy}
+        actions = {name: torch.eye(2)[(torch.arange(100) >= count).long()] for name, count in counts.items()}
+        return taken_near(actions, torch.eye(2)[torch.zeros(100, 1, dtype=torch.long)])[0][0]
+
+    assert [row_of(100, policy).alarming["policy"] for policy in (85, 83)] == [False, True]
+    assert [row_of(50, policy).alarming["policy"] for policy in (43, 41)] == [False, True]
+
+
+def test_the_masses_of_a_policy_of_choices():
+    """Of an actor with a distribution, softmax of its logits; of a greedy one, 1 where its action is."""
+    observations, greedy = torch.randn(20, 3), torch.eye(4)[torch.arange(20) % 4]
+    module = load_script("discrete_iql")
+    actor = module.Actor(3, 4, module.HyperParameters(hidden_dims=(8,))).requires_grad_(False)
+    logits = actor(observations).numpy()
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    masses = choice_masses(actor, observations, greedy)
+    assert masses.shape == (20, 1, 4)
+    np.testing.assert_allclose(masses[:, 0], expected, rtol=1e-5)
+    module = load_script("fqi")
+    actor = module.Actor(3, 4, module.HyperParameters(hidden_dims=(8,)))
+    assert torch.equal(choice_masses(actor, observations, greedy)[:, 0], greedy)
+
+
+@pytest.mark.parametrize("algorithm", DISCRETE)
+def test_every_script_for_discrete_actions(runs, algorithm, cartpole):
+    text = report(runs(algorithm))
+    rows = {line.split("  ")[0] for line in text.splitlines()}
+    assert text.startswith(f"{algorithm} on {BUILT_IN_DISCRETE_ID}, seed 0: ")
+    assert {"Q", "G", "taken", "surprise", "typical", "KL", "TV", "visits covered", "accuracy", "speaking"} <= rows
+    assert not {"distance (median)", "covered"} & rows
+    twins = algorithm == "discrete_iql"
+    assert ("critics" in rows) == twins
+    assert (f"skipped, for {algorithm} has one critic: critics" in text) != twins
+    counts = re.findall(r"^alarming .*: \d of (\d)", text, flags=re.MULTILINE)
+    assert counts == (["4", "5"] if twins else ["3", "4"])
+
+
+@pytest.mark.parametrize("algorithm", DISCRETE)
+def test_q_of_a_choice_is_its_entry(runs, algorithm, cartpole):
+    run = load_run(runs(algorithm))
+    data = run.buffer.transitions
+    observations, actions = data.observations[:50], data.actions[:50]
+    of_all = run.critic(observations).numpy()
+    of_all = of_all if algorithm == "discrete_iql" else of_all[None]
+    np.testing.assert_array_equal(run.vectors(actions), np.eye(2)[actions])
+    np.testing.assert_array_equal(run.q(observations, run.vectors(actions)), of_all[:, np.arange(50), actions])
+    greedy = run.policy.actor(observations).argmax(dim=1)
+    np.testing.assert_array_equal(run.act(observations), np.eye(2)[greedy])
+
+
+def test_visits_of_a_run_of_choices_are_the_episodes_played_by_hand(runs, cartpole):
+    folder = runs("discrete_bcq", "--gamma", "0.9")
+    run, policy = load_run(folder), load_policy(folder)
+    visits, mean_and_std = visit(run, 2), run.buffer.normalization.numpy()
+    actions, observations, returns = [], [], []
+    for episode in range(2):
+        env = gym.make("CartPole-v1")
+        observation, _ = env.reset(seed=10_000 + episode)
+        terminated, steps = False, 0
+        while not terminated:
+            actions.append(policy(observation[None])[0])
+            observations.append((observation - mean_and_std[0]) / mean_and_std[1])
+            observation, _, terminated, _, _ = env.step(actions[-1])
+            steps += 1
+        assert steps < 500
+        returns += [sum(0.9**k for k in range(left)) for left in range(steps, 0, -1)]
+    np.testing.assert_array_equal(visits.actions, np.eye(2)[actions])
+    np.testing.assert_allclose(visits.observations, np.array(observations), atol=1e-3)
+    np.testing.assert_allclose(visits.returns, returns, rtol=1e-5)
+
+
+def masked(seed, length=60):
+    """An episode whose action, one of those that are legal, is 1 above 0 and else 2; legal is all but one, or two."""
+    rng = np.random.default_rng(seed)
+    episode = random_episode(seed, length, 1)
+    mask = np.ones((length + 1, 4), np.int8)
+    mask[np.arange(length + 1), rng.choice([0, 3], length + 1)] = 0
+    observations = {"action_mask": mask, "x": episode["observations"]}
+    return episode | {"observations": observations, "actions": np.where(episode["observations"][:-1, 0] > 0, 11, 12)}
+
+
+MASKED = {
+    "observation_space": gym.spaces.Dict(
+        {"action_mask": gym.spaces.MultiBinary(4), "x": gym.spaces.Box(-np.inf, np.inf, (1,))}
+    ),
+    "action_space": gym.spaces.Discrete(4, start=10),
+}
+
+
+@pytest.fixture
+def masked_run(make_dataset, tmp_path):
+    """Of FQI, on masked choices that are counted from 10, of which the data take 11 and 12."""
+    words = ["--dataset-id", make_dataset(episodes=[masked(seed) for seed in range(12)], **MASKED)]
+    words += ["--num-updates", "4", *SHORT, "--validation-fraction", "0.25", "--run-dir", str(tmp_path / "run")]
+    run = run_script("fqi", *words)
+    assert run.returncode == 0, run.stderr
+    return load_run(tmp_path / "run")
+
+
+def test_random_choices_are_legal(masked_run):
+    data, buffer = masked_run.buffer.transitions, masked_run.buffer
+    assert buffer.num_legal == 4 and len(data.rewards) == 9 * 60  # a quarter of the episodes is held out
+    mask = data.observations[:, :4].numpy()
+    drawn = draw_random(masked_run, data.observations.repeat(20, 1))
+    assert (drawn.sum(dim=1) == 1).all() and (drawn.numpy() <= np.tile(mask, (20, 1))).all()
+    np.testing.assert_allclose(drawn.mean(dim=0), (mask / 3).mean(axis=0), atol=0.02)
+    np.testing.assert_allclose(masses_of_random(masked_run, data.observations)[:, 0], mask / 3)
+    assert (masked_run.act(data.observations).numpy() <= mask).all()
+    assert bins_of(masked_run, masked_run.vectors(data.actions))[:, 0].tolist() == data.actions.tolist()
+
+
+def test_the_odds_of_choices(masked_run):
+    """beta learns that 11 is taken above 0, and else 12; the policy always takes the other of the two."""
+    scene = set_scene(masked_run, None, 100)
+    swapped = scene.actions["data"][:, [0, 2, 1, 3]]
+    scene = scene._replace(actions=scene.actions | {"policy": swapped})
+    rows, panels = judge_actions(scene, 300)
+    values = {row.name: row.values for row in rows}
+    assert values["typical"]["data"] > 0.94 and values["typical"]["policy"] < 0.1
+    assert values["surprise"]["data"] < 0.2 < 2 < values["surprise"]["policy"]
+    assert values["surprise"]["random"] == pytest.approx(float(panels["surprise"]["random"].mean()))
+    assert values["taken"]["data"] > 0.95 > 0.5 > values["taken"]["policy"]
+    illegal_or_never = scene.actions["random"][:, [0, 3]].sum(dim=1).mean().item()
+    assert values["taken"]["random"] <= 1 - illegal_or_never
+    assert values["TV"]["random"] == pytest.approx(2 / 3, abs=0.1)  # of three choices, the data take one
+
+
+def test_too_many_choices(masked_run):
+    masked_run.buffer.num_actions = 1001
+    with pytest.raises(BadInput, match="test/data-v0: 1001 actions are too many for a report: at most 1000"):
+        set_scene(masked_run, None, 100)
+
+
+def test_a_run_of_choices_whose_dataset_has_become_one_of_vectors(make_dataset, tmp_path, datasets_path):
+    choices = [random_episode(seed, actions=np.arange(30) % 3) for seed in range(4)]
+    dataset_id = make_dataset(episodes=choices, action_space=gym.spaces.Discrete(3))
+    words = ["--dataset-id", dataset_id, "--num-updates", "1", *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("fqi", *words).returncode == 0
+    shutil.rmtree(datasets_path / dataset_id)
+    shutil.copytree(datasets_path / make_dataset("test/vectors-v0"), datasets_path / dataset_id)
+    assert "actions must be numbered (a Discrete), not Box" in refuse(tmp_path / "run")
+
+
+def test_picture_of_a_run_of_choices(runs, tmp_path, cartpole):
+    report(runs("discrete_iql"), *FEW, "--out", str(tmp_path / "page.png"))
+    assert imread(tmp_path / "page.png")[..., :3].std() > 0.05
+
+
 def test_without_an_environment_there_are_no_visits(make_dataset, tmp_path):
     dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)])
     folder = tmp_path / "run"
@@ -478,10 +651,6 @@ def test_too_little_data(make_dataset, tmp_path):
 def test_fqe_has_no_policy_to_report_on(runs):
     folder = runs("fqe", "--policy-run-dir", str(runs("bc")))
     assert f"{folder} is a run of fqe, which learns no policy" in refuse(folder)
-
-
-def test_a_run_with_discrete_actions_is_refused(runs):
-    assert "actions must be vectors of real numbers (a Box), not Discrete(2)" in refuse(runs("fqi"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from common.data import load_dataset
 FEW = ["--num-updates", "3", *SHORT]
 
 
-@pytest.mark.parametrize(("algorithm", "dataset"), [("bc", "pendulum"), ("fqi", "cartpole")])
+@pytest.mark.parametrize(
+    ("algorithm", "dataset"), [("bc", "pendulum"), ("fqi", "cartpole"), ("discrete_iql", "cartpole")]
+)
 def test_the_policy_beside_the_data(algorithm, dataset, tmp_path, request):
     pytest.importorskip("pygame")
     buffer = request.getfixturevalue(dataset)
@@ -28,7 +30,7 @@ def test_the_policy_beside_the_data(algorithm, dataset, tmp_path, request):
         assert run.stdout.startswith(f"{algorithm} on {buffer.dataset.dataset_id}: return ")
         with Image.open(out) as picture:
             sizes.append(picture.size)
-            assert picture.n_frames == 7 or algorithm == "fqi"  # CartPole's frames are more than eyes see
+            assert picture.n_frames == 7 or dataset == "cartpole"  # CartPole's frames are more than eyes see
             frames = []
             for number in range(picture.n_frames):
                 picture.seek(number)
