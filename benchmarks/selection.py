@@ -12,10 +12,10 @@ and the deviation between networks of different seeds, as the root of the sum of
                     the policies, the model is not up to the task, and they are ranked all the same
     agree           Spearman's correlation of two estimators' ranks, of the policies that have both
 
-The choice is refused where the best does not beat the data with odds of 0.9, where another estimator with an effective
-sample of episodes, or the model, puts it below them, and where fqe and model rank against each other. All this knows
-nothing of errors that the networks share: where a policy does what the data never show, any estimate is a guess (see
-benchmarks.shift_report). `--kept` ranks the policies that a run kept (--keep-policies), too: when to have stopped.
+The choice is refused where the best does not beat the data with odds of 0.9, where another estimator puts it below them,
+and where fqe and model rank the opposite way (below -0.5). This knows nothing of errors that the networks share: where a
+policy does what the data never show, any estimate is a guess (see benchmarks.shift_report). `--kept` ranks the policies
+that a run kept (--keep-policies), too: when to have stopped.
 
 With --truth the policies are played, if the dataset names an environment: regret@k is what the best of all earns more
 than the best of the first k. OUT gets select.md, select.html and select.png, and ope.json with every number.
@@ -151,7 +151,7 @@ def doubts(table: pd.DataFrame, by: Estimator) -> list[str]:
         if other != by and best[f"{other} beats data"] < 0.5:  # NaN is not
             found.append(f"{other} puts the best below the data's own actions")
     correlation = agreement(table[~table["apart"]], "fqe", "model")
-    if correlation < 0:
+    if correlation < -0.5:
         found.append(f"fqe and model rank against each other (rank correlation {correlation:.2f})")
     return found
 
@@ -173,9 +173,9 @@ def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[
             f"what chose the data's actions is fitted: an action is {math.exp(gain):.2f} times as likely by it as by "
             f"their frequencies alone; its temperature is {result['temperature']:.2f}"
         )
-    for other in ESTIMATORS:
-        if other != by and not math.isnan(correlation := agreement(table[~table["apart"]], by, other)):
-            lines.append(f"{by} and {other} agree: rank correlation {correlation:.2f}")
+    found = {other: agreement(table[~table["apart"]], by, other) for other in ESTIMATORS if other != by}
+    agree = ", ".join(f"{other} {value:.2f}" for other, value in found.items() if not math.isnan(value))
+    lines += [f"rank correlation of {by} with {agree}"] if agree else []
     if (beyond := result["data"]["beyond"]) > 0.05:
         lines.append(
             f"{beyond:.0%} of the discount is beyond the cuts of the data's episodes: return, is and wis miss it"

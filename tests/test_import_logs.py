@@ -368,7 +368,7 @@ ARGUMENTS = {
     "infinite bounds": (["--action-high", "inf"], "do not make a finite interval: give --action-low and --action-high"),
     "bounds in disorder": (["--action-low", "3"], "action_0: the bounds 3 and 2.5 do not make"),
     "one column twice": (["--reward", "episode"], "name one column twice"),
-    "empty prefix": (["--action-prefix", ""], "three prefixes must differ"),
+    "empty prefix": (["--action-prefix", ""], "prefixes must differ"),
     "no environment": (
         ["--env-id", "Pendulum-v99"],
         "--env-id: environment 'Pendulum-v99' is not installed: check the",

@@ -65,7 +65,7 @@ def test_offline_rl_passes_behaviour_cloning(algorithm, tmp_path, pendulum):
 
 
 def test_combo_with_logsumexp_passes_behaviour_cloning(tmp_path, pendulum):
-    few = ["--num-samples", "2", "--num-updates", "1500"]
+    few = ["--num-samples", "2", "--num-updates", "2500"]
     assert train("combo", tmp_path, "--regularizer", "logsumexp", *few) > 48
 
 

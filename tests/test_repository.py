@@ -1,6 +1,7 @@
 """What holds for the repository as a whole: the design's limits, and that the README tells the truth."""
 
 import ast
+import glob
 import re
 import runpy
 import shlex
@@ -104,6 +105,8 @@ def home(tmp_path_factory):
 def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
     """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
     monkeypatch.chdir(home)
+    if step.startswith("# clinic.py"):
+        Path("clinic.py").write_text(step)
     if step not in SCRIPT_COMMANDS:
         exec(compile(step, "README.md", "exec"), {})
         return
@@ -116,6 +119,8 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
         words += FEW + (SMALL_MODEL if words[0] in ("algorithms/mopo.py", "algorithms/combo.py") else [])
+    elif words == ["clinic.py"]:
+        assert (home / "clinic.py").exists()  # the block before wrote it
     elif words[1] == "benchmarks.collect":
         split = words.index("--")
         words = words[:split] + FEW_COLLECTED + words[split:] + FAST_AGENT
@@ -128,6 +133,10 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         words += FEW_FORESEEN
     elif words[1] == "benchmarks.watch":
         words += ["--max-steps", "3"]
+    elif words[1] == "benchmarks.select":
+        monkeypatch.syspath_prepend(home)  # where clinic.py is
+        words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+        words += ["--num-updates", "20", "--eval-episodes", "2"]
     execute(words, monkeypatch)
 
 
@@ -208,6 +217,7 @@ def test_every_benchmark_is_tested():
     tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
     tried_with_others |= {f"log_{name}.py" for name in ("cells", "choices", "csv", "hdf5", "order", "steps", "tables")}
     tried_with_others |= {"intervals.py", "read_runs.py", "shift_actions.py", "inspect_actions.py"}
+    tried_with_others |= {"select.py", "selection.py"}  # as the README's
     tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, as the README's
     tried_with_others |= {"measurements/tables.py"}
     folder = ROOT / "benchmarks"

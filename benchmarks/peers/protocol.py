@@ -219,6 +219,7 @@ def load(folder: Path, name: str, argument: str, absent: tuple[str, ...]) -> Any
     if not (folder / f"{name}.py").exists():
         stop(f"{argument}: no {folder / name}.py; give the folder of a checkout")
     sys.modules.update({package: StandIn(package) for package in absent})
+    sys.modules.pop(name, None)  # of another folder
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
