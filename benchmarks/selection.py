@@ -12,10 +12,10 @@ and the deviation between networks of different seeds, as the root of the sum of
                     the policies, the model is not up to the task, and they are ranked all the same
     agree           Spearman's correlation of two estimators' ranks, of the policies that have both
 
-The choice is refused where the best does not beat the data with odds of 0.9, where another estimator puts it below them,
-and where fqe and model rank the opposite way (below -0.5). This knows nothing of errors that the networks share: where a
-policy does what the data never show, any estimate is a guess (see benchmarks.shift_report). `--kept` ranks the policies
-that a run kept (--keep-policies), too: when to have stopped.
+The choice is refused where the best does not beat the data with odds of 0.9, where another estimator puts it below
+them, and where fqe and model rank the opposite way (below -0.5). This knows nothing of errors that the networks share:
+where a policy does what the data never show, any estimate is a guess (see benchmarks.shift_report). `--kept` ranks the
+policies that a run kept (--keep-policies), too: when to have stopped.
 
 With --truth the policies are played, if the dataset names an environment: regret@k is what the best of all earns more
 than the best of the first k. OUT gets select.md, select.html and select.png, and ope.json with every number.
@@ -274,6 +274,10 @@ def picture(table: pd.DataFrame, result: dict[str, Any]) -> Figure:
     if "truth" in table:
         axes.plot(table["truth"], places, "k*", markersize=10, label="truth")
     axes.set(yticks=places, yticklabels=table["policy"], xlabel=f"return, discounted by {result['gamma']:g}")
+    shown = table[~table["apart"]]  # those without rank may be anywhere, and are cut off
+    ends = [low, high, *(shown[name] + sign * 2 * shown[f"{name} error"] for name in ESTIMATORS for sign in (-1, 1))]
+    least, most = (bound(np.hstack(ends)) for bound in (np.nanmin, np.nanmax))
+    axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
     axes.set_title(f"{result['dataset_id']}, {result['episodes']} episodes; two standard errors")
     axes.invert_yaxis()
     axes.grid(alpha=0.3)

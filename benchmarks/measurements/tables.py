@@ -28,6 +28,7 @@ from common.command_line import launch
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = ("pendulum-five", "cartpole-five", "hopper-medium-expert", "hopper-more", "walker2d-medium-expert")
+FOLDERS += ("halfcheetah-medium-expert",)
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
 PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy")
 NAMES = {"td3_bc": "TD3+BC", "sac_bc": "SAC+BC", "rebrac": "ReBRAC", "bc --top-fraction 0.1": "10% BC"}
