@@ -1,5 +1,6 @@
 """The report on a trained policy: each measure against a known answer, and the story that all of them tell."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -500,6 +501,39 @@ def test_the_odds_of_choices(masked_run):
     illegal_or_never = scene.actions["random"][:, [0, 3]].sum(dim=1).mean().item()
     assert values["taken"]["random"] <= 1 - illegal_or_never
     assert values["TV"]["random"] == pytest.approx(2 / 3, abs=0.1)  # of three choices, the data take one
+
+
+class Masked(gym.Env):
+    """Six steps, in which all actions but one are legal; another one than a legal one is an error."""
+
+    observation_space, action_space = MASKED["observation_space"], MASKED["action_space"]
+
+    def reset(self, *, seed=None, options=None):
+        self.rng, self.steps = np.random.default_rng(seed), 0
+        return self.observe(), {}
+
+    def observe(self):
+        self.mask = np.ones(4, np.int8)
+        self.mask[self.rng.choice([0, 3])] = 0
+        return {"x": self.rng.normal(size=1).astype(np.float32), "action_mask": self.mask}
+
+    def step(self, action):
+        assert self.mask[action - 10] == 1
+        self.steps += 1
+        return self.observe(), 1.0, self.steps == 6, False, {}
+
+
+def test_visits_of_masked_choices_are_legal(masked_run):
+    gym.register("Masked-v0", "test_shift_report:Masked")
+    try:
+        dataset = dataclasses.replace(masked_run.buffer.dataset, env_id="Masked-v0")
+        masked_run.buffer.dataset = dataset
+        visits = visit(masked_run, 3)
+    finally:
+        del gym.registry["Masked-v0"]
+    assert len(visits.returns) == 18 and visits.actions.shape == (18, 4)
+    np.testing.assert_array_equal(visits.actions, masked_run.act(visits.observations))
+    assert (visits.actions.sum(dim=1) == 1).all() and (visits.actions <= visits.observations[:, :4]).all()
 
 
 def test_too_many_choices(masked_run):
