@@ -27,7 +27,13 @@ from common.command_line import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-FOLDERS = ("pendulum-five", "cartpole-five", "hopper-medium-expert", "hopper-more", "walker2d-medium-expert")
+FOLDERS: tuple[str, ...] = (
+    "pendulum-five",
+    "cartpole-five",
+    "hopper-medium-expert",
+    "hopper-more",
+    "walker2d-medium-expert",
+)
 FOLDERS += ("halfcheetah-medium-expert",)
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
 PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy")
