@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -31,9 +32,7 @@ def exact(policy, steps=None):
     go_on = NEXT * (1 - ENDS)[:, :, None]
     v, q = np.zeros(3), REWARDS
     if steps is None:
-        v = np.linalg.solve(
-            np.eye(3) - GAMMA * np.einsum("sa,sax->sx", policy, go_on), (policy * REWARDS).sum(axis=1)
-        )
+        v = np.linalg.solve(np.eye(3) - GAMMA * np.einsum("sa,sax->sx", policy, go_on), (policy * REWARDS).sum(axis=1))
         return REWARDS + GAMMA * go_on @ v, v
     for _ in range(steps):
         q = REWARDS + GAMMA * go_on @ v
@@ -224,9 +223,7 @@ def random_batch():
     """Eight transitions for each of two members: observations of 3 numbers, actions of 2."""
     torch.manual_seed(0)
     terminations = (torch.arange(16) % 3 == 0).float().view(2, 8)
-    return ope.Batch(
-        torch.randn(2, 8, 3), torch.randn(2, 8, 2), torch.randn(2, 8), torch.randn(2, 8, 3), terminations
-    )
+    return ope.Batch(torch.randn(2, 8, 3), torch.randn(2, 8, 2), torch.randn(2, 8), torch.randn(2, 8, 3), terminations)
 
 
 @pytest.mark.parametrize("conservative", [0.0, 0.7])
@@ -279,14 +276,14 @@ def test_dynamics_loss():
 
 
 def small(**changes):
-    sizes = {"hidden_dims": (32,), "learning_rate": 3e-3, "tau": 0.2, "num_updates": 400, "batch_size": 128}
+    sizes = {"hidden_dims": (32,), "learning_rate": 3e-3, "tau": 0.2, "num_updates": 600, "batch_size": 128}
     return ope.HyperParameters(**(sizes | {"num_members": 2} | changes))
 
 
 @pytest.fixture(scope="module")
 def logged():
-    """600 episodes of at most six steps: their transitions, starts, lengths, and tables."""
-    simulated = states, actions, terminations, lived = simulate(600, 6, seed=3)
+    """2,000 episodes of at most six steps: their transitions, starts, lengths, and tables."""
+    simulated = states, actions, terminations, lived = simulate(2000, 6, seed=3)
     one_hots = torch.eye(3)[torch.from_numpy(states)]
     kept = torch.from_numpy(lived)
     rewards = torch.from_numpy(REWARDS[states[:, :-1], actions]).float()
@@ -321,12 +318,12 @@ def test_fqe_comes_to_the_value_and_the_penalty_below_it(logged):
 
 def test_the_data_have_a_value_beyond_their_cuts(logged):
     simulated, batch, buffer = logged
-    counts = ope.bootstrap(600, 200)
+    counts = ope.bootstrap(2000, 200)
     evidence = ope.Evidence(buffer, batch, 1.0, tables(simulated)["rewards"], None, counts, GAMMA)
     torch.manual_seed(0)
     found = ope.judge_data(evidence, small())
     states, _, terminations, lived = simulated
-    starts = np.bincount(states[:, 0], minlength=3) / 600
+    starts = np.bincount(states[:, 0], minlength=3) / 2000
     assert found["fqe"]["estimate"] == pytest.approx(starts @ exact(BEHAVIOUR)[1], abs=0.3)
     assert found["return"]["estimate"] == pytest.approx(
         (evidence.rewards.numpy() @ GAMMA ** np.arange(6)).mean(), rel=1e-6
@@ -338,7 +335,7 @@ def test_the_data_have_a_value_beyond_their_cuts(logged):
 def test_fit_behaviour_finds_the_probabilities(logged):
     _, batch, buffer = logged
     torch.manual_seed(0)
-    held_out = (torch.arange(600) % 5 == 0).repeat_interleave(buffer.episode_lengths)
+    held_out = (torch.arange(2000) % 5 == 0).repeat_interleave(buffer.episode_lengths)
     log_probs, told = ope.fit_behaviour(batch, held_out, small(num_updates=200))
     states, actions = batch.observations.argmax(dim=1), batch.actions.argmax(dim=1)
     np.testing.assert_allclose(log_probs.exp().numpy(), BEHAVIOUR[states, actions], atol=0.05)
@@ -346,3 +343,101 @@ def test_fit_behaviour_finds_the_probabilities(logged):
     frequencies = batch.actions[held_out].mean(dim=0).numpy()
     assert told["of_frequencies"] == pytest.approx((frequencies * np.log(frequencies)).sum(), abs=1e-5)
     assert told["log_likelihood"] > told["of_frequencies"]
+
+
+# --- End to end ---
+
+CARTPOLE = "anchorl/cartpole/mixed-v0"
+TINY = ["--hidden-dims", "8", "--num-members", "2", "--num-updates", "20", "--batch-size", "32", "--draws", "50"]
+
+
+def train(folder, algorithm="discrete_cql", *arguments):
+    run = run_script(algorithm, "--num-updates", "2", "--run-dir", str(folder), *SHORT, *arguments)
+    assert run.returncode == 0, run.stderr
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs: "cql", "held" (with episodes held out), "other" (another gamma), and "bc" of another dataset."""
+    folder = tmp_path_factory.mktemp("runs")
+    on = ["--dataset-id", CARTPOLE]
+    made = {"cql": train(folder / "cql", "discrete_cql", *on, "--keep-policies", "--eval-every", "1")}
+    made["held"] = train(folder / "held", "discrete_cql", *on, "--validation-fraction", "0.2")
+    made["other"] = train(folder / "other", "discrete_cql", *on, "--gamma", "0.9")
+    made["bc"] = train(folder / "bc", "bc")
+    return made
+
+
+def judged(tmp_path, *arguments):
+    run = run_script("ope", *arguments, *TINY, "--out", str(tmp_path / "ope.json"))
+    assert run.returncode == 0, run.stderr
+    return json.loads((tmp_path / "ope.json").read_text()), run
+
+
+def test_discrete_actions(folders, tmp_path):
+    kept = f"{folders['cql']}/policy-1.pt"
+    result, run = judged(tmp_path, folders["cql"], kept, "--least-effective", "0", "--gamma", "0.9")
+    assert list(result["policies"]) == [folders["cql"], kept] and result["beta"] == "fitted"
+    assert result["gamma"] == 0.9 and {"return", "fqe", "beyond"} == set(result["data"])
+    for found in result["policies"].values():
+        assert set(found) == {"fqe", "model", "ess", "is", "wis", "wdr"}
+        for name in set(found) - {"ess"}:
+            assert found[name]["low"] <= found[name]["high"] and math.isfinite(found[name]["estimate"])
+            assert ("seeds" in found[name]) == (name in ("fqe", "model", "wdr"))
+    assert "--num-updates 20: fqe will know the near future alone" in run.stderr
+    result, _ = judged(tmp_path, folders["cql"], "--least-effective", "1e9")
+    assert result["gamma"] == 0.99
+    assert set(result["policies"][folders["cql"]]) == {"fqe", "model", "ess"}
+
+
+def test_continuous_actions_have_fqe_and_model_alone(folders, tmp_path):
+    result, _ = judged(tmp_path, folders["bc"])
+    assert result["beta"] == "none" and set(result["policies"][folders["bc"]]) == {"fqe", "model"}
+
+
+def test_held_out_episodes(folders, tmp_path):
+    result, _ = judged(tmp_path, folders["held"], "--held-out", "--gamma", "0.9")
+    learned, _ = judged(tmp_path, folders["held"], "--gamma", "0.9")
+    assert result["episodes"] == round(0.2 * (result["episodes"] + learned["episodes"]))
+
+
+def test_what_does_not_compare_is_one_line(folders, tmp_path):
+    policy, out = write_policy(tmp_path / "policy", 5), ["--out", str(tmp_path / "ope.json"), *TINY]
+    shutil.copy(f"{folders['bc']}/args.json", policy)
+    cases = {
+        "name the runs whose policies are to be evaluated": [],
+        "dataset_id is .* policies compare on the same episodes": [folders["cql"], folders["bc"]],
+        r"gamma is 0.99 in .* 0.9 in .*: give --gamma": [folders["cql"], folders["other"]],
+        "its observations or actions are not": [policy],
+        "--held-out: the runs held no episodes out": [folders["cql"], "--held-out"],
+        "--gamma 1.5: must be in": [folders["cql"], "--gamma", "1.5"],
+    }
+    for pattern, given in cases.items():
+        assert_one_line(run_script("ope", *given, *out), pattern)
+    result, _ = judged(tmp_path, folders["cql"], folders["other"], "--gamma", "0.95")
+    assert result["gamma"] == 0.95 and len(result["policies"]) == 2
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_logged_probabilities(missing, make_dataset, tmp_path):
+    episodes = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        log_probs = np.log(np.full(6, 0.5))
+        log_probs[2 if missing and seed == 3 else 5] = np.nan  # the last is of no action
+        fields = {"observations": rng.normal(size=(6, 3)).astype(np.float32), "actions": np.arange(5) % 2}
+        fields |= {"rewards": rng.normal(size=5), "terminations": np.arange(5) == 4, "truncations": np.zeros(5, bool)}
+        episodes.append(fields | {"infos": {"log_prob": log_probs}})
+    dataset_id = make_dataset(episodes=episodes, action_space=gym.spaces.Discrete(2))
+    folder = train(tmp_path / "run", "discrete_cql", "--dataset-id", dataset_id)
+    if missing:
+        run = run_script("ope", folder, *TINY, "--out", str(tmp_path / "ope.json"))
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert "1 of 30 logged probabilities are missing, 0 or above 1: give all of them, or none" in run.stderr
+    else:
+        result, run = judged(tmp_path, folder, "--least-effective", "0")
+        assert result["beta"] == "logged" and "6 episodes are few" in run.stderr
+        buffer = SimpleNamespace(dataset_id=dataset_id, kept=None)
+        assert ope.logged_probabilities(buffer).tolist() == pytest.approx([np.log(0.5)] * 30)
+        assert load_dataset(dataset_id, discrete=True).discrete
