@@ -322,7 +322,7 @@ def test_the_data_have_a_value_beyond_their_cuts(logged):
     evidence = ope.Evidence(buffer, batch, 1.0, tables(simulated)["rewards"], None, counts, GAMMA)
     torch.manual_seed(0)
     found = ope.judge_data(evidence, small())
-    states, _, terminations, lived = simulated
+    states, _, terminations, _ = simulated
     starts = np.bincount(states[:, 0], minlength=3) / 2000
     assert found["fqe"]["estimate"] == pytest.approx(starts @ exact(BEHAVIOUR)[1], abs=0.3)
     assert found["return"]["estimate"] == pytest.approx(
