@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     """Transitions, in float32: some for each member, and the policy's actions at s'."""
 
     observations: Tensor  # [members, batch, observation_dim], normalised
-    actions: Tensor  # [members, batch, action_dim] in [-1, 1]
+    actions: Tensor  # [members, batch, action_dim] in [-1, 1]; discrete ones as one-hot vectors
     rewards: Tensor  # [members, batch]
     next_observations: Tensor  # [members, batch, observation_dim], normalised
     terminations: Tensor  # [members, batch], 1 where the environment ended the episode; a truncation bootstraps
@@ -246,7 +246,8 @@ def load(args: Args, dataset: Dataset) -> Policy:
         policy = load_policy(folder, args.policy_script)
     except BadInput as error:
         raise BadInput(f"{where}: {error}".replace("(script=)", "(--policy-script)")) from None
-    check(not policy.discrete, f"{where}: the policy's actions are discrete, and this script is for continuous ones")
+    kinds = [f"{'discrete' if discrete else 'continuous'} actions" for discrete in (policy.discrete, dataset.discrete)]
+    check(kinds[0] == kinds[1], f"{where}: the policy has {kinds[0]}, {dataset.dataset_id} has {kinds[1]}")
     found = policy.normalization.shape[1], policy.action_range.shape[1]
     expected = len(dataset.observation_names), len(dataset.action_low)
     sizes = f"{where}: the policy has observation and action sizes {found}, {dataset.dataset_id} has {expected}"
@@ -256,12 +257,18 @@ def load(args: Args, dataset: Dataset) -> Policy:
     return policy
 
 
+def encode(actions: Tensor, num_actions: int) -> Tensor:
+    """Discrete actions [N] as one-hot vectors [N, num_actions]; others as they are."""
+    return torch.nn.functional.one_hot(actions, num_actions).float() if num_actions else actions
+
+
 def act(policy: Policy, observations: Tensor, buffer: ReplayBuffer) -> Tensor:
-    """pi(s) of every row of `observations` [N, observation_dim], both as the buffer has them: [N, action_dim]."""
+    """pi(s) of every row of `observations` [N, observation_dim], as the buffer has them: [N, action_dim], encoded."""
     actions = []
     for rows in observations.split(1024):  # some at a time, so that memory stays small
         raw = (rows * buffer.normalization[1] + buffer.normalization[0]).cpu()  # in the environment's units
-        actions.append(policy.act(((raw - policy.normalization[0]) / policy.normalization[1]).float()))
+        outputs = policy.act(((raw - policy.normalization[0]) / policy.normalization[1]).float())
+        actions.append(encode(outputs.argmax(dim=1), buffer.num_actions) if policy.discrete else outputs)
     return torch.cat(actions).to(observations.device)
 
 
@@ -330,7 +337,7 @@ def plot(file: IO[bytes], run: Run, args: Args, truth: np.ndarray | None) -> Non
 
 def main(args: Args) -> None:
     device = set_up(args)
-    dataset = load_dataset(args.dataset_id, args.env_id)
+    dataset = load_dataset(args.dataset_id, args.env_id, discrete=None)
     policy = load(args, dataset)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations)
     several = f"{args.dataset_id} holds one episode: a bootstrap needs several; cut the log into episodes"
@@ -341,13 +348,14 @@ def main(args: Args) -> None:
 
     episodes = buffer.episode_starts.to(device), buffer.episode_lengths.to(device)
     bootstrap = Bootstrap(*episodes, args.num_members)  # a resumed run draws the same: the seed is the same
-    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    learner = build(buffer.observation_dim, buffer.num_actions or buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
     truth = true_returns(policy, dataset, args)
     run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     replace(run.dir / "policy.pt", policy.save)  # a resumed run needs it, and its own run may be gone by then
     warn_of_too_few_updates(args)
-    transitions = *buffer.transitions, act(policy, buffer.transitions.next_observations, buffer)  # pi does not change
+    data = buffer.transitions._replace(actions=encode(buffer.transitions.actions, buffer.num_actions))
+    transitions = *data, act(policy, data.next_observations, buffer)  # pi does not change
     initial_observations = buffer.transitions.observations[bootstrap.starts]
     initial_actions = act(policy, initial_observations, buffer)
 

@@ -296,6 +296,31 @@ def test_policies_are_ranked_as_their_true_returns_are(tmp_path, pendulum):
     np.testing.assert_allclose(estimates, truths, rtol=0.35)
 
 
+def test_a_policy_of_discrete_actions(make_dataset, tmp_path):
+    """Action 1 earns 2 at once, and the episode ends: the policy takes it, and is worth 2 times 1, not the mean of 1."""
+    rewards = [0.0, 2.0, 1.0]
+    ends = {"terminations": np.ones(1, bool), "truncations": np.zeros(1, bool)}
+    episodes = [
+        random_episode(seed, 1, actions=np.array([seed % 3]), rewards=np.array([rewards[seed % 3]]), **ends)
+        for seed in range(60)
+    ]
+    dataset_id = make_dataset("test/choices-v0", episodes, action_space=gym.spaces.Discrete(3))
+    policy, few = (
+        str(tmp_path / "policy"),
+        ["--hidden-dims", "32", "--critic-learning-rate", "3e-3", "--tau", "0.5", "--gamma", "0.5"],
+    )
+    arguments = ["--dataset-id", dataset_id, "--num-updates", "300", *few]
+    run = run_script("fqi", *arguments, "--run-dir", policy)
+    assert run.returncode == 0, run.stderr
+    run = run_script("fqe", *arguments, "--policy-run-dir", policy, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["estimate"] == pytest.approx(2.0, abs=0.1)
+    arguments = ["--num-updates", "2", "--policy-run-dir", policy, "--run-dir", str(tmp_path / "other")]
+    assert_one_line(
+        run_script("fqe", *arguments), "the policy has discrete actions, anchorl/pendulum/mixed-v0 has cont"
+    )
+
+
 # --- The run folder ---
 
 
@@ -403,7 +428,7 @@ def assert_refused(tmp_path, pattern, *arguments):
         ("none", "error: --policy-run-dir .*: no policy at "),
         ("junk", "error: --policy-run-dir .*: cannot read "),
         ("wide", r"error: --policy-run-dir .*: the policy has observation and action sizes \(7, 1\), .* has \(3, 1\)"),
-        ("discrete", "error: --policy-run-dir .*: the policy's actions are discrete"),
+        ("discrete", "error: --policy-run-dir .*: the policy has discrete actions"),
         ("range", "error: --policy-run-dir .*: the policy's range of actions is not that of anchorl/pendulum/mixed-v0"),
     ],
 )
