@@ -297,7 +297,7 @@ def test_policies_are_ranked_as_their_true_returns_are(tmp_path, pendulum):
 
 
 def test_a_policy_of_discrete_actions(make_dataset, tmp_path):
-    """Action 1 earns 2 at once, and the episode ends: the policy takes it, and is worth 2 times 1, not the mean of 1."""
+    """Action 1 earns 2 at once, and the episode ends: the policy takes it, and is worth 2, where the data average 1."""
     rewards = [0.0, 2.0, 1.0]
     ends = {"terminations": np.ones(1, bool), "truncations": np.zeros(1, bool)}
     episodes = [
