@@ -223,7 +223,7 @@ def judge_choice(table: pd.DataFrame) -> pd.DataFrame:
             )
     truth = table["truth"]  # in the order that is chosen
     chosen: dict[str, Any] = {f"regret@{count}": float(truth.max() - truth.head(count).max()) for count in (1, 3)}
-    correlation = float(stats.spearmanr(-table.index, truth).statistic)
+    correlation = float(stats.spearmanr(-table.index, truth).statistic) if truth.nunique() > 1 else math.nan
     rows.insert(0, {"estimator": "as chosen", **chosen, "rank correlation": correlation})
     chance = {"estimator": "by chance", "regret@1": float(table["truth"].max() - table["truth"].mean())}
     return pd.DataFrame(

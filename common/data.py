@@ -143,7 +143,7 @@ def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:  # of a Tuple or Di
 def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest action, [action_dim], or [1] with `discrete`. Raises BadInput for a space of another kind."""
     kind = "numbered (a Discrete)" if discrete else "vectors of real numbers (a Box)"
-    others = "fqi and discrete_... take a Discrete (of 2^24 at most, for float32), other scripts that learn a Box"
+    others = "fqi and the discrete_... take a Discrete (of 2^24 at most, for float32), other scripts a Box"
     number = isinstance(space, gym.spaces.Discrete) and space.n <= 2**24
     check(number if discrete else isinstance(space, gym.spaces.Box), f"actions must be {kind}, not {space}: {others}")
     if discrete:

@@ -125,7 +125,7 @@ REFUSED = {
     "discrete": (
         {"action_space": gym.spaces.Discrete(3)},
         {"actions": np.zeros(30, np.int64)},
-        r"actions must be vectors of real numbers \(a Box\), not Discrete\(3\): fqi, discrete_cql",
+        r"actions must be vectors of real numbers \(a Box\), not Discrete\(3\): fqi and the discrete_",
     ),
     "unbounded": ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, {}, "finite bounds"),
     "image": ({"observation_space": IMAGE}, {"observations": np.zeros((31, 32, 32, 3), np.uint8)}, "images"),
