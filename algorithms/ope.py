@@ -46,6 +46,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, layer_norm, one_hot, pad
 
+Pair = tuple[Tensor, Tensor]  # a policy's actions at s and at s'
+
 
 @dataclass
 class HyperParameters:
@@ -107,12 +109,7 @@ class Ensemble(nn.Module):
 
 
 def critic_loss(
-    critic: Ensemble,
-    target_critic: Ensemble,
-    batch: Batch,
-    pi: tuple[Tensor, Tensor],
-    gamma: float,
-    args: HyperParameters,
+    critic: Ensemble, target_critic: Ensemble, batch: Batch, pi: Pair, gamma: float, args: HyperParameters
 ) -> Tensor:
     """L, of a batch [members, batch], with rewards times 1 - gamma: Q is then an average of the rewards to come, of a
     size that it learns soon. `pi` are the policy's actions at s and at s', [members, batch, action_dim].
@@ -127,9 +124,9 @@ def critic_loss(
     return loss
 
 
-def log_beta(behaviour: Ensemble, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """log beta(a | s) of the actions taken, [batch],  beta = softmax(network / temperature)"""
-    return ((behaviour(batch.observations)[0] / temperature).log_softmax(dim=-1) * batch.actions).sum(dim=-1)
+def log_beta(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
+    """log beta(a | s) of the actions taken, [batch],  beta = softmax(logits / temperature)"""
+    return ((logits / temperature).log_softmax(dim=-1) * actions).sum(dim=-1)
 
 
 def forecast(dynamics: Ensemble, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +155,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def fit_critic(batch: Batch, pi: tuple[Tensor, Tensor], rows: Tensor, gamma: float, args: HyperParameters) -> Ensemble:
+def fit_critic(batch: Batch, pi: Pair, rows: Tensor, gamma: float, args: HyperParameters) -> Ensemble:
     """fqe's target critics, fitted to the `rows` of `batch`; `pi` are the policy's actions at all s and s'."""
     dims = batch.observations.shape[1] + batch.actions.shape[1]
     critic = Ensemble(args.num_members, dims, args.hidden_dims, 1)
@@ -179,17 +176,19 @@ def fit_behaviour(batch: Batch, held_out: Tensor, args: HyperParameters) -> tupl
     """
     behaviour = Ensemble(1, batch.observations.shape[1], args.hidden_dims, batch.actions.shape[1])
     optimizer = torch.optim.Adam(behaviour.parameters(), args.learning_rate, fused=True)
-    rows, test = (~held_out).nonzero()[:, 0], batch.take(held_out.nonzero()[:, 0])
+    rows, taken = (~held_out).nonzero()[:, 0], batch.actions[held_out]
     best: tuple[float, float, Any] = (-math.inf, 1.0, None)  # likelihood, temperature, log beta
     for step in range(1, args.num_updates + 1):
-        descend(-log_beta(behaviour, batch.take(rows[torch.randint(len(rows), (args.batch_size,))])).mean(), optimizer)
+        drawn = batch.take(rows[torch.randint(len(rows), (args.batch_size,))])
+        descend(-log_beta(behaviour(drawn.observations)[0], drawn.actions).mean(), optimizer)
         if step % max(1, args.num_updates // 20) == 0:
             with torch.no_grad():
+                logits = behaviour(batch.observations)[0]  # once, for all temperatures
                 for temperature in torch.logspace(-1, 1, 41).tolist():
-                    likelihood = float(log_beta(behaviour, test, temperature).mean())
+                    likelihood = float(log_beta(logits[held_out], taken, temperature).mean())
                     if likelihood > best[0]:
-                        best = likelihood, temperature, log_beta(behaviour, batch, temperature)
-    alone = float((test.actions * test.actions.mean(dim=0).clamp(min=1e-9).log()).sum(dim=1).mean())
+                        best = likelihood, temperature, log_beta(logits, batch.actions, temperature)
+    alone = float((taken * taken.mean(dim=0).clamp(min=1e-9).log()).sum(dim=1).mean())
     return best[2], {"temperature": best[1], "log_likelihood": best[0], "of_frequencies": alone}
 
 
@@ -299,7 +298,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check, explain, launch, warn
+from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import Dataset, ReplayBuffer, find_dataset, hold_out, load_dataset
 from common.evaluation import Policy, load_policy
 from common.experiment import replace
@@ -346,9 +345,10 @@ def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
         policies.append(load_policy(folder, args.script, file))
         with explain(f"cannot read {folder / 'args.json'}"):
             runs.append({"gamma": 0.99} | json.loads((folder / "args.json").read_text()))
-            runs[-1] |= {"gamma": args.gamma} if args.gamma else {}
+            runs[-1]["gamma"] = float(args.gamma or runs[-1]["gamma"])
         for name in ("dataset_id", "dataset_fingerprint", "gamma"):
             first, own = (run.get(name) for run in (runs[0], runs[-1]))
+            check(own is not None, f"{folder / 'args.json'} lacks {name}: give the folder of a run on a dataset")
             advice = "give --gamma" if name == "gamma" else "policies compare on the same episodes of the same data"
             check(first == own, f"{name} is {first} in {args.policies[0]}, {own} in {path}: {advice}")
     return runs[0], policies
@@ -356,8 +356,7 @@ def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
 
 def load_buffer(args: Args, run: dict[str, Any], policies: list[Policy]) -> ReplayBuffer:
     """The data of the runs; with --held-out what they did not learn from. Raises BadInput for data unlike theirs."""
-    names = "validation_fraction", "validation_seed"
-    split = ExperimentArgs(**{name: run[name] for name in names if name in run})
+    split = ExperimentArgs(**{name: run[name] for name in ("validation_fraction", "validation_seed") if name in run})
     buffer = ReplayBuffer(hold_out(load_dataset(run["dataset_id"], discrete=None), split), torch.device("cpu"))
     same = buffer.fingerprint == run["dataset_fingerprint"]
     check(same, f"{args.policies[0]} was trained on other data than {run['dataset_id']} holds")
@@ -373,12 +372,12 @@ def load_buffer(args: Args, run: dict[str, Any], policies: list[Policy]) -> Repl
 def logged_probabilities(dataset: Dataset) -> Tensor | None:
     """log beta(a | s) [N] by the infos' log_prob; None without any. Raises BadInput where it lacks or cannot be."""
     found: list[Any] = []
-    with explain(f"cannot read dataset {dataset.dataset_id}"):
+    with explain(f"{dataset.dataset_id}: cannot read the infos' log_prob"):
         for index, episode in enumerate(minari.MinariDataset(find_dataset(dataset.dataset_id)).iterate_episodes()):
             if dataset.kept is None or index in dataset.kept:
-                none = np.full(len(episode.rewards) + 1, np.nan)
-                found.append(np.asarray((episode.infos or {}).get("log_prob", none), float)[:-1])
-    values = np.concatenate(found)
+                found.append(np.full(len(episode.rewards) + 1, np.nan))
+                found[-1][:] = (episode.infos or {}).get("log_prob", np.nan)  # raises for another shape
+    values = np.concatenate([each[:-1] for each in found])
     bad = int((np.isnan(values) | (values == -np.inf) | (values > 1e-6)).sum())
     what = f"{bad} of {len(values)} logged probabilities are missing, 0 or above 1"
     check(not bad or bool(np.isnan(values).all()), f"{dataset.dataset_id}: {what}: give all of them, or none")
@@ -406,10 +405,9 @@ def gather(buffer: ReplayBuffer, args: Args, gamma: float) -> tuple[Evidence, di
     size = float(data.rewards.square().mean().sqrt()) or 1.0
     actions = one_hot(data.actions, buffer.num_actions).float() if buffer.num_actions else data.actions
     batch = Batch(data.observations, actions, data.rewards / size, data.next_observations, data.terminations)
-    log_probs, told = None, dict[str, Any](beta="none")
-    if buffer.num_actions and (log_probs := logged_probabilities(buffer.dataset)) is not None:
-        told = {"beta": "logged"}
-    elif buffer.num_actions:
+    told: dict[str, Any] = {"beta": "logged" if buffer.num_actions else "none"}
+    log_probs = logged_probabilities(buffer.dataset) if buffer.num_actions else None
+    if buffer.num_actions and log_probs is None:
         chosen = torch.randperm(len(lengths)) < len(lengths) / 5
         log_probs, likelihoods = fit_behaviour(batch, chosen.repeat_interleave(lengths), args)
         told = {"beta": "fitted"} | likelihoods
@@ -425,6 +423,7 @@ def judge_data(evidence: Evidence, args: Args) -> dict[str, Any]:
     ended = batch.terminations[starts + lengths - 1] == 1
     followed = torch.ones(len(batch.rewards), dtype=torch.bool)
     followed[starts + lengths - 1] = ended  # where a cut is, nobody knows the next action
+    check(bool(followed.any()), "all episodes are one step and cut: what follows is unknown; if they ended, say so")
     pi = batch.actions, batch.actions.roll(-1, dims=0)
     critic = fit_critic(batch, pi, followed.nonzero()[:, 0], gamma, args)
     v = q_of(critic, batch.observations[starts], batch.actions[starts]) * evidence.size / (1 - gamma)
@@ -457,8 +456,7 @@ def judge(policy: Policy, evidence: Evidence, dynamics: Ensemble, args: Args) ->
         with_last[torch.arange(len(ends)), buffer.episode_lengths] = last[member]
         tables.append((table(q[member], buffer), with_last))
     known: dict[str, Any] = {"rho": rho, "rewards": evidence.rewards, "gamma": gamma}
-    ones = torch.ones(1, len(ends), dtype=torch.float64)
-    of_seeds = torch.cat([wdr_estimate(ones, **known, q=q, v=v) for q, v in tables])
+    of_seeds = torch.cat([wdr_estimate(torch.ones(1, len(ends)).double(), **known, q=q, v=v) for q, v in tables])
     known_q = known | {"q": sum(q for q, _ in tables) / len(tables), "v": sum(v for _, v in tables) / len(tables)}
     found["is"] = evidence.summarize(partial(is_estimate, **known))
     found["wis"] = evidence.summarize(partial(wis_estimate, **known))
@@ -472,14 +470,16 @@ def describe(name: str, found: dict[str, Any]) -> str:
 
 def main(args: Args) -> None:
     ExperimentArgs.validate(args)  # type: ignore[arg-type]
-    check(args.num_members > 1, f"--num-members {args.num_members}: must be at least 2, to tell seeds apart")
+    for name, least in (("num_members", 2), ("draws", 2), ("conservative", 0)):
+        check_argument(args, name, getattr(args, name) >= least, f"must be at least {least}")
     run, policies = read_runs(args)
-    gamma = run["gamma"]
-    check(0 < gamma < 1, f"--gamma {gamma}: must be in (0, 1)")
+    check(0 < (gamma := run["gamma"]) < 1, f"--gamma {gamma}: must be in (0, 1)")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     buffer = load_buffer(args, run, policies)
-    if (count := len(buffer.episode_lengths)) < 20:
+    count = len(buffer.episode_lengths)
+    check(count > 1, f"{run['dataset_id']} holds one episode: intervals need several; cut the log into episodes")
+    if count < 20:
         warn(f"{count} episodes are few: no interval of fewer than 20 can be trusted")
     if args.num_updates < (needed := math.ceil(3 / (args.tau * (1 - gamma)))):
         warn(f"--num-updates {args.num_updates}: fqe will know the near future alone; tau and gamma ask for {needed:,}")

@@ -13,12 +13,13 @@ import torch
 from conftest import ROOT, SHORT, assert_one_line, random_batch, random_episode, run_script, write_policy
 from torch import nn
 
-from common.data import ReplayBuffer, load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
 from common.evaluation import Policy, evaluate, load_policy
 from common.optim import Adam, compiled
 
 CPU = torch.device("cpu")
 SIZES = {"observation_space": gym.spaces.Box(-9, 9, (5,)), "action_space": gym.spaces.Box(-1, 1, (1,))}
+CHOICES = SIZES | {"action_space": gym.spaces.Discrete(2, start=3)}  # 3 is to the left, 4 to the right
 
 
 @pytest.fixture
@@ -47,6 +48,20 @@ def numpy_member(critic, member, observations, actions):
             mean, variance = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
             x = np.maximum((x - mean) / np.sqrt(variance + 1e-5), 0)
     return x[:, 0]
+
+
+def write_choice(folder, observation_dim, preferences, first=0):
+    """A run folder that holds a policy of fqi.py alone, which prefers the same of its actions everywhere."""
+    actor = fqi.Actor(observation_dim, len(preferences), fqi.HyperParameters(hidden_dims=()))
+    with torch.no_grad():
+        actor.critic.net[0].weight.zero_()
+        actor.critic.net[0].bias.copy_(torch.tensor(preferences))
+    bounds = np.array([[first], [first + len(preferences) - 1]])
+    folder.mkdir()
+    with (folder / "policy.pt").open("wb") as file:
+        origin = {"script": "fqi", "hyper_parameters": {"hidden_dims": ()}}
+        Policy(actor, torch.ones(2, observation_dim), bounds, True, origin).save(file)
+    return str(folder)
 
 
 # --- Loss ---
@@ -186,6 +201,39 @@ def test_the_policy_acts_in_the_buffers_units(pendulum):
     np.testing.assert_allclose(2 * found.numpy(), policy(episode.observations), atol=1e-5)
 
 
+def test_a_policy_of_discrete_actions_acts_in_the_buffers_units(cartpole):
+    actor = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        actor.weight.copy_(torch.tensor([[0.0, 0, -1, -1], [0, 0, 1, 1]]))  # towards where the pole falls
+    normalization = torch.tensor([[0.5, 0.1, 0.02, -0.2], [0.3, 2.0, 0.1, 3.0]])
+    policy = Policy(actor, normalization, np.array([[0], [1]]), True, {})
+    observations = np.concatenate([episode.observations for episode in cartpole.dataset.read_episodes()])
+    expected = policy(observations)
+    assert 0.2 < expected.mean() < 0.8
+    found = fqe.act(policy, cartpole.transitions.observations, cartpole)
+    assert found.sum(dim=1).eq(1).all()
+    assert np.mean(found.argmax(dim=1).numpy() == expected) > 0.9999  # but where two are as good, to float32
+
+
+def test_a_policy_takes_no_action_that_the_mask_forbids(make_dataset):
+    """The last of three actions is preferred everywhere, and legal in every other state."""
+    masks = np.tile(np.array([[1, 1, 0], [1, 0, 1]], np.int8), (16, 1))[:31]
+    episodes = [random_episode(seed, observation_dim=1) for seed in range(2)]
+    for episode in episodes:
+        episode["observations"] = {"action_mask": masks, "x": episode["observations"]}
+        episode["actions"] = np.zeros(30, dtype=np.int64)
+    space = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(3), "x": gym.spaces.Box(-np.inf, np.inf, (1,))})
+    dataset_id = make_dataset(episodes=episodes, observation_space=space, action_space=gym.spaces.Discrete(3))
+    buffer = ReplayBuffer(load_dataset(dataset_id, discrete=True), CPU)
+    actor = fqi.Actor(4, 3, fqi.HyperParameters(hidden_dims=(), legal_actions=True))
+    with torch.no_grad():
+        actor.critic.net[0].weight.zero_()
+        actor.critic.net[0].bias.copy_(torch.arange(3.0))
+    policy = Policy(actor, buffer.normalization, np.array([[0], [2]]), True, {})
+    found = fqe.act(policy, buffer.transitions.observations[:30], buffer)
+    assert found.argmax(dim=1).tolist() == [1, 2] * 15
+
+
 def test_the_copy_of_a_policy_is_the_policy(tmp_path):
     for algorithm in ("bc", "bcq"):
         run_script(algorithm, "--num-updates", "2", "--run-dir", str(tmp_path / algorithm), *SHORT)
@@ -229,12 +277,18 @@ def chain_value(right, state):
     return sum(GAMMA**step * -0.1 for step in range(3 - state)) + GAMMA ** (3 - state)
 
 
+@pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("right", [True, False])
-def test_the_value_of_a_policy_on_a_chain(right, make_dataset, tmp_path):
+def test_the_value_of_a_policy_on_a_chain(right, discrete, make_dataset, tmp_path):
     rng = np.random.default_rng(0)
     episodes = [chain_episode(rng) for _ in range(200)]
-    dataset_id = make_dataset(episodes=episodes, **SIZES)
-    policy = write_policy(tmp_path / "policy", 5, 0.9999 if right else -0.9999, -1, 1)
+    if discrete:
+        choices = [{"actions": 3 + (episode["actions"][:, 0] > 0).astype(np.int64)} for episode in episodes]
+        dataset_id = make_dataset(episodes=list(map(dict.__or__, episodes, choices)), **CHOICES)
+        policy = write_choice(tmp_path / "policy", 5, [0.0, 1.0] if right else [1.0, 0.0], first=3)
+    else:
+        dataset_id = make_dataset(episodes=episodes, **SIZES)
+        policy = write_policy(tmp_path / "policy", 5, 0.9999 if right else -0.9999, -1, 1)
     arguments = ["--dataset-id", dataset_id, "--policy-run-dir", policy, "--gamma", str(GAMMA), "--hidden-dims", "32"]
     arguments += ["--critic-learning-rate", "3e-3", "--num-updates", "1500", "--batch-size", "64"]
     run = run_script("fqe", *arguments, "--run-dir", str(tmp_path / "run"))
@@ -347,10 +401,27 @@ def test_run_folder(tmp_path):
     assert "estimate" in run.stdout and "in the environment" in run.stdout
 
 
-def test_a_resumed_run_has_the_policy_it_started_with(tmp_path):
+def test_discrete_actions_in_the_environment(tmp_path):
+    """That pushes always to the right: the cart falls within some steps."""
+    policy, folder = write_choice(tmp_path / "policy", 4, [0.0, 1.0]), tmp_path / "run"
+    arguments = ["--dataset-id", BUILT_IN_DISCRETE_ID, "--policy-run-dir", policy, "--num-updates", "600", *SHORT]
+    arguments += ["--gamma", "0.9", "--critic-learning-rate", "3e-3", "--tau", "0.1", "--run-dir", str(folder)]
+    run = run_script("fqe", *arguments)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((folder / "result.json").read_text())
+    environments = [gym.make("CartPole-v1") for _ in range(2)]
+    assert result["true_return_mean"] == pytest.approx(evaluate(load_policy(folder), environments, gamma=0.9)[0].mean())
+    assert 5 < result["true_return_mean"] < 7  # of 10 that a pole would earn that never falls
+    assert 4 < result["estimate"] < 8.5
+    assert "warning" not in run.stderr
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_resumed_run_has_the_policy_it_started_with(discrete, tmp_path):
     """The folder that it came from may be gone by then."""
-    policy = write_policy(tmp_path / "policy")
+    policy = write_choice(tmp_path / "policy", 4, [0.0, 1.0]) if discrete else write_policy(tmp_path / "policy")
     arguments = ["--policy-run-dir", policy, *SHORT, "--log-every", "5"]
+    arguments += ["--dataset-id", BUILT_IN_DISCRETE_ID] if discrete else []
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_script("fqe", "--num-updates", "20", *arguments, "--run-dir", str(whole)).returncode == 0
     assert run_script("fqe", "--num-updates", "10", *arguments, "--run-dir", str(stopped)).returncode == 0
@@ -435,14 +506,26 @@ def assert_refused(tmp_path, pattern, *arguments):
 def test_a_policy_that_cannot_be_evaluated(policy, pattern, tmp_path):
     write_policy(tmp_path / "wide", observation_dim=7)
     write_policy(tmp_path / "range", high=1.0)
-    (tmp_path / "discrete").mkdir()
-    actor = fqi.Actor(3, 2, fqi.HyperParameters(hidden_dims=(4,)))
-    origin = {"script": "fqi", "hyper_parameters": {"hidden_dims": (4,)}}
-    with (tmp_path / "discrete" / "policy.pt").open("wb") as file:
-        Policy(actor, torch.ones(2, 3), np.array([[0], [1]]), True, origin).save(file)
+    write_choice(tmp_path / "discrete", 3, [0.0, 1.0])
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "policy.pt").write_bytes(b"junk")
     assert_refused(tmp_path, pattern, *([] if policy is None else ["--policy-run-dir", str(tmp_path / policy)]))
+
+
+@pytest.mark.parametrize(
+    ("policy", "pattern"),
+    [
+        ("continuous", "the policy has continuous actions, anchorl/cartpole/mixed-v0 has discrete actions"),
+        ("three", "the policy's range of actions is not that of anchorl/cartpole/mixed-v0"),
+        ("later", "the policy's range of actions is not that of anchorl/cartpole/mixed-v0"),
+    ],
+)
+def test_a_policy_of_other_choices_than_the_data(policy, pattern, tmp_path):
+    write_policy(tmp_path / "continuous", observation_dim=4)
+    write_choice(tmp_path / "three", 4, [0.0, 1.0, 2.0])
+    write_choice(tmp_path / "later", 4, [0.0, 1.0], first=1)
+    arguments = ["--dataset-id", BUILT_IN_DISCRETE_ID, "--policy-run-dir", str(tmp_path / policy)]
+    assert_refused(tmp_path, f"error: --policy-run-dir .*: {pattern}", *arguments)
 
 
 def test_data_that_cannot_evaluate(make_dataset, tmp_path):

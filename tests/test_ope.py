@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import numpy as np
 import ope
 import pytest
 import torch
-from conftest import SHORT, assert_one_line, run_script, write_policy
+from conftest import SHORT, assert_one_line, random_episode, run_script, write_policy
 
+from common.command_line import BadInput
 from common.data import load_dataset
 
 # --- A small MDP ---
@@ -251,7 +253,7 @@ def test_log_beta():
     for temperature in (1.0, 0.4):
         powers = np.exp(logits / temperature)
         expected = np.log(powers[np.arange(8), np.arange(8) % 2] / powers.sum(axis=1))
-        found = ope.log_beta(behaviour, batch, temperature)
+        found = ope.log_beta(behaviour(batch.observations)[0], batch.actions, temperature)
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4)
 
 
@@ -412,9 +414,12 @@ def test_what_does_not_compare_is_one_line(folders, tmp_path):
         "its observations or actions are not": [policy],
         "--held-out: the runs held no episodes out": [folders["cql"], "--held-out"],
         "--gamma 1.5: must be in": [folders["cql"], "--gamma", "1.5"],
+        "--draws 1: must be at least 2": [folders["cql"], "--draws", "1"],
+        "--num-members 1: must be at least 2": [folders["cql"], "--num-members", "1"],
+        "--conservative -1.0: must be at least 0": [folders["cql"], "--conservative", "-1"],
     }
     for pattern, given in cases.items():
-        assert_one_line(run_script("ope", *given, *out), pattern)
+        assert_one_line(run_script("ope", *out, *given), pattern)
     result, _ = judged(tmp_path, folders["cql"], folders["other"], "--gamma", "0.95")
     assert result["gamma"] == 0.95 and len(result["policies"]) == 2
 
@@ -441,3 +446,38 @@ def test_logged_probabilities(missing, make_dataset, tmp_path):
         buffer = SimpleNamespace(dataset_id=dataset_id, kept=None)
         assert ope.logged_probabilities(buffer).tolist() == pytest.approx([np.log(0.5)] * 30)
         assert load_dataset(dataset_id, discrete=True).discrete
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (5,)])
+def test_logged_probabilities_of_another_shape(shape, make_dataset):
+    episode = random_episode(0, 5, actions=np.arange(5) % 2)
+    dataset_id = make_dataset(
+        episodes=[episode | {"infos": {"log_prob": np.full(shape, -0.5)}}], action_space=gym.spaces.Discrete(2)
+    )
+    with pytest.raises(BadInput, match="test/data-v0: cannot read the infos' log_prob: "):
+        ope.logged_probabilities(SimpleNamespace(dataset_id=dataset_id, kept=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"dataset_id": None}, "args.json lacks dataset_id: give the folder of a run on a dataset"),
+        ({"dataset_fingerprint": None}, "args.json lacks dataset_fingerprint: "),
+        ({"gamma": "high"}, "cannot read .*args.json: could not convert string"),
+    ],
+)
+def test_a_run_that_does_not_say_what_it_learned_from(changes, pattern, folders, tmp_path):
+    folder = shutil.copytree(folders["cql"], tmp_path / "run")
+    (folder / "args.json").write_text(json.dumps(json.loads((folder / "args.json").read_text()) | changes))
+    assert_one_line(run_script("ope", str(folder), *TINY, "--out", str(tmp_path / "ope.json")), pattern)
+
+
+@pytest.mark.parametrize(("count", "length", "pattern"), [(1, 30, "holds one episode"), (30, 1, "one step and cut")])
+def test_too_little_to_judge_by(count, length, pattern, make_dataset, tmp_path):
+    """Of actions that are known: what comes first is said."""
+    fields = {"actions": np.zeros(length, dtype=np.int64), "infos": {"log_prob": np.full(length + 1, -0.5)}}
+    episodes = [random_episode(seed, length, **fields) for seed in range(count)]
+    dataset_id = make_dataset(episodes=episodes, action_space=gym.spaces.Discrete(2))
+    folder = train(tmp_path / "run", "discrete_cql", "--dataset-id", dataset_id)
+    run = run_script("ope", folder, *TINY, "--out", str(tmp_path / "ope.json"))
+    assert run.returncode == 2 and re.search(f"error: .*{pattern}", run.stderr.splitlines()[-1]), run.stderr
