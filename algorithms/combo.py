@@ -14,9 +14,9 @@ the distribution rho of the rollouts, and a mix of which the share f (--real-rat
 
 Paper: Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn, "COMBO: Conservative Offline Model-Based Policy Optimization",
 2021, arXiv 2102.08363; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: rho holds the actions that the rollouts took, under the policies of their time, as in the paper's equation;
-the paper has uniform actions, too. No code of the authors is known to us. OfflineRL-Kit has E_mix[ log integral exp
-Q_i(s, a) da ] in place of E_rho[Q_i], and so has --regularizer logsumexp. No factor 1/2 in the squared error.
+Differences: rho holds the actions that the rollouts took, under the policies of their time (paper: or uniform ones).
+No code of the authors is known to us. OfflineRL-Kit has E_mix[ log integral exp Q_i(s, a) da ] in place of E_rho[Q_i],
+and so has --regularizer logsumexp, from 3 num_samples actions where that takes 3. No factor 1/2 in the squared error.
 Observations and z are normalised. Members of the model draw every batch anew (MBPO's: one bootstrap each), and stop one
 by one. One step trains actor, critic and temperature. Layers start as PyTorch's do, MBPO's from a truncated normal.
 

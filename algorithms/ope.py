@@ -136,7 +136,7 @@ def forecast(dynamics: Ensemble, observations: Tensor, actions: Tensor) -> tuple
 
 
 def dynamics_loss(dynamics: Ensemble, batch: Batch, scale: Tensor) -> Tensor:
-    """sum_m E[ |(s' - s'_m) / scale|^2 + (r - r_m)^2 ] + cross-entropy of ends"""
+    """sum_m E[ mean_j ((s'_j - s'_mj) / scale_j)^2 + (r - r_m)^2 + cross-entropy of an end ], j a number of s'"""
     following, rewards, logit = forecast(dynamics, batch.observations, batch.actions)
     # imported logs may repeat s where an end has no s'
     known = (batch.terminations == 0) | (batch.next_observations != batch.observations).any(dim=-1)

@@ -1,5 +1,7 @@
 """Choices in a table become discrete actions with their names, masks and probabilities, or one line says why not."""
 
+import inspect
+
 import minari
 import numpy as np
 import pandas as pd
@@ -219,6 +221,11 @@ def masked_batch(module, num_actions=3, size=64):
     terminations = (torch.rand(size) < 0.2).float()
     states[1, terminations == 1, :num_actions] = 0  # after an end nothing may be legal
     return module.Batch(states[0], actions, torch.randn(size), states[1], terminations)
+
+
+def test_the_scripts_forbid_with_the_same_text():
+    scripts = ("discrete_cql", "discrete_bcq", "discrete_iql", "fqi")
+    assert len({inspect.getsource(load_script(name).legal_only) for name in scripts}) == 1
 
 
 @pytest.mark.parametrize("script", ["discrete_cql", "discrete_bcq", "fqi"])
