@@ -1,7 +1,7 @@
 """Off-policy evaluation (OPE): what would trained policies earn, by logged episodes alone, and how far to trust that?
 
-No estimator is right by itself, so several stand side by side. Episode i of n has s_0, a_0, r_0, ...; pi(a | s) is 1
-for the action that the policy takes, as it acts without noise; beta is what chose the data's actions:
+Several estimators stand side by side, for none is right by itself. Episode i of n has s_0, a_0, r_0, ...; beta chose
+the data's actions; pi(a | s) is 1 for the discrete action that the policy takes, or a density, with --noise:
 
     return    mean_i G_i,  G_i = sum_t gamma^t r_it, of the data themselves
     fqe       mean_i V(s_i0),  V(s) = Q(s, pi(s)),  Q = mean_m Q'_m, where Q'_m slowly follow the Q_m of
@@ -15,22 +15,22 @@ for the action that the policy takes, as it acts without noise; beta is what cho
 An episode that has ended keeps its last weight, with rewards of 0: else a step's mean would be over the survivors.
 After a termination Q and V are 0. At a cut fqe, wdr and model go on by what they learned; the others cannot, and
 `beyond` says how much they miss: mean_i gamma^T_i, 0 where an episode terminated. So the data have an fqe, too, with
-their own next action as pi(s'); a policy's fqe is compared with that. Weights of few episodes say nothing: the
-effective sample size (ESS) of the last weights, (sum_i rho_i)^2 / sum_i rho_i^2, is how many episodes of equal weight
-they are worth, and below --least-effective there is no number. Two doubts are kept apart: the 95 % interval is of which
-episodes the data happen to hold, by a bootstrap with the networks as they are; `seeds` are what networks of other seeds
-say. Neither knows of errors that all networks share.
+their own next action as pi(s'); a policy's fqe is compared with that. The effective sample size (ESS) of the last
+weights, (sum_i rho_i)^2 / sum_i rho_i^2, is how many episodes of equal weight they are worth; below --least-effective
+there is no number. Two doubts are kept apart: the 95 % interval is of which episodes the data happen to hold, by a
+bootstrap with fixed networks; `seeds` are what other seeds say. Neither knows of errors that all networks share.
 
-beta is logged, or a network fitted to four fifths of the episodes, with the temperature that suits the fifth best:
-L_beta = E[ -log beta(a | s) ]. Where beta is wrong, is and wis are, and wdr is right only as far as Q is. A policy of
-continuous actions that acts without noise has no density to weigh by: it has fqe and model alone. conservative > 0
-pushes Q down where pi leaves the data and up at their actions: with weight enough, fqe is a lower bound in the mean.
+beta is logged, or fitted to four fifths of the episodes, L_beta = E[ -log beta(a | s) ], at the temperature that suits
+the others best. Where beta is wrong, is and wis are, and wdr is right only as far as Q is. Continuous actions, in
+[-1, 1], have no weights unless --noise sigma is given: then all is of clip(pi(s) + sigma epsilon), whose density has at
+its ends the mass of what is clipped; beta is a mixture of such. conservative > 0 pushes Q down where pi leaves the data
+and up at their actions: with weight enough, fqe is a lower bound in the mean.
 
 Papers: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000 (is, wis); Thomas, Brunskill,
 "Data-Efficient Off-Policy Policy Evaluation for Reinforcement Learning", 2016, arXiv 1604.00923 (wdr); Le, Voloshin,
 Yue, 2019, arXiv 1903.08738 (fqe); Kumar, Zhou, Tucker, Levine, 2020, arXiv 2006.04779 (the penalty, in learning).
-Differences: steps of Adam towards slow targets and layer normalisation, as in fqe.py, but all members see all episodes.
-The dynamics forecast means, whose rollouts lack the spread of noise; states are held to the range of the data.
+Differences: slow targets and layer normalisation, as in fqe.py, but all members see all episodes. The dynamics forecast
+means, whose rollouts lack the spread of noise; states are held to the range of the data.
 
 Run: python algorithms/ope.py runs/iql runs/bc
 """
@@ -51,6 +51,7 @@ Pair = tuple[Tensor, Tensor]  # a policy's actions at s and at s'
 
 @dataclass
 class HyperParameters:
+    gamma: float = 0.99  # discount
     num_members: int = 3  # M, networks of different seeds: of the critic, and of the dynamics
     num_updates: int = 10_000  # gradient steps of each network
     batch_size: int = 256  # transitions per network and update
@@ -76,47 +77,35 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
-class EnsembleLinear(nn.Module):
-    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
-
-    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, inputs, self.weight)
-
-
 class Ensemble(nn.Module):
     """Networks side by side, each with inputs of its own, [members, batch, dim], or all with the same, [batch, dim]."""
 
     def __init__(self, members: int, input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> None:
         super().__init__()
-        widths = [input_dim, *hidden_dims, output_dim]
-        self.members, self.layers = members, nn.ModuleList(EnsembleLinear(members, *pair) for pair in pairwise(widths))
+        self.members, self.weights, self.biases = members, nn.ParameterList(), nn.ParameterList()
+        for inputs, outputs in pairwise([input_dim, *hidden_dims, output_dim]):
+            bound = 1 / math.sqrt(inputs)  # nn.Linear's own initialisation
+            self.weights.append(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+            self.biases.append(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x = torch.cat(inputs, dim=-1).expand(self.members, -1, -1)
-        for layer in self.layers[:-1]:
-            x = layer(x)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = torch.baddbmm(bias, x, weight)  # one batched product for all members
             x = torch.relu_(layer_norm(x, x.shape[-1:]))
-        return self.layers[-1](x)  # [members, batch, output_dim]
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])  # [members, batch, output_dim]
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
 
-def critic_loss(
-    critic: Ensemble, target_critic: Ensemble, batch: Batch, pi: Pair, gamma: float, args: HyperParameters
-) -> Tensor:
+def critic_loss(critic: Ensemble, target_critic: Ensemble, batch: Batch, pi: Pair, args: HyperParameters) -> Tensor:
     """L, of a batch [members, batch], with rewards times 1 - gamma: Q is then an average of the rewards to come, of a
     size that it learns soon. `pi` are the policy's actions at s and at s', [members, batch, action_dim].
     """
     with torch.no_grad():
         next_q = target_critic(batch.next_observations, pi[1]).squeeze(-1)  # [members, batch]
-        target = (1 - gamma) * batch.rewards + gamma * (1 - batch.terminations) * next_q  # a truncation bootstraps
+        target = (1 - args.gamma) * batch.rewards + args.gamma * (1 - batch.terminations) * next_q  # cuts bootstrap
     q = critic(batch.observations, batch.actions).squeeze(-1)
     loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the members
     if args.conservative:
@@ -124,9 +113,24 @@ def critic_loss(
     return loss
 
 
-def log_beta(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
-    """log beta(a | s) of the actions taken, [batch],  beta = softmax(logits / temperature)"""
-    return ((logits / temperature).log_softmax(dim=-1) * actions).sum(dim=-1)
+def log_clipped_normal(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log density of clip(mean + std epsilon, -1, 1) at `actions` [..., action_dim]; at -1 and 1 the log of a mass"""
+    inside = -0.5 * ((actions - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    beyond = torch.special.log_ndtr((mean * actions.sign() - 1) / std)
+    return torch.where(actions.abs() < 1, inside, beyond).sum(dim=-1)
+
+
+def log_beta(outputs: Tensor, actions: Tensor, temperature: float = 1.0) -> Tensor:
+    """log beta(a | s) of the actions taken, [batch]. Discrete: beta = softmax(outputs / temperature). Continuous:
+    beta = sum_k softmax(w)_k clipped_normal(mean_k, sqrt(temperature) std_k)
+    """
+    if outputs.shape[-1] == actions.shape[-1]:
+        return ((outputs / temperature).log_softmax(dim=-1) * actions).sum(dim=-1)
+    components = outputs.unflatten(-1, (-1, 2 * actions.shape[-1] + 1))  # [batch, k, w and means and log stds]
+    mean, log_std = components[..., 1:].chunk(2, dim=-1)
+    std = log_std.clamp(-4, 2).exp() * math.sqrt(temperature)
+    log_prob = log_clipped_normal(actions.unsqueeze(-2), mean, std)  # [batch, k]
+    return (components[..., 0].log_softmax(dim=-1) + log_prob).logsumexp(dim=-1)
 
 
 def forecast(dynamics: Ensemble, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,41 +159,41 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def fit_critic(batch: Batch, pi: Pair, rows: Tensor, gamma: float, args: HyperParameters) -> Ensemble:
+def fit_critic(batch: Batch, pi: Pair, rows: Tensor, args: HyperParameters) -> Ensemble:
     """fqe's target critics, fitted to the `rows` of `batch`; `pi` are the policy's actions at all s and s'."""
-    dims = batch.observations.shape[1] + batch.actions.shape[1]
-    critic = Ensemble(args.num_members, dims, args.hidden_dims, 1)
+    critic = Ensemble(args.num_members, batch.observations.shape[1] + batch.actions.shape[1], args.hidden_dims, 1)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
     optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     for _ in range(args.num_updates):
         drawn = rows[torch.randint(len(rows), (args.num_members, args.batch_size))]
-        actions = pi[0][drawn], pi[1][drawn]
-        descend(critic_loss(critic, target_critic, batch.take(drawn), actions, gamma, args), optimizer)
+        descend(critic_loss(critic, target_critic, batch.take(drawn), (pi[0][drawn], pi[1][drawn]), args), optimizer)
         with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
             torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
     return target_critic
 
 
-def fit_behaviour(batch: Batch, held_out: Tensor, args: HyperParameters) -> tuple[Tensor, dict[str, float]]:
-    """log beta of all actions [N], by a network that is fitted to the rows that are not `held_out` [N] until it gets
-    worse on those; their mean log-likelihood, and that by their own frequencies alone: beta's should be higher.
+def fit_behaviour(batch: Batch, held_out: Tensor, dims: int, legal: int, args: HyperParameters) -> tuple[Tensor, Any]:
+    """log beta [N], by a network of `dims` outputs, fitted to rows that are not `held_out` [N] until it gets worse on
+    those; their likelihood, and that by one distribution for all s. The first `legal` numbers of s are the mask.
     """
-    behaviour = Ensemble(1, batch.observations.shape[1], args.hidden_dims, batch.actions.shape[1])
+    behaviour = Ensemble(1, batch.observations.shape[1], args.hidden_dims, dims)
     optimizer = torch.optim.Adam(behaviour.parameters(), args.learning_rate, fused=True)
-    rows, taken = (~held_out).nonzero()[:, 0], batch.actions[held_out]
+    rows, taken, temperatures = (~held_out).nonzero()[:, 0], batch.actions[held_out], torch.logspace(-1, 1, 41)
     best: tuple[float, float, Any] = (-math.inf, 1.0, None)  # likelihood, temperature, log beta
     for step in range(1, args.num_updates + 1):
         drawn = batch.take(rows[torch.randint(len(rows), (args.batch_size,))])
-        descend(-log_beta(behaviour(drawn.observations)[0], drawn.actions).mean(), optimizer)
+        outputs = behaviour(drawn.observations)[0]
+        outputs[:, :legal] -= 1e9 * (drawn.observations[:, :legal] == 0)
+        descend(-log_beta(outputs, drawn.actions).mean(), optimizer)
         if step % max(1, args.num_updates // 20) == 0:
             with torch.no_grad():
-                logits = behaviour(batch.observations)[0]  # once, for all temperatures
-                for temperature in torch.logspace(-1, 1, 41).tolist():
-                    likelihood = float(log_beta(logits[held_out], taken, temperature).mean())
-                    if likelihood > best[0]:
-                        best = likelihood, temperature, log_beta(logits, batch.actions, temperature)
-    alone = float((taken * taken.mean(dim=0).clamp(min=1e-9).log()).sum(dim=1).mean())
-    return best[2], {"temperature": best[1], "log_likelihood": best[0], "of_frequencies": alone}
+                outputs = behaviour(batch.observations)[0]  # once, for all temperatures
+                outputs[:, :legal] -= 1e9 * (batch.observations[:, :legal] == 0)
+                found = max((float(log_beta(outputs[held_out], taken, t).mean()), float(t)) for t in temperatures)
+                best = max(best, (*found, log_beta(outputs, batch.actions, found[1])), key=lambda each: each[0])
+    mean, std = taken.mean(dim=0), taken.std(dim=0)
+    alone = log_clipped_normal(taken, mean, std) if dims > len(mean) else (taken * mean.log().nan_to_num()).sum(dim=1)
+    return best[2], {"temperature": best[1], "log_likelihood": best[0], "of_frequencies": float(alone.mean())}
 
 
 def fit_dynamics(batch: Batch, args: HyperParameters) -> Ensemble:
@@ -219,7 +223,7 @@ def rollouts(dynamics: Ensemble, starts: Tensor, act: Callable, batch: Batch, ga
 
 
 # --- Estimators -----------------------------------------------------------------------------------------------------
-# `counts` [draws, episodes] says how often each episode counts: ones for the estimate itself, else a bootstrap's draws.
+# counts [draws, episodes] tell how often each episode counts: ones for the estimate itself, else a bootstrap's draws.
 # What is of steps is [episodes, steps], with zeros after an episode's end. All is in double precision.
 
 
@@ -237,14 +241,9 @@ def weigh(counts: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     return counts @ (weights * values) / (counts @ weights).clamp(min=1e-300)
 
 
-def mean_estimate(counts: Tensor, values: Tensor) -> Tensor:
-    """The mean of values [episodes], such as G_i or V(s_i0): [draws]."""
-    return counts @ values / counts.sum(dim=1)
-
-
 def is_estimate(counts: Tensor, rho: Tensor, rewards: Tensor, gamma: float) -> Tensor:
     """mean_i sum_t gamma^t rho_it r_it, [draws]"""
-    return mean_estimate(counts, rho * rewards @ discounts(gamma, rewards.shape[1]))
+    return counts @ (rho * rewards) @ discounts(gamma, rewards.shape[1]) / counts.sum(dim=1)
 
 
 def wis_estimate(counts: Tensor, rho: Tensor, rewards: Tensor, gamma: float) -> Tensor:
@@ -261,15 +260,12 @@ def wdr_estimate(counts: Tensor, rho: Tensor, rewards: Tensor, gamma: float, q: 
 
 def effective_sample_size(weights: Tensor) -> float:
     """(sum w)^2 / sum w^2 of weights [episodes]: as many of equal weight are worth as much."""
-    weights = weights / weights.max().clamp(min=1e-300)
-    return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
+    return float((2 * weights.log().logsumexp(dim=0) - (2 * weights.log()).logsumexp(dim=0)).exp().nan_to_num())
 
 
 def bootstrap(episodes: int, draws: int) -> Tensor:
-    """How often each of the episodes is among as many that are drawn with replacement, [draws, episodes]."""
-    drawn = torch.randint(episodes, (draws, episodes))
-    ones = torch.ones(drawn.shape, dtype=torch.float64)
-    return torch.zeros_like(ones).scatter_add_(1, drawn, ones)
+    """How often each of the episodes is among as many that are drawn with replacement, [draws, episodes], in bytes."""
+    return torch.stack([torch.randint(episodes, (episodes,)).bincount(minlength=episodes).byte() for _ in range(draws)])
 
 
 def summary(of_seeds: Tensor, draws: Tensor) -> dict[str, Any]:
@@ -308,7 +304,8 @@ from common.experiment import replace
 class Args(HyperParameters):
     policies: tyro.conf.Positional[tuple[Path, ...]] = ()
     """run folders, or kept policies in them: runs/iql/policy-5000.pt"""
-    gamma: float = 0.0  # discount of the returns; 0: that of the runs
+    gamma: float = 0.0  # discount; 0: that of the runs
+    noise: float = 0.0  # sigma, with which policies of continuous actions act, in half ranges of an action
     held_out: bool = False  # judge by the episodes alone that the runs held out of training (--validation-fraction)
     least_effective: float = 10.0  # episodes of equal weight that importance sampling needs for a number
     draws: int = 1_000  # of the bootstrap over episodes
@@ -325,15 +322,15 @@ class Evidence(NamedTuple):
     size: float  # of a reward, by which the batch's are divided
     rewards: Tensor  # [E, T], in the environment's units
     log_beta: Tensor | None  # [E, T], of the actions taken
-    counts: Tensor  # [draws, E], of the bootstrap
-    gamma: float
+    counts: Tensor  # [draws, E], of the bootstrap, in bytes
 
     def summarize(self, estimate: Callable, of_seeds: Tensor | None = None) -> dict[str, Any]:
         ones = torch.ones(1, len(self.rewards), dtype=torch.float64)
-        return summary(estimate(ones) if of_seeds is None else of_seeds, estimate(self.counts))
+        draws = torch.cat([estimate(counts.double()) for counts in self.counts.split(50)])  # so that memory stays small
+        return summary(estimate(ones) if of_seeds is None else of_seeds, draws)
 
-    def mean(self, values: Tensor) -> dict[str, Any]:  # of values [members, E]
-        return self.summarize(partial(mean_estimate, values=values.mean(dim=0)), values.mean(dim=1))
+    def mean(self, values: Tensor) -> dict[str, Any]:  # of values [members, E], such as V(s_i0)
+        return self.summarize(lambda counts: counts @ values.mean(dim=0) / counts.sum(dim=1), values.mean(dim=1))
 
 
 def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
@@ -341,57 +338,56 @@ def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
     check(bool(args.policies), "name the runs whose policies are to be evaluated: runs/iql runs/bc")
     runs, policies = [], []
     for path in args.policies:
-        folder, file = (path.parent, path.name) if path.suffix == ".pt" else (path, "policy.pt")
-        policies.append(load_policy(folder, args.script, file))
-        with explain(f"cannot read {folder / 'args.json'}"):
-            runs.append({"gamma": 0.99} | json.loads((folder / "args.json").read_text()))
+        policies.append(load_policy(path, args.script))
+        told = (path.parent if path.suffix == ".pt" else path) / "args.json"
+        with explain(f"cannot read {told}"):
+            runs.append({"gamma": 0.99} | json.loads(told.read_text()))
             runs[-1]["gamma"] = float(args.gamma or runs[-1]["gamma"])
         for name in ("dataset_id", "dataset_fingerprint", "gamma"):
             first, own = (run.get(name) for run in (runs[0], runs[-1]))
-            check(own is not None, f"{folder / 'args.json'} lacks {name}: give the folder of a run on a dataset")
+            check(own is not None, f"{told} lacks {name}: give the folder of a run on a dataset")
             advice = "give --gamma" if name == "gamma" else "policies compare on the same episodes of the same data"
             check(first == own, f"{name} is {first} in {args.policies[0]}, {own} in {path}: {advice}")
     return runs[0], policies
 
 
-def load_buffer(args: Args, run: dict[str, Any], policies: list[Policy]) -> ReplayBuffer:
+def load_buffer(args: Args, run: dict[str, Any]) -> ReplayBuffer:
     """The data of the runs; with --held-out what they did not learn from. Raises BadInput for data unlike theirs."""
     split = ExperimentArgs(**{name: run[name] for name in ("validation_fraction", "validation_seed") if name in run})
     buffer = ReplayBuffer(hold_out(load_dataset(run["dataset_id"], discrete=None), split), torch.device("cpu"))
-    same = buffer.fingerprint == run["dataset_fingerprint"]
-    check(same, f"{args.policies[0]} was trained on other data than {run['dataset_id']} holds")
-    task: Any = buffer.dataset.discrete, buffer.observation_dim, buffer.dataset.action_low, buffer.dataset.action_high
-    for path, policy in zip(args.policies, policies, strict=True):
-        own = policy.discrete, policy.normalization.shape[1], *policy.action_range.numpy()
-        same = all(np.array_equal(*pair) for pair in zip(own, task, strict=True))
-        check(same, f"{path}: its observations or actions are not {run['dataset_id']}'s")
+    other = f"{args.policies[0]} was trained on other data than {run['dataset_id']} holds"
+    check(buffer.fingerprint == run["dataset_fingerprint"], other)
+    check(not (args.noise and buffer.num_actions), "--noise is for continuous actions")
     check(not args.held_out or bool(buffer.validation), "--held-out: the runs held no episodes out of training")
     return buffer.validation if args.held_out else buffer
 
 
 def logged_probabilities(dataset: Dataset) -> Tensor | None:
-    """log beta(a | s) [N] by the infos' log_prob; None without any. Raises BadInput where it lacks or cannot be."""
-    found: list[Any] = []
+    """log beta(a | s) [N] by the infos' log_prob; None without any. Raises BadInput where it lacks or cannot be.
+    Densities are of actions in the environment's units, and become those of actions in [-1, 1].
+    """
     with explain(f"{dataset.dataset_id}: cannot read the infos' log_prob"):
-        for index, episode in enumerate(minari.MinariDataset(find_dataset(dataset.dataset_id)).iterate_episodes()):
-            if dataset.kept is None or index in dataset.kept:
-                found.append(np.full(len(episode.rewards) + 1, np.nan))
-                found[-1][:] = (episode.infos or {}).get("log_prob", np.nan)  # raises for another shape
-    values = np.concatenate([each[:-1] for each in found])
-    bad = int((np.isnan(values) | (values == -np.inf) | (values > 1e-6)).sum())
+        stored, found = minari.MinariDataset(find_dataset(dataset.dataset_id)), []
+        for episode in stored.iterate_episodes(dataset.kept and sorted(dataset.kept)):
+            log_prob = (episode.infos or {}).get("log_prob", np.nan)
+            found.append(np.broadcast_to(log_prob, len(episode.rewards) + 1)[:-1])  # raises for another shape
+    values = np.concatenate(found)
+    bad = int((np.isnan(values) | np.isinf(values) | (dataset.discrete & (values > 1e-6))).sum())
     what = f"{bad} of {len(values)} logged probabilities are missing, 0 or above 1"
     check(not bad or bool(np.isnan(values).all()), f"{dataset.dataset_id}: {what}: give all of them, or none")
-    return None if bad else torch.from_numpy(values)
+    scale = 0.0 if dataset.discrete else np.log((dataset.action_high - dataset.action_low) / 2).sum()
+    return None if bad else torch.from_numpy(values + scale)
 
 
-def act(policy: Policy, observations: Tensor, buffer: ReplayBuffer) -> Tensor:
-    """pi(s), one-hot if discrete, of rows `observations` [N, observation_dim], as the buffer has them."""
+def act(policy: Policy, observations: Tensor, buffer: ReplayBuffer, noise: float = 0.0) -> Tensor:
+    """pi(s), one-hot if discrete, of rows `observations` [N, observation_dim], as the buffer has them; with noise."""
     actions = []
     for rows in observations.split(1024):  # some at a time, so that memory stays small
         raw = rows * buffer.normalization[1] + buffer.normalization[0]  # in the environment's units
         outputs = policy.act(((raw - policy.normalization[0]) / policy.normalization[1]).float())
         actions.append(one_hot(outputs.argmax(1), buffer.num_actions).float() if policy.discrete else outputs)
-    return torch.cat(actions)
+    mean = torch.cat(actions)
+    return (mean + noise * torch.randn_like(mean)).clamp(-1, 1) if noise else mean
 
 
 def table(values: Tensor, buffer: ReplayBuffer) -> Tensor:
@@ -399,33 +395,33 @@ def table(values: Tensor, buffer: ReplayBuffer) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(values.double().split(buffer.episode_lengths.tolist())), True)
 
 
-def gather(buffer: ReplayBuffer, args: Args, gamma: float) -> tuple[Evidence, dict[str, Any]]:
+def gather(buffer: ReplayBuffer, args: Args) -> tuple[Evidence, dict[str, Any]]:
     """The evidence, and what is to be said of beta."""
     data, lengths = buffer.transitions, buffer.episode_lengths
     size = float(data.rewards.square().mean().sqrt()) or 1.0
     actions = one_hot(data.actions, buffer.num_actions).float() if buffer.num_actions else data.actions
     batch = Batch(data.observations, actions, data.rewards / size, data.next_observations, data.terminations)
-    told: dict[str, Any] = {"beta": "logged" if buffer.num_actions else "none"}
-    log_probs = logged_probabilities(buffer.dataset) if buffer.num_actions else None
-    if buffer.num_actions and log_probs is None:
-        chosen = torch.randperm(len(lengths)) < len(lengths) / 5
-        log_probs, likelihoods = fit_behaviour(batch, chosen.repeat_interleave(lengths), args)
-        told = {"beta": "fitted"} | likelihoods
-    beta = None if log_probs is None else table(log_probs, buffer)
-    counts = bootstrap(len(lengths), args.draws)
-    return Evidence(buffer, batch, size, table(data.rewards, buffer), beta, counts, gamma), told
+    beta, told = None, {"beta": "none"}
+    if buffer.num_actions or args.noise:
+        log_probs, told = logged_probabilities(buffer.dataset), {"beta": "logged"}
+        if log_probs is None:
+            chosen = (torch.randperm(len(lengths)) < len(lengths) / 5).repeat_interleave(lengths)
+            dims = buffer.num_actions or 5 * (2 * actions.shape[1] + 1)  # w, means and log stds of five components
+            log_probs, likelihoods = fit_behaviour(batch, chosen, dims, buffer.num_legal, args)
+            told = {"beta": "fitted"} | likelihoods
+        beta = table(log_probs, buffer)
+    return Evidence(buffer, batch, size, table(data.rewards, buffer), beta, bootstrap(len(lengths), args.draws)), told
 
 
 def judge_data(evidence: Evidence, args: Args) -> dict[str, Any]:
     """The returns that were recorded, the share of the discount beyond them, and fqe of the data's own actions."""
-    buffer, batch, gamma = evidence.buffer, evidence.batch, evidence.gamma
+    buffer, batch, gamma = evidence.buffer, evidence.batch, args.gamma
     starts, lengths = buffer.episode_starts, buffer.episode_lengths
     ended = batch.terminations[starts + lengths - 1] == 1
     followed = torch.ones(len(batch.rewards), dtype=torch.bool)
     followed[starts + lengths - 1] = ended  # where a cut is, nobody knows the next action
     check(bool(followed.any()), "all episodes are one step and cut: what follows is unknown; if they ended, say so")
-    pi = batch.actions, batch.actions.roll(-1, dims=0)
-    critic = fit_critic(batch, pi, followed.nonzero()[:, 0], gamma, args)
+    critic = fit_critic(batch, (batch.actions, batch.actions.roll(-1, dims=0)), followed.nonzero()[:, 0], args)
     v = q_of(critic, batch.observations[starts], batch.actions[starts]) * evidence.size / (1 - gamma)
     returns = evidence.rewards @ discounts(gamma, evidence.rewards.shape[1])
     found = {"return": evidence.mean(returns[None]), "fqe": evidence.mean(v)}
@@ -434,64 +430,68 @@ def judge_data(evidence: Evidence, args: Args) -> dict[str, Any]:
 
 def judge(policy: Policy, evidence: Evidence, dynamics: Ensemble, args: Args) -> dict[str, Any]:
     """All estimates of a policy, in the environment's units."""
-    buffer, batch, gamma, unit = evidence.buffer, evidence.batch, evidence.gamma, evidence.size / (1 - evidence.gamma)
+    buffer, batch, unit = evidence.buffer, evidence.batch, evidence.size / (1 - args.gamma)
     starts, ends = buffer.episode_starts, buffer.episode_starts + buffer.episode_lengths - 1
-    pi = act(policy, batch.observations, buffer), act(policy, batch.next_observations, buffer)
-    critic = fit_critic(batch, pi, torch.arange(len(batch.rewards)), gamma, args)
+    pi: Any = tuple(act(policy, states, buffer, args.noise) for states in (batch.observations, batch.next_observations))
+    critic = fit_critic(batch, pi, torch.arange(len(batch.rewards)), args)
     v = q_of(critic, batch.observations, pi[0]) * unit  # [members, N]
-    returns = rollouts(dynamics, batch.observations[starts], lambda s: act(policy, s, buffer), batch, gamma)
+    play = partial(act, policy, buffer=buffer, noise=args.noise)
+    returns = rollouts(dynamics, batch.observations[starts], play, batch, args.gamma)
     found: dict[str, Any] = {"fqe": evidence.mean(v[:, starts]), "model": evidence.mean(returns * evidence.size)}
     if evidence.log_beta is None:
         return found
-    agreement = (pi[0] * batch.actions).sum(dim=1).log()  # log pi(a | s): 0 or -inf
-    rho = cumulative_ratios(table(agreement, buffer) - evidence.log_beta)
+    log_pi = (pi[0] * batch.actions).sum(dim=1).log()  # 0 or -inf, of discrete actions
+    if args.noise:
+        log_pi = log_clipped_normal(batch.actions, act(policy, batch.observations, buffer), torch.tensor(args.noise))
+    rho = cumulative_ratios(table(log_pi, buffer) - evidence.log_beta)
     found["ess"] = effective_sample_size(rho[:, -1])
     if found["ess"] < args.least_effective:
         return found
     q = q_of(critic, batch.observations, batch.actions) * unit
     last = q_of(critic, batch.next_observations[ends], pi[1][ends]) * unit * (1 - batch.terminations[ends])
-    tables = []  # of each member Q and V; V [E, T + 1] has after the last step that of s', 0 if that terminated
-    for member in range(len(q)):
-        with_last = pad(table(v[member], buffer), (0, 1))
-        with_last[torch.arange(len(ends)), buffer.episode_lengths] = last[member]
-        tables.append((table(q[member], buffer), with_last))
-    known: dict[str, Any] = {"rho": rho, "rewards": evidence.rewards, "gamma": gamma}
-    of_seeds = torch.cat([wdr_estimate(torch.ones(1, len(ends)).double(), **known, q=q, v=v) for q, v in tables])
-    known_q = known | {"q": sum(q for q, _ in tables) / len(tables), "v": sum(v for _, v in tables) / len(tables)}
+    known: dict[str, Any] = {"rho": rho, "rewards": evidence.rewards, "gamma": args.gamma}
     found["is"] = evidence.summarize(partial(is_estimate, **known))
     found["wis"] = evidence.summarize(partial(wis_estimate, **known))
-    return found | {"wdr": evidence.summarize(partial(wdr_estimate, **known_q), of_seeds)}
+    of_seeds = []  # by Q and V of each member and, at the end, by their mean
+    for own_q, own_v, own_last in zip(*(torch.cat([x, x.mean(0, keepdim=True)]) for x in (q, v, last)), strict=True):
+        own_v = pad(table(own_v, buffer), (0, 1))  # [E, T + 1]: after the last step V of s', 0 if that terminated
+        own_v[torch.arange(len(ends)), buffer.episode_lengths] = own_last
+        estimate: Any = partial(wdr_estimate, **known, q=table(own_q, buffer), v=own_v)
+        of_seeds.append(estimate(torch.ones(1, len(ends)).double()))
+    return found | {"wdr": evidence.summarize(estimate, torch.cat(of_seeds[:-1]))}
 
 
-def describe(name: str, found: dict[str, Any]) -> str:
-    form = "{} {estimate:.3g} ({low:.3g} to {high:.3g})"
-    return f"{name}: " + ", ".join(form.format(key, **each) for key, each in found.items() if isinstance(each, dict))
+def describe(found: dict[str, Any]) -> str:
+    interval = "{estimate:.3g} ({low:.3g} to {high:.3g})".format_map
+    told = {name: interval(each) if isinstance(each, dict) else f"{each:.3g}" for name, each in found.items()}
+    return ", ".join(f"{name} {each}" for name, each in told.items())
 
 
 def main(args: Args) -> None:
     ExperimentArgs.validate(args)  # type: ignore[arg-type]
-    for name, least in (("num_members", 2), ("draws", 2), ("conservative", 0)):
+    for name, least in (("num_members", 2), ("draws", 2), ("conservative", 0), ("noise", 0)):
         check_argument(args, name, getattr(args, name) >= least, f"must be at least {least}")
     run, policies = read_runs(args)
-    check(0 < (gamma := run["gamma"]) < 1, f"--gamma {gamma}: must be in (0, 1)")
+    args.gamma = gamma = run["gamma"]
+    check(0 < gamma < 1, f"--gamma {gamma}: must be in (0, 1)")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
-    buffer = load_buffer(args, run, policies)
+    buffer = load_buffer(args, run)
     count = len(buffer.episode_lengths)
     check(count > 1, f"{run['dataset_id']} holds one episode: intervals need several; cut the log into episodes")
     if count < 20:
         warn(f"{count} episodes are few: no interval of fewer than 20 can be trusted")
     if args.num_updates < (needed := math.ceil(3 / (args.tau * (1 - gamma)))):
         warn(f"--num-updates {args.num_updates}: fqe will know the near future alone; tau and gamma ask for {needed:,}")
-    evidence, told = gather(buffer, args, gamma)
+    evidence, told = gather(buffer, args)
     result = {"dataset_id": run["dataset_id"], "gamma": gamma, "episodes": count} | told
     result |= {"data": judge_data(evidence, args), "policies": {}}
-    print(describe(f"data, {count} episodes, beta {told['beta']}", result["data"]), flush=True)
+    print(f"data, {count} episodes, beta {told['beta']}: {describe(result['data'])}", flush=True)
     dynamics = fit_dynamics(evidence.batch, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for path, policy in zip(args.policies, policies, strict=True):
         found = result["policies"][str(path)] = judge(policy, evidence, dynamics, args)
-        print(describe(str(path), found) + (f", ESS {found['ess']:.1f}" if "ess" in found else ""), flush=True)
+        print(f"{path}: {describe(found)}", flush=True)
         replace(args.out, lambda file: file.write(json.dumps(result, indent=2).encode()))
 
 

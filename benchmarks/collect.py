@@ -201,7 +201,7 @@ class Agent(NamedTuple):
 
     def policy(self, step: int) -> Policy:
         """As it was at the evaluation after update `step`."""
-        return load_policy(self.folder, file=f"policy-{step}.pt")
+        return load_policy(self.folder / f"policy-{step}.pt")
 
 
 def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:

@@ -74,7 +74,7 @@ def main(args: Args) -> None:
         versions = {name: importlib.import_module(name).__version__ for name in PACKAGES}
     except ImportError as error:
         raise BadInput(f"there is no ONNX here ({one_line(error)}): pip install -e '.[export]'") from None
-    policy = load_policy(args.run_dir, args.script, args.policy).requires_grad_(False)
+    policy = load_policy(args.run_dir / args.policy, args.script).requires_grad_(False)
     refuse_noise(policy)
     told = describe(policy, read_run(args.run_dir)) | {"policy": args.policy, "versions": versions}
     content = convert(policy, told)

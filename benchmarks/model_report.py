@@ -28,7 +28,9 @@ of an observation, in standard deviations of the data:
 The model beats a naive forecast up to the last k before the first at which it does not. Its spread is called too narrow
 where the 90% interval misses more than 20%, twice as many as it should, and too wide where it misses less than 5%.
 
-Limits. A script leaves out rows at random to test its model on, not episodes, so the starts are such rows: their own
+A run with --validation-fraction has held whole episodes out: all is of these, and each of their steps is new to it.
+
+Limits. Other runs leave out rows at random to test their model on, not episodes, so the starts are such rows: their own
 step is new to the model, but most of those that follow are not. `learned` is the error of one step at as many rows that
 it learned from. Where it is much less than that of the rows left out, the model knows its data by heart, and the table
 flatters it for k > 1. By the same rows each member chose when to stop. Which rows they were follows from the seed; the
@@ -175,31 +177,40 @@ def compare(run: Trained, step: int, said: Forecast, starts: Starts) -> Row:
 
 
 def choose_starts(run: Trained, model: Model, longest: int, count: int) -> tuple[Starts, Tensor]:
-    """The starts, left-out rows where these are known; and rows that the model has learned from, in random order.
-    Raises BadInput if there is no start for so many steps.
+    """The starts, of the episodes held out, or else left-out rows where these are known; and rows that the model has
+    learned from, in random order. Raises BadInput if there is no start for so many steps.
     """
-    data, lengths = run.buffer.transitions, run.buffer.episode_lengths
-    everything = torch.randperm(len(data.rewards))
+    everything = torch.randperm(len(run.buffer.transitions.rewards))
     rows = everything if model.left_out is None else model.left_out
+    learned = everything[~torch.isin(everything, rows)]
+    tested = run.buffer.validation or run.buffer
+    if run.buffer.validation:
+        rows = torch.randperm(len(tested.transitions.rewards))
+    data, lengths = tested.transitions, tested.episode_lengths
     starts = measures.find_starts(data, lengths, rows, longest)
     starts = Starts(*(column[:count] for column in starts))
     most = int(measures.find_starts(data, lengths, rows, 1).left.max())
     advice = f"no episode goes on for so long after one of the {len(rows):,} possible starts; ask for at most {most}"
     check(bool((starts.left >= longest).any()), f"--steps {longest}: {advice}")
-    return starts, everything[~torch.isin(everything, rows)]
+    return starts, learned
 
 
 def learned_by_heart(run: Trained, model: Model, learned: Tensor, num_samples: int) -> str:
-    """A line on what the rows that a script leaves out can show."""
-    if model.left_out is None:
+    """A line on what the rows that the model did not learn from can show."""
+    held_out, new = run.buffer.validation, model.left_out
+    if held_out:
+        new = torch.arange(len(held_out.transitions.rewards))
+    if new is None:
         return "which rows the model was tested on is not known: it has learned from most, or all, of what is compared"
-    data, errors = run.buffer.transitions, []
-    for rows in (learned[: len(model.left_out)], model.left_out):
-        starts = measures.find_starts(data, run.buffer.episode_lengths, rows, 1)
-        said = measures.forecast_from(model, data, starts, {1}, num_samples)
-        errors.append(f"{compare(run, 1, said[1], starts).values['error']:.3g}")
-    where = f"{errors[0]} at rows that the model has learned, {errors[1]} at the {len(model.left_out):,} left out"
-    return f"error of one step: {where}; the starts are of these, but most of the steps that follow were learned"
+    errors = []
+    for own, rows in ((run, learned[: len(new)]), (run._replace(buffer=held_out or run.buffer), new)):
+        starts = measures.find_starts(own.buffer.transitions, own.buffer.episode_lengths, rows, 1)
+        said = measures.forecast_from(model, own.buffer.transitions, starts, {1}, num_samples)
+        errors.append(f"{compare(own, 1, said[1], starts).values['error']:.3g}")
+    where = f"error of one step: {errors[0]} at rows that the model has learned, {errors[1]} at the {len(new):,}"
+    if held_out:
+        return f"{where} of {len(held_out.episode_lengths)} episodes held out, of which is all of the table"
+    return f"{where} left out; the starts are of these, but most of the steps that follow were learned"
 
 
 # --- Report ---------------------------------------------------------------------------------------------------------
@@ -280,8 +291,9 @@ def main(args: Args) -> None:
     model = load_model(run, args.run_dir, args.script)
     torch.manual_seed(0)
     starts, others = choose_starts(run, model, max(steps), args.num_starts)
-    said = measures.forecast_from(model, run.buffer.transitions, starts, steps, args.num_samples)
-    rows = [compare(run, k, some, starts) for k, some in said.items()]
+    tested = run._replace(buffer=run.buffer.validation or run.buffer)
+    said = measures.forecast_from(model, tested.buffer.transitions, starts, steps, args.num_samples)
+    rows = [compare(tested, k, some, starts) for k, some in said.items()]
     title = f"{run.args.algorithm} on {run.args.dataset_id}, seed {run.args.seed}"
     print(f"{title}: {args.run_dir}\n", *table(rows), "", sep="\n")
     if starts.terminated.any():

@@ -198,8 +198,7 @@ def true_returns(args: Args, policies: tuple[Path, ...], result: dict[str, Any])
     for environment in environments:
         environment.set_wrapper_attr("_max_episode_steps", math.ceil(math.log(0.001) / math.log(gamma)))
     for path in policies:
-        folder, file = (path.parent, path.name) if path.suffix == ".pt" else (path, "policy.pt")
-        policy = load_policy(folder, args.script, file)
+        policy = load_policy(path, args.script)
         found[str(path)] = float(evaluate(policy, environments, args.eval_episodes, 50_000, gamma)[0].mean())
     return found
 

@@ -74,11 +74,11 @@ class Policy(nn.Module):
         torch.save(state, file)
 
 
-def load_policy(run_dir: str | Path, script: str | Path | None = None, file: str = "policy.pt") -> Policy:
-    """A run's policy, on the CPU: `actions = load_policy("runs/...")(observations)`. `script` is the path of the script
-    that trained it, if not in algorithms/. Raises BadInput for no readable policy, or where the Actor is another one.
+def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
+    """The policy of a run's folder, or of a .pt file in one, on the CPU: `actions = load_policy(run)(observations)`.
+    `script` is the script that trained it, if not in algorithms/. Raises BadInput if it is unreadable, or unlike it.
     """
-    path = Path(run_dir) / file
+    path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     with explain(f"cannot read {path}"):
         state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")

@@ -156,7 +156,7 @@ def test_default_run_folder_and_a_taken_one(tmp_path, monkeypatch):
 def test_the_policy_of_each_evaluation_can_be_kept(algorithm, tmp_path):
     arguments = ["--num-updates", "5", "--eval-every", "2", "--keep-policies", "--run-dir", str(tmp_path), *SHORT]
     assert run_script(algorithm, *arguments).returncode == 0
-    kept = {name: load_policy(tmp_path, file=f"policy-{name}.pt") for name in ("2", "4", "5")}
+    kept = {name: load_policy(tmp_path / f"policy-{name}.pt") for name in ("2", "4", "5")}
     assert {path.name for path in tmp_path.glob("policy*")} == {"policy.pt", *(f"policy-{name}.pt" for name in kept)}
     assert_same(kept["5"].actor.state_dict(), load_policy(tmp_path).actor.state_dict())
     first, second = (torch.cat([weight.flatten() for weight in kept[name].actor.parameters()]) for name in ("2", "4"))

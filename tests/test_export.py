@@ -292,5 +292,5 @@ def test_a_kept_policy_of_a_trained_run(tmp_path):
     assert told["policy"] == "policy-10.pt" and len(told["observation_names"]) == 3
     observations = np.random.default_rng(0).normal(size=(20, 3))
     actions = session.run(None, {"observations": observations})[0]
-    np.testing.assert_allclose(actions, load_policy(tmp_path / "run", file="policy-10.pt")(observations), atol=1e-6)
+    np.testing.assert_allclose(actions, load_policy(tmp_path / "run" / "policy-10.pt")(observations), atol=1e-6)
     assert np.abs(actions - load_policy(tmp_path / "run")(observations)).max() > 1e-3

@@ -15,7 +15,7 @@ from conftest import MODEL, ROOT, SHORT, SHORTER, assert_one_line, checkpoint, r
 from matplotlib.image import imread
 from model_measures import Forecast, Model, Starts
 
-from benchmarks.model_report import Row, compare, load_model, table, verdicts
+from benchmarks.model_report import Row, choose_starts, compare, load_model, table, verdicts
 from common.command_line import BUILT_IN_ID
 from common.data import Batch
 
@@ -335,6 +335,22 @@ def test_rows_left_out_are_those_of_the_training(algorithm, monkeypatch, tmp_pat
     torch.testing.assert_close(torch.cat([data.observations, data.actions], dim=1)[left_out], asked[0])
     everyone = load_model(run, tmp_path / "run", None).everyone
     assert measures.rows_left_out(everyone, data, 6) is None  # of another seed, the errors are others
+
+
+def test_with_episodes_held_out_all_is_of_these(runs):
+    folder = runs("mopo", "--validation-fraction", "0.2")
+    from trained_run import load_run  # the module's name is that of the other tests
+
+    run = load_run(folder)
+    held_out, text = run.buffer.validation, report(folder)
+    data, lengths = held_out.transitions, held_out.episode_lengths
+    assert f"at the {len(data.rewards):,} of {len(lengths)} episodes held out, of which is all of the table" in text
+    starts, learned = choose_starts(run, load_model(run, folder, None), 20, 10**6)
+    assert len(starts.rows) == (lengths - 19).sum() and starts.rows.max() < len(data.rewards)
+    assert len(data.rewards) < learned.max() < len(run.buffer.transitions.rewards)
+    change = (data.next_observations - data.observations)[starts.rows] / (data.observations.std(dim=0) + 1e-3)
+    naive = f"| {change.square().mean().sqrt():.3g} |".replace("| ", "")
+    assert naive in report(folder, "--num-starts", "100000").splitlines()[4]
 
 
 def test_a_model_that_was_taken_over_was_tested_by_the_seed_of_its_own_run(runs, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import ope
 import pytest
 import torch
-from conftest import SHORT, assert_one_line, random_episode, run_script, write_policy
+from conftest import SHORT, assert_one_line, random_episode, run_script
 
 from common.command_line import BadInput
 from common.data import load_dataset
@@ -171,9 +171,6 @@ def test_counts_are_copies():
     plain = {name: known[name] for name in ("rho", "rewards", "gamma")}
     found = ope.is_estimate(counts, **plain), ope.wis_estimate(counts, **plain), ope.wdr_estimate(counts, **known)
     assert [float(each) for each in found] == pytest.approx(estimates(copied))
-    assert ope.mean_estimate(counts, known["rewards"][:, 0]).item() == pytest.approx(
-        float(copied["rewards"][:, 0].mean())
-    )
 
 
 def test_no_weight_at_all_gives_nothing():
@@ -190,7 +187,8 @@ def test_effective_sample_size():
 def test_bootstrap_draws_as_many_episodes():
     torch.manual_seed(0)
     counts = ope.bootstrap(7, 2000)
-    assert (counts.sum(dim=1) == 7).all() and counts.dtype == torch.float64
+    assert (counts.sum(dim=1) == 7).all() and counts.dtype == torch.uint8
+    counts = counts.double()
     assert counts.mean(dim=0).numpy() == pytest.approx(np.ones(7), abs=0.1)
     assert counts.var().item() == pytest.approx(6 / 7, abs=0.05)  # of a binomial
 
@@ -212,9 +210,9 @@ def numpy_ensemble(network, *inputs):
     outputs = []
     for member in range(network.members):
         x = np.concatenate([each[member % len(each)] for each in inputs], axis=1).astype(np.float64)
-        for index, layer in enumerate(network.layers):
-            x = x @ layer.weight[member].detach().numpy() + layer.bias[member].detach().numpy()
-            if index < len(network.layers) - 1:
+        for index, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+            x = x @ weight[member].detach().numpy() + bias[member].detach().numpy()
+            if index < len(network.weights) - 1:
                 mean, variance = x.mean(axis=1, keepdims=True), x.var(axis=1, keepdims=True)
                 x = np.maximum((x - mean) / np.sqrt(variance + 1e-5), 0)
         outputs.append(x)
@@ -233,8 +231,8 @@ def test_critic_loss(conservative):
     batch = random_batch()
     critic, target_critic = (ope.Ensemble(2, 5, (5, 4), 1) for _ in range(2))
     pi = torch.randn(2, 8, 2), torch.randn(2, 8, 2)
-    args = ope.HyperParameters(conservative=conservative)
-    loss = ope.critic_loss(critic, target_critic, batch, pi, 0.9, args)
+    args = ope.HyperParameters(conservative=conservative, gamma=0.9)
+    loss = ope.critic_loss(critic, target_critic, batch, pi, args)
     observations, actions, rewards, next_observations, terminations = (each.numpy() for each in batch)
     next_q = numpy_ensemble(target_critic, next_observations, pi[1].numpy())[..., 0]
     target = 0.1 * rewards + 0.9 * np.where(terminations == 1, 0, next_q)
@@ -255,6 +253,36 @@ def test_log_beta():
         expected = np.log(powers[np.arange(8), np.arange(8) % 2] / powers.sum(axis=1))
         found = ope.log_beta(behaviour(batch.observations)[0], batch.actions, temperature)
         np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4)
+
+
+def numpy_clipped_normal(actions, mean, std):
+    """The density of each number inside (-1, 1), and the mass at -1 or 1 of what was clipped there."""
+    z = (actions - mean) / std
+    inside = np.exp(-(z**2) / 2) / (std * math.sqrt(2 * math.pi))
+    below, above = (0.5 * (1 + np.vectorize(math.erf)((end - mean) / std / math.sqrt(2))) for end in (-1, 1))
+    return np.where(actions <= -1, below, np.where(actions >= 1, 1 - above, inside))
+
+
+def test_clipped_normals():
+    actions = torch.tensor([[-1.0, 0.3], [1.0, 1.0], [0.2, -0.9]])
+    mean, std = torch.tensor([[0.1, -0.4], [0.9, -0.2], [1.3, 0.0]]), torch.tensor([0.5, 0.8])
+    found = ope.log_clipped_normal(actions, mean, std)
+    expected = np.log(numpy_clipped_normal(actions.numpy(), mean.numpy(), std.numpy())).sum(axis=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+    line = torch.linspace(-1, 1, 20_001)[:, None]
+    density = ope.log_clipped_normal(line, torch.tensor([0.7]), torch.tensor([0.4])).exp()
+    assert density[[0, -1]].sum() + density[1:-1].sum() / 10_000 == pytest.approx(1, abs=1e-3)
+
+
+def test_log_beta_of_continuous_actions():
+    torch.manual_seed(0)
+    outputs, actions = torch.randn(4, 2 * 5), torch.tensor([[0.3, -1.0], [1.0, 0.2], [-0.5, 0.5], [0.9, 1.0]])
+    weights, means, log_stds = np.split(outputs.view(4, 2, 5).double().numpy(), [1, 3], axis=2)
+    shares = np.exp(weights[..., 0]) / np.exp(weights[..., 0]).sum(axis=1, keepdims=True)
+    for temperature in (1.0, 0.3):
+        each = numpy_clipped_normal(actions.numpy()[:, None], means, np.exp(log_stds) * math.sqrt(temperature))
+        expected = np.log((shares * each.prod(axis=2)).sum(axis=1))
+        np.testing.assert_allclose(ope.log_beta(outputs, actions, temperature).numpy(), expected, rtol=1e-4)
 
 
 def test_dynamics_loss():
@@ -279,7 +307,7 @@ def test_dynamics_loss():
 
 def small(**changes):
     sizes = {"hidden_dims": (32,), "learning_rate": 3e-3, "tau": 0.2, "num_updates": 600, "batch_size": 128}
-    return ope.HyperParameters(**(sizes | {"num_members": 2} | changes))
+    return ope.HyperParameters(**(sizes | {"num_members": 2, "gamma": GAMMA} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +333,7 @@ def policy_actions(batch):
 def fitted_values(batch, args):
     """(1 - gamma) Q by the members' mean, [states, actions]."""
     torch.manual_seed(0)
-    critic = ope.fit_critic(batch, policy_actions(batch), torch.arange(len(batch.rewards)), GAMMA, args)
+    critic = ope.fit_critic(batch, policy_actions(batch), torch.arange(len(batch.rewards)), args)
     pairs = torch.eye(3).repeat_interleave(2, dim=0), torch.eye(2).repeat(3, 1)
     return ope.q_of(critic, *pairs).mean(dim=0).view(3, 2).numpy() / (1 - GAMMA)
 
@@ -321,7 +349,7 @@ def test_fqe_comes_to_the_value_and_the_penalty_below_it(logged):
 def test_the_data_have_a_value_beyond_their_cuts(logged):
     simulated, batch, buffer = logged
     counts = ope.bootstrap(2000, 200)
-    evidence = ope.Evidence(buffer, batch, 1.0, tables(simulated)["rewards"], None, counts, GAMMA)
+    evidence = ope.Evidence(buffer, batch, 1.0, tables(simulated)["rewards"], None, counts)
     torch.manual_seed(0)
     found = ope.judge_data(evidence, small())
     states, _, terminations, _ = simulated
@@ -338,13 +366,99 @@ def test_fit_behaviour_finds_the_probabilities(logged):
     _, batch, buffer = logged
     torch.manual_seed(0)
     held_out = (torch.arange(2000) % 5 == 0).repeat_interleave(buffer.episode_lengths)
-    log_probs, told = ope.fit_behaviour(batch, held_out, small(num_updates=200))
+    log_probs, told = ope.fit_behaviour(batch, held_out, 2, 0, small(num_updates=200))
     states, actions = batch.observations.argmax(dim=1), batch.actions.argmax(dim=1)
     np.testing.assert_allclose(log_probs.exp().numpy(), BEHAVIOUR[states, actions], atol=0.05)
     assert told["log_likelihood"] == pytest.approx(log_probs[held_out].mean().item(), abs=1e-5)
     frequencies = batch.actions[held_out].mean(dim=0).numpy()
     assert told["of_frequencies"] == pytest.approx((frequencies * np.log(frequencies)).sum(), abs=1e-5)
     assert told["log_likelihood"] > told["of_frequencies"]
+
+
+def test_what_is_forbidden_is_never_chosen():
+    """Of three actions the mask allows two or three; where only one is left, its probability is 1."""
+    torch.manual_seed(0)
+    masks = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 1]]).repeat(200, 1)
+    actions = torch.eye(3)[torch.multinomial(masks, 1)[:, 0]]
+    batch = ope.Batch(masks, actions, torch.zeros(600), masks, torch.zeros(600))
+    log_probs, _ = ope.fit_behaviour(batch, torch.arange(600) % 5 == 0, 3, 3, small(num_updates=200))
+    found = log_probs.exp().view(200, 3)
+    assert (found[:, 0] == 1).all()
+    np.testing.assert_allclose(found[:, 1:].mean(dim=0).numpy(), [1 / 2, 1 / 3], atol=0.05)
+
+
+# --- Continuous actions ---
+# s_0 is uniform in (-1, 1), s_1 = -s_0 / 2, and an episode ends after two steps with r = s - (a - s)^2 each. The data's
+# actions are clip(N(0, 0.6)), the policy's clip(N(s / 2, 0.4)).
+
+STD, NOISE, END = 0.6, 0.4, 0.9
+
+
+def continuous(episodes, seed=0, **shapes):
+    """The evidence of such episodes, whose densities are known."""
+    rng = np.random.default_rng(seed)
+    states = np.stack([first := rng.uniform(-1, 1, episodes), -first / 2], axis=1)
+    actions = rng.normal(0, STD, (episodes, 2)).clip(-1, 1)
+    rewards = torch.from_numpy(states - (actions - states) ** 2)
+    s, a, r = (torch.as_tensor(each).float().flatten() for each in (states, actions, rewards))
+    following = torch.from_numpy(np.stack([-states[:, 0] / 2, -states[:, 1] / 2], axis=1)).float().flatten()
+    batch = ope.Batch(s[:, None], a[:, None], r, following[:, None], torch.arange(2 * episodes).float() % 2)
+    lengths = torch.full((episodes,), 2)
+    known = {"normalization": torch.tensor([[0.0], [1.0]]), "num_actions": 0, "num_legal": 0}
+    buffer = SimpleNamespace(episode_starts=torch.arange(episodes) * 2, episode_lengths=lengths, **known)
+    log_beta = torch.from_numpy(np.log(numpy_clipped_normal(actions, 0, STD)))
+    return ope.Evidence(buffer, batch, 1.0, rewards, log_beta, ope.bootstrap(episodes, 100))
+
+
+def half(**changes):
+    """The policy s / 2."""
+    known = {"act": lambda states: states / 2, "normalization": torch.tensor([[0.0], [1.0]]), "discrete": False}
+    return SimpleNamespace(**(known | changes))
+
+
+def value_of(noise):
+    """By many episodes of the policy."""
+    rng = np.random.default_rng(9)
+    s = rng.uniform(-1, 1, 400_000)
+    first, second = ((rng.normal(x / 2, noise, len(x)).clip(-1, 1) - x) ** 2 for x in (s, -s / 2))
+    return (s - first + END * (-s / 2 - second)).mean()
+
+
+def test_policies_with_noise_have_weights():
+    args, evidence = ope.Args(**vars(small(gamma=END, num_updates=400)), noise=NOISE), continuous(10_000)
+    torch.manual_seed(0)
+    found = ope.judge(half(), evidence, ope.fit_dynamics(evidence.batch, args), args)
+    assert 2000 < found.pop("ess") < 10_000
+    assert found.keys() == {"fqe", "model", "is", "wis", "wdr"}
+    errors = {name: abs(each["estimate"] - value_of(NOISE)) for name, each in found.items()}
+    assert max(errors.values()) < 0.04, errors
+    assert abs(value_of(0.1) - value_of(NOISE)) > 0.1  # the noise counts
+    log_beta, told = ope.fit_behaviour(evidence.batch, torch.arange(20_000) % 5 == 0, 5 * 3, 0, args)
+    assert log_beta.mean().item() == pytest.approx(evidence.log_beta.mean().item(), abs=0.02)
+    assert told["log_likelihood"] == pytest.approx(told["of_frequencies"], abs=0.05)  # which do not depend on s
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.25])
+def test_rollouts_come_to_the_exact_return(chance):
+    """Of s' = 0.8 s + 0.5 a, r = s + 2 a and a = -s / 4, with an end of the same chance at each step."""
+    logit = math.log(chance / (1 - chance)) if chance else -100.0
+
+    class Dynamics:
+        members = 2
+
+        def __call__(self, s, a):
+            return torch.cat([-0.2 * s + 0.5 * a, s + 2 * a, torch.full_like(s, logit)], dim=-1)
+
+    starts = torch.tensor([[1.0], [-0.4]])
+    ratio = 0.9 * (1 - chance) * (0.8 - 0.5 / 4)  # of r_t+1 to r_t, discounted; r_0 = s_0 / 2
+    for bound, after in ((5.0, 1.0), (0.5, 0.5 / 0.675)):  # how much of s_1 the range of the data leaves
+        batch = SimpleNamespace(observations=torch.tensor([[-bound], [bound]]))
+        found = ope.rollouts(Dynamics(), starts[:1], lambda s: -s / 4, batch, 0.9)
+        expected = 0.5 * (1 + ratio * after / (1 - ratio))
+        np.testing.assert_allclose(found.numpy(), [[expected]] * 2, rtol=1e-3)
+    wide = SimpleNamespace(observations=torch.tensor([[-5.0], [5.0]]))
+    found = ope.rollouts(Dynamics(), starts, lambda s: -s / 4, wide, 0.9)
+    np.testing.assert_allclose(found.numpy(), np.tile(starts[:, 0].numpy() / 2 / (1 - ratio), (2, 1)), rtol=1e-3)
 
 
 # --- End to end ---
@@ -396,6 +510,9 @@ def test_discrete_actions(folders, tmp_path):
 def test_continuous_actions_have_fqe_and_model_alone(folders, tmp_path):
     result, _ = judged(tmp_path, folders["bc"])
     assert result["beta"] == "none" and set(result["policies"][folders["bc"]]) == {"fqe", "model"}
+    result, _ = judged(tmp_path, folders["bc"], "--noise", "0.3", "--least-effective", "0", "--gamma", "0.9")
+    assert result["beta"] == "fitted"
+    assert set(result["policies"][folders["bc"]]) == {"fqe", "model", "ess", "is", "wis", "wdr"}
 
 
 def test_held_out_episodes(folders, tmp_path):
@@ -405,17 +522,17 @@ def test_held_out_episodes(folders, tmp_path):
 
 
 def test_what_does_not_compare_is_one_line(folders, tmp_path):
-    policy, out = write_policy(tmp_path / "policy", 5), ["--out", str(tmp_path / "ope.json"), *TINY]
-    shutil.copy(f"{folders['bc']}/args.json", policy)
+    out = ["--out", str(tmp_path / "ope.json"), *TINY]
     cases = {
         "name the runs whose policies are to be evaluated": [],
         "dataset_id is .* policies compare on the same episodes": [folders["cql"], folders["bc"]],
         r"gamma is 0.99 in .* 0.9 in .*: give --gamma": [folders["cql"], folders["other"]],
-        "its observations or actions are not": [policy],
         "--held-out: the runs held no episodes out": [folders["cql"], "--held-out"],
         "--gamma 1.5: must be in": [folders["cql"], "--gamma", "1.5"],
         "--draws 1: must be at least 2": [folders["cql"], "--draws", "1"],
         "--num-members 1: must be at least 2": [folders["cql"], "--num-members", "1"],
+        "--noise is for continuous actions": [folders["cql"], "--noise", "0.1"],
+        "--noise -1.0: must be at least 0": [folders["bc"], "--noise", "-1"],
         "--conservative -1.0: must be at least 0": [folders["cql"], "--conservative", "-1"],
     }
     for pattern, given in cases.items():
@@ -443,9 +560,16 @@ def test_logged_probabilities(missing, make_dataset, tmp_path):
     else:
         result, run = judged(tmp_path, folder, "--least-effective", "0")
         assert result["beta"] == "logged" and "6 episodes are few" in run.stderr
-        buffer = SimpleNamespace(dataset_id=dataset_id, kept=None)
+        buffer = SimpleNamespace(dataset_id=dataset_id, kept=None, discrete=True)
         assert ope.logged_probabilities(buffer).tolist() == pytest.approx([np.log(0.5)] * 30)
         assert load_dataset(dataset_id, discrete=True).discrete
+
+
+def test_logged_densities_become_those_of_actions_in_one(make_dataset):
+    """Of actions in [-2, 2]: twice as high. A density may be above 1."""
+    episode = random_episode(0, 5) | {"infos": {"log_prob": np.array([0.5, -1, -2, 0, 1, np.nan])}}
+    dataset = load_dataset(make_dataset(episodes=[episode]))
+    assert ope.logged_probabilities(dataset).tolist() == pytest.approx(np.array([0.5, -1, -2, 0, 1]) + math.log(2))
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (5,)])

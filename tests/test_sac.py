@@ -120,7 +120,7 @@ def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["dataset_id"] == "Pendulum-v1"
     assert result["dataset_return_mean"] < -900 and result["final_return_mean"] > -300
-    last, kept, earlier = (load_policy(tmp_path / "run", file=f"policy{end}.pt") for end in ("", "-3000", "-1500"))
+    last, kept, earlier = (load_policy(tmp_path / "run" / f"policy{end}.pt") for end in ("", "-3000", "-1500"))
     for name, weight in last.actor.state_dict().items():
         assert torch.equal(weight, kept.actor.state_dict()[name])
         assert not torch.equal(weight, earlier.actor.state_dict()[name])
