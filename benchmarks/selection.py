@@ -18,7 +18,7 @@ where a policy does what the data never show, any estimate is a guess (see bench
 policies that a run kept (--keep-policies), too: when to have stopped.
 
 With --truth the policies are played, if the dataset names an environment: regret@k is what the best of all earns more
-than the best of the first k. OUT gets select.md, select.html and select.png, and ope.json with every number.
+than the best of the first k. OUT gets select.md, select.html, select.png, the table as select.csv, and ope.json.
 
 Run: python -m benchmarks.select runs/iql runs/bc --out runs/select
 """
@@ -320,5 +320,6 @@ def main(args: Args) -> None:
     picture_path = args.out / "select.png"
     replace(picture_path, partial(picture(table, result).savefig, dpi=130, format="png"))
     replace(args.out / "select.md", words.encode())
+    replace(args.out / "select.csv", table.to_csv(index=False).encode())
     replace(args.out / "select.html", page(text, tables, picture_path.read_bytes()).encode())
     print(f"page: {args.out / 'select.html'}")

@@ -156,6 +156,8 @@ def execute(words, monkeypatch):
 
 GPU_TRIAL = ["--device", "cpu", "--modes", "eager", "--algorithms", "bc", "--rounds", "1", "--seconds", "0.01"]
 GPU_TRIAL += ["--shared-algorithm", "bc", "--processes", "2", "--long-algorithms", "bc", "--long-updates", "300"]
+FEW_CHOICES = ["--tasks", "cartpole", "--repetitions", "1", "--updates", "2", "4", "--num-updates", "20"]
+FEW_CHOICES += ["--eval-episodes", "1", "--workers", "1"]
 BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
@@ -177,6 +179,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
     "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
     "measurements/memory.py": ["--num-steps", "2000"],
     "measurements/coverage.py": ["--seeds", "3", "--datasets", "2", "--simulations", "100", "--num-episodes", "2"],
+    "measurements/choices.py": [*FEW_CHOICES, "--out", "choices", "--results", "choices.csv"],
     "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
@@ -190,7 +193,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 
-SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("estimates", "gpu", "loading", "memory")))
+SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("choices", "estimates", "gpu", "loading", "memory")))
 
 
 @pytest.mark.parametrize(

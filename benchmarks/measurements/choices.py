@@ -1,0 +1,135 @@
+"""What choosing a policy by the data alone costs, where the truth is known: the regret of benchmarks.select.
+
+For each task, policies of several algorithms and numbers of updates are trained with as many seeds as there are
+repetitions. Each repetition ranks those of one seed and plays them. `by default` is the last policy of IQL, or discrete
+IQL, taken without any choice. What is done is not done again: stop the command, and give it again.
+
+Run: python -m benchmarks.measurements.choices --tasks pendulum cartpole
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from run import as_name
+from selection import judge_choice
+
+from common.command_line import check, launch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Task(NamedTuple):
+    """Data, what is trained on them, and how it is judged."""
+
+    dataset_id: str
+    algorithms: tuple[str, ...]
+    updates: tuple[int, ...]  # whose policies are ranked; the last is the end
+    training: tuple[str, ...] = ()  # arguments of the scripts
+    judging: tuple[str, ...] = ()  # arguments of benchmarks.select
+
+
+SMALL = "--num-updates", "5000", "--hidden-dims", "64", "64", "--tau", "0.1"
+TASKS = {
+    "pendulum": Task(
+        "anchorl/pendulum/mixed-v0", ("bc", "td3_bc", "iql", "awr", "sac_bc", "cql"), (1000, 5000), (), SMALL
+    ),
+    "cartpole": Task(
+        "anchorl/cartpole/mixed-v0",
+        ("fqi", "discrete_cql", "discrete_bcq", "discrete_iql"),
+        (1000, 2000, 5000),
+        (),
+        SMALL,
+    ),
+    "hopper": Task(
+        "zoo/hopper/medium-expert-v0",
+        ("bc", "bc --top-fraction 0.1", "td3_bc", "iql", "awr", "sac_bc"),
+        (10_000, 50_000),
+        ("--compile",),
+    ),
+}
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """of pendulum, cartpole and hopper, whose dataset must be there"""
+    repetitions: int = 3
+    """seeds, each a choice of its own"""
+    updates: tuple[int, ...] = ()
+    """after how many updates to rank; default: each task's own"""
+    num_updates: int | None = None
+    """gradient steps of the networks that judge; default: each task's own"""
+    eval_episodes: int = 200
+    """episodes of a policy, for its true return"""
+    out: Path = Path("runs/choices")
+    """runs and choices go to <out>/<task>"""
+    results: Path = ROOT / "benchmarks" / "results" / "choices.csv"
+    """a row per task, repetition and estimator; those of other tasks stay"""
+    workers: int = 2
+    """runs side by side, one thread each"""
+
+
+def program(name: str, *arguments: str | Path) -> None:
+    """Runs one of ours. Raises SystemExit if it fails."""
+    if code := subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)], cwd=ROOT).returncode:
+        raise SystemExit(code)
+
+
+def policies_of(task: Task, folder: Path, seed: int, updates: tuple[int, ...]) -> list[Path]:
+    runs = [folder / as_name(algorithm) / as_name(task.dataset_id) / str(seed) for algorithm in task.algorithms]
+    return [run / f"policy-{step}.pt" for run in runs for step in updates[:-1]] + runs
+
+
+def measure(name: str, args: Args) -> pd.DataFrame:
+    """A row per repetition and estimator."""
+    task, folder = TASKS[name], args.out.resolve() / name
+    updates = args.updates or task.updates
+    training = "--num-updates", str(updates[-1]), "--eval-every", str(min(updates)), "--keep-policies", *task.training
+    grid = "--datasets", task.dataset_id, "--seeds", str(args.repetitions), "--workers", str(args.workers)
+    program("run", "--algorithms", *task.algorithms, *grid, "--out", folder, "--", *training)
+    rows = []
+    for seed in range(args.repetitions):
+        choice = folder / f"choice-{seed}"
+        if not (choice / "select.csv").is_file():
+            policies = policies_of(task, folder, seed, updates)
+            own = () if args.num_updates is None else ("--num-updates", str(args.num_updates))
+            truth = "--truth", "--eval-episodes", str(args.eval_episodes)
+            program("select", *policies, "--out", choice, "--seed", str(seed), *truth, *task.judging, *own)
+        ranked = pd.read_csv(choice / "select.csv")
+        default = ranked["policy"].str.contains("iql") & ~ranked["policy"].str.endswith(".pt")
+        lost = float(ranked["truth"].max() - ranked["truth"][default].iloc[0])
+        judged = pd.concat([judge_choice(ranked), pd.DataFrame([{"estimator": "by default", "regret@1": lost}])])
+        facts = {"task": name, "repetition": seed, "policies": len(ranked), "spread": ranked["truth"].std()}
+        rows.append(judged.assign(**facts))
+    return pd.concat(rows)
+
+
+def table(results: pd.DataFrame) -> str:
+    """Markdown: of each task and estimator what each repetition gave."""
+    lines = ["| task | estimator | regret@1 | regret@3 | rank correlation |", "|---|---|---|---|---|"]
+    for (task, estimator), own in results.groupby(["task", "estimator"], sort=False):
+        columns = (own[name].dropna() for name in ("regret@1", "regret@3", "rank correlation"))
+        cells = (", ".join(f"{value:.3g}" for value in column) for column in columns)
+        lines.append(f"| {task} | {estimator} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    unknown = sorted({*args.tasks} - {*TASKS})
+    check(not unknown and len(args.tasks) > 0, f"--tasks {' '.join(unknown)}: choose of {' '.join(TASKS)}")
+    for name in args.tasks:
+        kept = [pd.read_csv(args.results)] if args.results.is_file() else []
+        others = [rows[rows["task"] != name] for rows in kept]
+        pd.concat([*others, measure(name, args)]).to_csv(args.results, index=False, float_format="%.6g")
+    print(table(pd.read_csv(args.results)))
+
+
+if __name__ == "__main__":
+    launch(main, Args)
