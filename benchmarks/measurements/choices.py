@@ -37,9 +37,7 @@ class Task(NamedTuple):
 
 SMALL = "--num-updates", "5000", "--hidden-dims", "64", "64", "--tau", "0.1"
 TASKS = {
-    "pendulum": Task(
-        "anchorl/pendulum/mixed-v0", ("bc", "td3_bc", "iql", "awr", "sac_bc", "cql"), (1000, 5000), (), SMALL
-    ),
+    "pendulum": Task("anchorl/pendulum/mixed-v0", ("bc", "td3_bc", "iql", "awr", "sac_bc"), (1000, 5000), (), SMALL),
     "cartpole": Task(
         "anchorl/cartpole/mixed-v0",
         ("fqi", "discrete_cql", "discrete_bcq", "discrete_iql"),
