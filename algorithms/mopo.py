@@ -408,7 +408,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import ReplayBuffer, hold_out, load_dataset
-from common.experiment import Run, load_checkpoint, set_up
+from common.experiment import Run, load_file, set_up
 from common.optim import Adam, compiled
 
 
@@ -430,7 +430,7 @@ class Args(HyperParameters, ExperimentArgs):
 def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     """Takes the model of the run in --dynamics. Raises BadInput if it does not suit this one."""
     with explain(f"--dynamics {args.dynamics}"):
-        saved = load_checkpoint(Path(args.dynamics or ""), buffer.storage.device)
+        saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
         check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):

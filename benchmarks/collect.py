@@ -50,8 +50,7 @@ from scratch import scratch_root
 
 from common.command_line import BadInput, check, check_argument, explain, launch
 from common.data import action_bounds, flatten_observations, observation_names
-from common.evaluation import FINAL_SEED, Policy, evaluate, load_policy, make_environment
-from common.experiment import load_checkpoint
+from common.evaluation import FINAL_SEED, Policy, evaluate, load_file, load_policy, make_environment
 
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
 
@@ -215,7 +214,7 @@ def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
         check(found == value, f"--run-dir {run_dir}: {name} is {found!r} there, not {value!r}; name another folder")
     sizes = len(observation_names(play.environment.observation_space)), len(play.low)
     with explain(unreadable):
-        checkpoint = load_checkpoint(run_dir)
+        checkpoint = load_file(run_dir / "checkpoint.pt")
         state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
         count = int(state["num_added"])
         lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"

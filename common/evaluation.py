@@ -80,8 +80,8 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
     """
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
+    state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
     with explain(f"cannot read {path}"):
-        state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
         origin: dict[str, Any] = {key: state.get(key) for key in kept}  # older versions saved no names
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
@@ -99,13 +99,13 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
 
 
 def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What torch.save wrote. Nothing in it is run. Raises many kinds of exceptions for damage, or more than data."""
-    with zipfile.ZipFile(path) as file:
-        # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
-        damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
-    if damaged != [None]:
-        raise zipfile.BadZipFile(f"a part of it is damaged: {damaged[-1]}")
-    return torch.load(path, map_location=device, weights_only=True)
+    """What torch.save wrote. Nothing in it is run. Raises BadInput for damage, or more than data."""
+    with explain(f"cannot read {path}"):
+        with zipfile.ZipFile(path) as file:
+            # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
+            damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
+        check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 @cache

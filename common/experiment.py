@@ -93,11 +93,13 @@ class Run:
         self.started = self.began = time.perf_counter()
         if args.resume:
             with explain(f"--resume: the checkpoint in {self.dir} does not fit, start a new run"):
-                metrics = self._restore(load_checkpoint(self.dir, self.device))
+                metrics = self._restore(load_file(self.dir / "checkpoint.pt", self.device))
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         self.first_step = self.step + 1
         config = {"algorithm": args.algorithm} | vars(args)
         self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
+        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or args.batch_size > 1024  # else sums may be others
+        self.threads, self.marks = 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
         self.tracked = SimpleQueue[dict[str, Any]]()  # what W&B is given
         self.tracker = threading.Thread(target=track, args=(self.tracked, args, self.dir, config), daemon=True)
         self.tracker.start()
@@ -118,6 +120,11 @@ class Run:
         if self.device.type == "cuda" and self.is_due(step, self.args.log_every):
             torch.cuda.synchronize()  # else its updates are still to come, and their time is taken for the log's
         self.update_seconds += time.perf_counter() - self.began
+        # beside other programs one thread is faster than two that wait: now and then 30 updates try one, and 30 all
+        if self.threads > 1 and (trial := step % 3000 - 100) in (0, 30, 60):
+            self.marks = [*self.marks[-2:], self.update_seconds]
+            alone = trial == 0 or (trial == 60 and 2 * self.marks[-2] < self.marks[-3] + self.marks[-1])
+            torch.set_num_threads(1 if alone else self.threads)
         if evaluating := self.is_due(step, self.args.eval_every):
             metrics = metrics | (self._validate() if self.buffer.validation else {}) | self._evaluate()
         if evaluating or self.is_due(step, self.args.log_every):
@@ -273,13 +280,6 @@ class Run:
         versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
         text = json.dumps(content | {"versions": versions}, indent=2, default=str)
         replace(self.dir / name, lambda file: file.write(text.encode()))
-
-
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A run's checkpoint. Raises BadInput where there is none, or a damaged one."""
-    with explain(f"cannot read {folder / 'checkpoint.pt'}"):
-        checkpoint = load_file(folder / "checkpoint.pt", device)
-    return checkpoint
 
 
 def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:

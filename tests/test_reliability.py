@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import bc
 import pytest
@@ -269,11 +268,82 @@ def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
 
 
+# --- Threads ---
+
+
+class Machine:
+    """A clock and PyTorch's threads, of which an update takes `cost` seconds each."""
+
+    def __init__(self, monkeypatch, cost):
+        self.cost, self.now, self.threads = cost, 0.0, 4
+        monkeypatch.setattr("common.experiment.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(self, "threads", count))
+
+    def update(self, run, step):
+        self.now += self.cost[self.threads]
+        run.record(step, {})
+
+
+def quiet(**changes):
+    """A run that records nothing but its updates."""
+    every = dict.fromkeys(("num_updates", "eval_every", "log_every", "checkpoint_every"), 10**5)
+    return every | changes
+
+
+def test_an_update_is_made_with_as_many_threads_as_are_fastest(tmp_path, pendulum, monkeypatch):
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine = Machine(monkeypatch, {1: 1.0, 4: 0.5})
+    run = small_run(tmp_path / "run", pendulum, **quiet())
+    used = []
+    for step in range(1, 9001):
+        if step == 3000:
+            machine.cost = {1: 1.1, 4: 30.0}  # another program takes one of the cores
+        if step == 6000:
+            machine.cost = {1: 1.0, 4: 0.5}
+        used.append(machine.threads)
+        machine.update(run, step)
+    run.lock.release()
+    assert used[:100] == [4] * 100 and used[100:130] == [1] * 30 and used[130:3100] == [4] * 2970
+    assert used[3130:3160] == [4] * 30 and used[3160:6130] == [1] * 2970 and used[6160:] == [4] * 2840
+
+
+@pytest.mark.parametrize("changes", [{"compile": True}, {"batch_size": 2048}, {}])
+def test_threads_that_are_chosen_stay_and_where_sums_would_differ(changes, tmp_path, pendulum, monkeypatch):
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    if changes:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    machine = Machine(monkeypatch, {1: 1.0, 4: 30.0})
+    run = small_run(tmp_path / "run", pendulum, **quiet(**changes))
+    for step in range(1, 201):
+        machine.update(run, step)
+    run.lock.release()
+    assert machine.threads == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name != "fqe"])
+def test_the_number_of_threads_does_not_change_a_bit(algorithm, tmp_path, pendulum):
+    words = "--num-updates", "10", "--eval-episodes", "1", "--final-eval-episodes", "1"
+    words += tuple(MODEL) if algorithm in ("mopo", "combo") else ()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            run = run_script(algorithm, *words, "--run-dir", str(tmp_path / str(count)))
+            assert run.returncode == 0, run.stderr
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(*(checkpoint(tmp_path / count)["learner"] for count in ("1", "2")))
+
+
 # --- Damaged files ---
 
 
-def small_run(folder, pendulum, resume=False):
-    args = bc.Args(run_dir=folder, hidden_dims=(4,), num_updates=9, resume=resume, log_every=1, checkpoint_every=1)
+def small_run(folder, pendulum, **changes):
+    every = {"num_updates": 9, "log_every": 1, "checkpoint_every": 1}
+    args = bc.Args(run_dir=folder, hidden_dims=(4,), **(every | changes))
     return Run(args, pendulum, bc.build(3, 1, args, torch.device("cpu"), Adam), bc.update)
 
 
@@ -318,7 +388,7 @@ def test_a_part_that_is_marked_as_a_folder_is_damage(tmp_path):
     assert len(places) > 2 and load_file(tmp_path / "good.pt")["weight"].sum() == 3
     for place in places:
         (tmp_path / "bad.pt").write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
-        with pytest.raises(zipfile.BadZipFile, match="a part of it is damaged"):
+        with pytest.raises(BadInput, match=r"bad\.pt: a part of it is damaged"):
             load_file(tmp_path / "bad.pt")
 
 

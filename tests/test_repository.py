@@ -180,6 +180,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
     "measurements/memory.py": ["--num-steps", "2000"],
     "measurements/coverage.py": ["--seeds", "3", "--datasets", "2", "--simulations", "100", "--num-episodes", "2"],
     "measurements/choices.py": [*FEW_CHOICES, "--out", "choices", "--results", "choices.csv"],
+    "measurements/threads.py": ["--algorithms", "bc", "--num-updates", "2", "--rounds", "1"],
     "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
@@ -193,7 +194,10 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
 LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 
-SLOW = ("collect.py", *(f"measurements/{name}.py" for name in ("choices", "estimates", "gpu", "loading", "memory")))
+SLOW = (
+    "collect.py",
+    *(f"measurements/{name}.py" for name in ("choices", "estimates", "gpu", "loading", "memory", "threads")),
+)
 
 
 @pytest.mark.parametrize(

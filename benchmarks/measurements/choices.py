@@ -47,7 +47,7 @@ TASKS = {
     ),
     "hopper": Task(
         "zoo/hopper/medium-expert-v0",
-        ("bc", "bc --top-fraction 0.1", "td3_bc", "iql", "awr", "sac_bc"),
+        ("bc", "bc --top-fraction 0.1", "td3_bc", "iql"),
         (10_000, 50_000),
         ("--compile",),
     ),

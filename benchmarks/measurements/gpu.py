@@ -45,7 +45,7 @@ import throughput
 
 from common.command_line import check, launch
 from common.data import Batch
-from common.experiment import load_checkpoint
+from common.evaluation import load_file
 from common.optim import Adam, compiled
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "algorithms"
@@ -189,7 +189,7 @@ def resumed(args: Args, algorithm: str, mode: str) -> list[Row]:
 
 
 def largest_difference(*folders: Path) -> float:
-    tensors = [tree_leaves(load_checkpoint(folder)["learner"]) for folder in folders]
+    tensors = [tree_leaves(load_file(folder / "checkpoint.pt")["learner"]) for folder in folders]
     pairs = [pair for pair in zip(*tensors, strict=True) if isinstance(pair[0], Tensor)]
     return max(float((left.double() - right.double()).abs().max()) for left, right in pairs if left.numel())
 
