@@ -1,21 +1,22 @@
 """Which of several trained policies to take, and whether any beats what was done so far: from the data alone.
 
-algorithms/ope.py estimates each policy's discounted return; here they are ranked by one estimator, fitted Q evaluation
-unless --by says otherwise, and doubted. Of an estimate J, s is its standard error: that of the bootstrap over episodes
-and the deviation between networks of different seeds, as the root of the sum of their squares.
+algorithms/ope.py estimates each policy's discounted return; here they are ranked by one estimate, `lesser` unless --by
+says otherwise, and doubted. Of an estimate J, s is its standard error: that of the bootstrap over episodes and the
+deviation between networks of different seeds, as the root of the sum of their squares.
 
+    lesser          the smaller one of fitted Q evaluation and the model: either may believe in what the data never
+                    show, and a choice of the best finds such beliefs; both seldom believe too much of the same policy
+    apart           policies whose fqe and model differ by more than half of S, the deviation of the recorded returns:
+                    one of the two extrapolates
     beats data      Phi((J - J_data) / sqrt(s^2 + s_data^2)): the odds that the policy earns more than the data's own
                     actions, J_data by fitted Q evaluation, too (by the recorded returns for is and wis)
     as good         policies whose J is within 1.64 sqrt(s^2 + s_best^2) of the best: they cannot be ranked
-    apart           policies whose fqe and model differ by more than half of S, the deviation of the recorded returns:
-                    one of the two extrapolates, and no rank is to be given; where that is so of more than half of
-                    the policies, the model is not up to the task, and they are ranked all the same
     agree           Spearman's correlation of two estimators' ranks, of the policies that have both
 
 The choice is refused where the best does not beat the data with odds of 0.9, where another estimator puts it below
-them, and where fqe and model rank the opposite way (below -0.5). This knows nothing of errors that the networks share:
-where a policy does what the data never show, any estimate is a guess (see benchmarks.shift_report). `--kept` ranks the
-policies that a run kept (--keep-policies), too: when to have stopped.
+them, where fqe and model rank the opposite way (below -0.5), and where they are apart for most policies. This knows
+nothing of errors that the networks share: where a policy does what the data never show, any estimate is a guess (see
+benchmarks.shift_report). `--kept` ranks the policies that a run kept (--keep-policies), too: when to have stopped.
 
 With --truth the policies are played, if the dataset names an environment: regret@k is what the best of all earns more
 than the best of the first k. OUT gets select.md, select.html, select.png, the table as select.csv, and ope.json.
@@ -48,8 +49,8 @@ from common.command_line import check, explain, warn
 from common.data import load_dataset
 from common.evaluation import NoEnvironment, evaluate, load_policy, load_script, make_environments
 
-Estimator = Literal["fqe", "wdr", "wis", "is", "model"]
-ESTIMATORS: tuple[Estimator, ...] = ("fqe", "wdr", "wis", "is", "model")
+Estimator = Literal["lesser", "fqe", "model", "wdr", "wis", "is"]
+ESTIMATORS: tuple[Estimator, ...] = ("lesser", "fqe", "model", "wdr", "wis", "is")
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Args:
     """run folders, or policies in them: runs/iql/policy-5000.pt"""
     out: Path = Path("runs/select")
     """folder for the page, the picture and the numbers"""
-    by: Estimator = "fqe"
-    """the estimator to rank by"""
+    by: Estimator = "lesser"
+    """the estimate to rank by; lesser is the smaller one of fqe and model"""
     top: int = 3
     """how many to name"""
     kept: bool = False
@@ -102,13 +103,11 @@ def standard_error(found: dict[str, Any]) -> float:
 
 
 def table_of(result: dict[str, Any], by: Estimator) -> pd.DataFrame:
-    """A row per policy, the best first and those without rank last: estimates, their standard errors, and the odds of
-    beating the data.
-    """
+    """A row per policy, the best first: estimates, their standard errors, and the odds of beating the data."""
     data, rows = result["data"], []
     for name, found in result["policies"].items():
         row: dict[str, Any] = {"policy": name, "ess": found.get("ess", math.nan)}
-        for estimator in ESTIMATORS:
+        for estimator in ESTIMATORS[1:]:
             own = found.get(estimator)
             row[estimator] = own["estimate"] if own else math.nan
             row[f"{estimator} error"] = standard_error(own) if own else math.nan
@@ -119,23 +118,23 @@ def table_of(result: dict[str, Any], by: Estimator) -> pd.DataFrame:
         row["apart"] = abs(row["fqe"] - row["model"]) > 0.5 * data["return"]["std"] * math.sqrt(result["episodes"])
         rows.append(row)
     table = pd.DataFrame(rows)
-    table["apart"] &= table["apart"].mean() <= 0.5
+    for column in ("", " error", " beats data"):
+        table[f"lesser{column}"] = table[f"model{column}"].where(table["model"] < table["fqe"], table[f"fqe{column}"])
     lacking = ", ".join(table["policy"][table[by].isna()])
-    advice = "the effective sample is too small, or actions are continuous: rank by fqe or model"
+    advice = "the effective sample is too small, or actions are continuous: rank by lesser, fqe or model"
     check(not lacking, f"--by {by}: there is no such estimate of {lacking}: {advice}")
-    order = table.sort_values(by, ascending=False, kind="stable").sort_values("apart", kind="stable")
-    return order.reset_index(drop=True)
+    return table.sort_values(by, ascending=False, kind="stable").reset_index(drop=True)
 
 
 def as_good(table: pd.DataFrame, by: Estimator) -> list[str]:
     """The policies that cannot be told from the best by the estimator."""
     error = np.hypot(table[f"{by} error"], table[f"{by} error"].iloc[0])
     within = table[by].iloc[0] - table[by] <= 1.64 * error
-    return table["policy"][~table["apart"] & (within | (table.index == 0))].tolist()
+    return table["policy"][within | (table.index == 0)].tolist()
 
 
-def agreement(table: pd.DataFrame, one: Estimator, other: Estimator) -> float:
-    """Spearman's rank correlation of two estimators; NaN with fewer than three policies that have both."""
+def agreement(table: pd.DataFrame, one: str, other: str) -> float:
+    """Spearman's rank correlation of two columns; NaN with fewer than three policies that have both."""
     both = table[[one, other]].dropna()
     if len(both) < 3 or both.nunique().min() < 2:
         return math.nan
@@ -150,9 +149,11 @@ def doubts(table: pd.DataFrame, by: Estimator) -> list[str]:
     for other in ESTIMATORS:
         if other != by and best[f"{other} beats data"] < 0.5:  # NaN is not
             found.append(f"{other} puts the best below the data's own actions")
-    correlation = agreement(table[~table["apart"]], "fqe", "model")
+    correlation = agreement(table, "fqe", "model")
     if correlation < -0.5:
         found.append(f"fqe and model rank against each other (rank correlation {correlation:.2f})")
+    if table["apart"].mean() > 0.5:
+        found.append("fqe and model are far apart for most policies: one of the two is not up to the task")
     return found
 
 
@@ -160,7 +161,7 @@ def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[
     """What to know of the numbers, a line each."""
     lines, equal = [], as_good(table, by)
     if table["apart"].any():
-        lines.append(f"cannot be ranked, for fqe and model are far apart: {', '.join(table['policy'][table['apart']])}")
+        lines.append(f"fqe and model are far apart, one is wrong: {', '.join(table['policy'][table['apart']])}")
     if len(equal) > 1:
         lines.append(f"cannot be ranked among each other by {by}: {', '.join(equal)}")
     if result["beta"] == "none":
@@ -173,7 +174,7 @@ def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[
             f"what chose the data's actions is fitted: an action is {math.exp(gain):.2f} times as likely by it as by "
             f"their frequencies alone; its temperature is {result['temperature']:.2f}"
         )
-    found = {other: agreement(table[~table["apart"]], by, other) for other in ESTIMATORS if other != by}
+    found = {other: agreement(table, by, other) for other in ESTIMATORS[1:] if other != by}
     agree = ", ".join(f"{other} {value:.2f}" for other, value in found.items() if not math.isnan(value))
     lines += [f"rank correlation of {by} with {agree}"] if agree else []
     if (beyond := result["data"]["beyond"]) > 0.05:
@@ -210,20 +211,12 @@ def regret(table: pd.DataFrame, by: Estimator, count: int) -> float:
 
 
 def judge_choice(table: pd.DataFrame) -> pd.DataFrame:
-    """Regret and rank correlation of the order as it is chosen, of each estimator that all policies have, and of a
-    choice by chance.
-    """
+    """Regret and rank correlation of each estimator that all policies have, and of a choice by chance."""
     rows: list[dict[str, Any]] = []
     for by in ESTIMATORS:
         if table[by].notna().all():
             own = {"estimator": by, "regret@1": regret(table, by, 1), "regret@3": regret(table, by, 3)}
-            rows.append(
-                own | {"rank correlation": agreement(table.rename(columns={"truth": "is", "is": "-"}), by, "is")}
-            )
-    truth = table["truth"]  # in the order that is chosen
-    chosen: dict[str, Any] = {f"regret@{count}": float(truth.max() - truth.head(count).max()) for count in (1, 3)}
-    correlation = float(stats.spearmanr(-table.index, truth).statistic) if truth.nunique() > 1 else math.nan
-    rows.insert(0, {"estimator": "as chosen", **chosen, "rank correlation": correlation})
+            rows.append(own | {"rank correlation": agreement(table, by, "truth")})
     chance = {"estimator": "by chance", "regret@1": float(table["truth"].max() - table["truth"].mean())}
     return pd.DataFrame(
         [*rows, chance | {"regret@3": chance_of_three(table["truth"].to_numpy()), "rank correlation": 0.0}]
@@ -243,9 +236,8 @@ def chance_of_three(truth: np.ndarray) -> float:
 
 def shown(table: pd.DataFrame, by: Estimator) -> pd.DataFrame:
     """The table in words."""
-    ranks = ["" if apart else str(index + 1) for index, apart in enumerate(table["apart"])]
-    columns: dict[str, Any] = {"": ranks, "policy": table["policy"]}
-    for name in ESTIMATORS:
+    columns: dict[str, Any] = {"": table.index + 1, "policy": table["policy"]}
+    for name in ESTIMATORS[1:]:
         if table[name].notna().any():
             cells = zip(table[name], table[f"{name} error"], strict=True)
             columns[name] = ["" if math.isnan(value) else f"{value:.3g} +- {error:.2g}" for value, error in cells]
@@ -262,7 +254,7 @@ def picture(table: pd.DataFrame, result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 1.5 + 0.5 * len(table)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(table))
-    for index, name in enumerate(ESTIMATORS):
+    for index, name in enumerate(ESTIMATORS[1:]):
         if table[name].notna().any():
             shift = places + 0.15 * (index - 2)
             axes.errorbar(table[name], shift, xerr=2 * table[f"{name} error"], fmt="o", markersize=4, label=name)
@@ -273,8 +265,8 @@ def picture(table: pd.DataFrame, result: dict[str, Any]) -> Figure:
     if "truth" in table:
         axes.plot(table["truth"], places, "k*", markersize=10, label="truth")
     axes.set(yticks=places, yticklabels=table["policy"], xlabel=f"return, discounted by {result['gamma']:g}")
-    shown = table[~table["apart"]]  # those without rank may be anywhere, and are cut off
-    ends = [low, high, *(shown[name] + sign * 2 * shown[f"{name} error"] for name in ESTIMATORS for sign in (-1, 1))]
+    told = [table["lesser"] + sign * 2 * table["lesser error"] for sign in (-1, 1)]
+    ends = [low, high, *told, table.get("truth", [])]  # of the others, what is farther is cut off
     least, most = (bound(np.hstack(ends)) for bound in (np.nanmin, np.nanmax))
     axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
     axes.set_title(f"{result['dataset_id']}, {result['episodes']} episodes; two standard errors")

@@ -58,21 +58,19 @@ def test_what_cannot_be_told_from_the_best():
     assert "cannot be ranked among each other by fqe: b, a" in selection.remarks(table, "fqe", result(three()))
 
 
-def test_policies_of_which_fqe_and_model_are_far_apart_have_no_rank():
-    policies = three() | {"d": {"fqe": estimate(9.0), "model": estimate(0.1), "ess": 0.0}}
+def test_the_lesser_of_fqe_and_model():
+    policies = three() | {"d": {"fqe": estimate(9.0, 5.0), "model": estimate(0.1, 0.2), "ess": 0.0}}
     told = result(policies, episodes=100)  # S is 0.1 sqrt(100) = 1
-    table = selection.table_of(told, "fqe")
-    assert table["policy"].tolist() == ["b", "a", "c", "d"] and table["apart"].tolist() == [False, False, False, True]
-    assert "cannot be ranked, for fqe and model are far apart: d" in selection.remarks(table, "fqe", told)
-    assert selection.shown(table, "fqe")[""].tolist() == ["1", "2", "3", ""]
+    table = selection.table_of(told, "lesser")
+    assert table["policy"].tolist() == ["b", "a", "d", "c"] and table["apart"].tolist() == [False, False, True, False]
+    assert table["lesser"].tolist() == [2.5, 1.0, 0.1, -1.0] and table["lesser error"].tolist() == [0.1, 0.1, 0.2, 0.1]
+    assert table["lesser beats data"].iloc[2] == table["model beats data"].iloc[2] < table["fqe beats data"].iloc[2]
+    assert "fqe and model are far apart, one is wrong: d" in selection.remarks(table, "lesser", told)
+    assert selection.table_of(told, "fqe")["policy"].tolist() == ["d", "b", "a", "c"]
     for name in "ab":
         policies[name]["model"] = estimate(-5.0)
-    assert selection.table_of(result(policies, episodes=100), "fqe")["policy"].tolist() == [
-        "d",
-        "b",
-        "a",
-        "c",
-    ]  # of too many to say
+    table = selection.table_of(result(policies, episodes=100), "lesser")
+    assert any("for most policies: one of the two is not up" in line for line in selection.doubts(table, "lesser"))
 
 
 def test_nothing_speaks_against_a_clear_choice():
@@ -116,8 +114,8 @@ def test_regret_and_rank_correlation_by_hand():
     table = selection.table_of(result(three()), "fqe").assign(truth=[1.0, 2.0, 0.5])  # of b, a, c
     assert selection.regret(table, "fqe", 1) == 1.0 and selection.regret(table, "fqe", 2) == 0.0
     judged = selection.judge_choice(table).set_index("estimator")
-    assert judged.index.tolist() == ["as chosen", "fqe", "model", "by chance"]  # wis is not there of all
-    assert judged.loc["as chosen", "regret@1"] == 1.0
+    assert judged.index.tolist() == ["lesser", "fqe", "model", "by chance"]  # wis is not there of all
+    assert judged.loc["lesser", "regret@1"] == 1.0
     assert judged.loc["fqe", "rank correlation"] == pytest.approx(0.5)
     assert judged.loc["by chance", "regret@1"] == pytest.approx(2 - 3.5 / 3)
     assert judged.loc["by chance", "regret@3"] == pytest.approx(0.0)
@@ -164,7 +162,9 @@ def test_the_choice_is_refused_in_words(tmp_path, monkeypatch, capsys):
     fake_ope(monkeypatch, result(three(), data=5.0))
     selection.main(selection.Args(tuple(tmp_path / name for name in "abc"), tmp_path / "out"))
     said = capsys.readouterr().out
-    assert "- cannot choose: the odds that the best beats the data are 0.00 by fqe" in said and "- choose" not in said
+    assert (
+        "- cannot choose: the odds that the best beats the data are 0.00 by lesser" in said and "- choose" not in said
+    )
 
 
 def test_kept_policies_come_in_the_order_of_their_updates(tmp_path):
@@ -211,5 +211,5 @@ def test_a_script_that_is_run_by_its_path_finds_pythons_own_select():
 def test_the_table_in_words_has_what_there_is():
     table = selection.table_of(result(three()), "fqe")
     words = selection.shown(table, "fqe")
-    assert words.columns.tolist() == ["", "policy", "fqe", "wis", "model", "beats data", "ESS"]
+    assert words.columns.tolist() == ["", "policy", "fqe", "model", "wis", "beats data", "ESS"]
     assert words["wis"].tolist() == ["2 +- 0.1", "", ""] and isinstance(words, pd.DataFrame)

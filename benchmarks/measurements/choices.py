@@ -69,7 +69,7 @@ class Args:
     out: Path = Path("runs/choices")
     """runs and choices go to <out>/<task>"""
     results: Path = ROOT / "benchmarks" / "results" / "choices.csv"
-    """a row per task, repetition and estimator; those of other tasks stay"""
+    """a row per task, repetition and policy; those of other tasks stay"""
     workers: int = 2
     """runs side by side, one thread each"""
 
@@ -86,7 +86,7 @@ def policies_of(task: Task, folder: Path, seed: int, updates: tuple[int, ...]) -
 
 
 def measure(name: str, args: Args) -> pd.DataFrame:
-    """A row per repetition and estimator."""
+    """A row per repetition and policy: estimates and truth."""
     task, folder = TASKS[name], args.out.resolve() / name
     updates = args.updates or task.updates
     training = "--num-updates", str(updates[-1]), "--eval-every", str(min(updates)), "--keep-policies", *task.training
@@ -101,21 +101,27 @@ def measure(name: str, args: Args) -> pd.DataFrame:
             truth = "--truth", "--eval-episodes", str(args.eval_episodes)
             program("select", *policies, "--out", choice, "--seed", str(seed), *truth, *task.judging, *own)
         ranked = pd.read_csv(choice / "select.csv")
-        default = ranked["policy"].str.contains("iql") & ~ranked["policy"].str.endswith(".pt")
-        lost = float(ranked["truth"].max() - ranked["truth"][default].iloc[0])
-        judged = pd.concat([judge_choice(ranked), pd.DataFrame([{"estimator": "by default", "regret@1": lost}])])
-        facts = {"task": name, "repetition": seed, "policies": len(ranked), "spread": ranked["truth"].std()}
-        rows.append(judged.assign(**facts))
+        ranked["policy"] = [str(Path(path).relative_to(folder)) for path in ranked["policy"]]
+        rows.append(ranked.assign(task=name, repetition=seed))
     return pd.concat(rows)
+
+
+def judge(ranked: pd.DataFrame) -> pd.DataFrame:
+    """What each estimator's choice of a repetition costs, and that of no choice."""
+    last = ranked["policy"].str.contains("iql") & ~ranked["policy"].str.endswith(".pt")
+    lost = float(ranked["truth"].max() - ranked["truth"][last].mean())
+    return pd.concat([judge_choice(ranked), pd.DataFrame([{"estimator": "by default", "regret@1": lost}])])
 
 
 def table(results: pd.DataFrame) -> str:
     """Markdown: of each task and estimator what each repetition gave."""
-    lines = ["| task | estimator | regret@1 | regret@3 | rank correlation |", "|---|---|---|---|---|"]
-    for (task, estimator), own in results.groupby(["task", "estimator"], sort=False):
-        columns = (own[name].dropna() for name in ("regret@1", "regret@3", "rank correlation"))
-        cells = (", ".join(f"{value:.3g}" for value in column) for column in columns)
-        lines.append(f"| {task} | {estimator} | {' | '.join(cells)} |")
+    lines = ["| task | estimate | regret@1 | regret@3 | rank correlation |", "|---|---|---|---|---|"]
+    for task, own in results.groupby("task", sort=False):
+        judged = pd.concat([judge(ranked.reset_index(drop=True)) for _, ranked in own.groupby("repetition")])
+        for estimator, numbers in judged.groupby("estimator", sort=False):
+            columns = (numbers[name].dropna() for name in ("regret@1", "regret@3", "rank correlation"))
+            cells = (", ".join(f"{round(value, 2):g}" for value in column) for column in columns)
+            lines.append(f"| {task} | {estimator} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
