@@ -191,7 +191,7 @@ def fit_behaviour(batch: Batch, held_out: Tensor, dims: int, legal: int, args: H
                 outputs[:, :legal] -= 1e9 * (batch.observations[:, :legal] == 0)
                 found = max((float(log_beta(outputs[held_out], taken, t).mean()), float(t)) for t in temperatures)
                 best = max(best, (*found, log_beta(outputs, batch.actions, found[1])), key=lambda each: each[0])
-    mean, std = taken.mean(dim=0), taken.std(dim=0)
+    mean, std = taken.mean(dim=0), taken.std(dim=0) + 1e-3
     alone = log_clipped_normal(taken, mean, std) if dims > len(mean) else (taken * mean.log().nan_to_num()).sum(dim=1)
     return best[2], {"temperature": best[1], "log_likelihood": best[0], "of_frequencies": float(alone.mean())}
 
