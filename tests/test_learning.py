@@ -21,6 +21,8 @@ RUNS = {
     "sac_bc": ["--num-updates", "2500", *FAST],
     "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+    "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+    "xql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
     "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],

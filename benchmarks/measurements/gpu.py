@@ -54,7 +54,8 @@ FEW = {  # arguments of the short runs that are stopped and resumed
     "mopo": ["--max-dynamics-epochs", "1"],
     "combo": ["--max-dynamics-epochs", "1"],
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
-    "iql": ["--no-cosine-decay"],  # which is over all updates, of which a run stopped by its end has fewer
+    # which is over all updates, of which a run stopped by its end has fewer
+    **dict.fromkeys(("iql", "sql", "xql"), ["--no-cosine-decay"]),
 }
 DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
 NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member

@@ -53,6 +53,8 @@ class Args:
         "sac_bc",
         "rebrac",
         "iql",
+        "sql",
+        "xql",
         "awr",
         "awac",
         "bcq",

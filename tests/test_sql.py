@@ -1,0 +1,93 @@
+"""SQL's and EQL's losses against NumPy on small numbers, the values that they imply, and what each may touch."""
+
+import numpy as np
+import pytest
+import sql
+import torch
+from conftest import (
+    SHORT,
+    assert_each_trains_its_own,
+    assert_one_line,
+    networks_of,
+    numpy_mlp,
+    random_batch,
+    run_script,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["sql", "eql"])
+def args(request):
+    return sql.Args(hidden_dims=(5, 4), num_updates=100, variant=request.param)
+
+
+@pytest.fixture
+def learner(args):
+    torch.manual_seed(0)
+    return sql.build(3, 2, args, CPU)
+
+
+def test_sparse_value_loss_by_hand():
+    advantages, value = torch.tensor([2.0, -1.0, -9.0]), torch.tensor([0.5, 1.0, -3.0])
+    loss, _ = sql.value_loss(advantages, value, "sql", alpha=2.0)
+    assert loss.item() == pytest.approx((1.5**2 + 0.75**2 + 0 + (0.5 + 1.0 - 3.0) / 2) / 3)  # 1 - 9 / 4 is below 0
+
+
+@pytest.mark.parametrize("highest", [3.0, 100.0, -40.0])
+def test_exponential_value_loss(highest):
+    """Of u above 5 the exponential counts as exp(5), and no more draws V up; of u below -1 the factor stays exp(1)."""
+    a, value = np.array([highest, highest - 1, highest - 7]), np.array([0.5, 1.0, -3.0])
+    advantages = torch.tensor(a, dtype=torch.float32, requires_grad=True)
+    loss, _ = sql.value_loss(advantages, torch.tensor(value, dtype=torch.float32), "eql", alpha=2.0)
+    u = np.minimum(a / 2, 5)
+    factor = np.exp(-max(u.max(), -1))
+    assert loss.item() == pytest.approx(np.mean(np.exp(u) + value / 2) * factor, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, advantages)
+    expected = np.where(a / 2 > 5, 0, np.exp(u) / 2 / 3 * factor)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 20.0])
+def test_what_the_value_comes_to(alpha):
+    """For Q of 0, 1 and 4. EQL: alpha log E[exp(Q / alpha)]. SQL: where E[max(0, 1 + (Q - v) / (2 alpha))] is 1."""
+    q = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    found = {}
+    for variant in ("sql", "eql"):
+        v = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
+        for _ in range(4000):
+            loss, _ = sql.value_loss(q - v, v.expand(3), variant, alpha)
+            (gradient,) = torch.autograd.grad(loss, v)
+            v = (v - 0.2 * alpha * gradient).detach().requires_grad_()
+        found[variant] = v.item()
+    assert found["eql"] == pytest.approx(alpha * np.log(np.exp(q.numpy() / alpha).mean()), abs=1e-3)
+    share = np.maximum(0, 1 + (q.numpy() - found["sql"]) / (2 * alpha)).mean()
+    assert share == pytest.approx(1, abs=1e-3)
+
+
+def test_actor_loss(learner, args):
+    batch, a = random_batch(), torch.tensor([-2.0, -1, -0.5, 0, 0.1, 1, 2, 900])
+    loss, metrics = sql.actor_loss(learner.actor, a, batch, args.variant, 2.0, 100.0)
+    mean = np.tanh(numpy_mlp(learner.actor.net, batch.observations.numpy()))
+    log_prob = -(0.5 * (batch.actions.numpy() - mean) ** 2 + 0.5 * np.log(2 * np.pi)).sum(axis=1)
+    weight = np.maximum(a.numpy(), 0) if args.variant == "sql" else np.exp(np.minimum(10 * a.numpy() / 2, 50))
+    weight = np.minimum(weight, 100)
+    assert loss.item() == pytest.approx(-np.mean(weight * log_prob), rel=1e-5)
+    assert metrics["actor/weight_zero"].item() == (4 / 8 if args.variant == "sql" else 0)
+    assert metrics["actor/weight_clipped"].item() == (1 / 8 if args.variant == "sql" else 3 / 8)
+
+
+def test_each_loss_trains_its_own_network_only(learner, args):
+    batch = random_batch()
+    value = learner.value(batch.observations)
+    advantages = sql.advantage(value, learner.target_critic, batch)
+    losses = {
+        "value": sql.value_loss(advantages, value, args.variant, args.alpha)[0],
+        "critic": sql.critic_loss(learner.critic, learner.value, batch, args.gamma)[0],
+        "actor": sql.actor_loss(learner.actor, advantages, batch, args.variant, args.alpha, 100.0)[0],
+    }
+    assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic", "value"))
+
+
+def test_arguments_that_cannot_be():
+    assert_one_line(run_script("sql", "--alpha", "0", *SHORT), "--alpha 0.0: must be positive")
