@@ -37,10 +37,10 @@ dimensions there are, `taken` the fewer actions. beta takes the action's entries
 distribution (BC, TD3+BC, BCQ, of discrete actions all but IQL's) p is 1 in one bin. This makes KL and TV large even for
 a good clone of noisy data, so they have no verdict. Nor has accuracy: the best policy is far from mixed data. A Q above
 G is no error where rewards grow beyond what D has seen. Q may be of another policy than pi: IQL's is of a better one,
-CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it. S is small where episodes are
-short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of action, TD3+BC of data
-and policy, IQL, BCQ and scripts for discrete actions of data. BC and AWR have no Q. Without an environment there are no
-visits.
+CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it, MOBILE's penalties. S is small
+where episodes are short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of
+action, TD3+BC of data and policy, IQL, BCQ and scripts for discrete actions of data. BC and AWR have no Q. Without an
+environment there are no visits.
 
 Run: python -m benchmarks.shift_report runs/first --out shift.png
 """
@@ -72,7 +72,7 @@ MOST_CHOICES = 1_000  # discrete actions: a one-hot vector of each transition is
 COLUMNS = "data", "policy", "random", "visits"
 LOGGED = {  # columns of metrics.csv, and whose actions they are about
     "critic/q_data": "data",
-    "critic/q": "batches",  # the data's, but in MOPO mostly rollouts of its model
+    "critic/q": "batches",  # the data's, but in MOPO and MOBILE mostly rollouts of their models
     "critic/q_policy": "policy",
     "actor/q": "policy",
     "critic/q_random": "random",

@@ -49,6 +49,7 @@ SHORTER = {
     "bear": ["--num-samples", "3", "--num-target-actions", "3", "--num-acting-actions", "5", "--vae-hidden-dims", "16"],
     "mopo": MODEL,
     "combo": MODEL,
+    "mobile": [*MODEL, "--num-elites", "2", "--num-samples", "2", "--real-ratio", "0.5"],
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
 }
 

@@ -491,6 +491,7 @@ NONSENSE = {
     "gap_softness": "0",
     "warm_start": "-1",
     "target_entropy": "nan",
+    "min_target": "inf",
     "hidden_dims": "0",
     "penalty_coefficient": "-1",
     "real_ratio": "1.5",

@@ -431,7 +431,9 @@ def arguments_of(script):
 
 
 def mutated_command_lines(count):
-    scripts = st.sampled_from([name for name in ALGORITHMS if name not in ("mopo", "combo")])  # whose model takes long
+    scripts = st.sampled_from(
+        [name for name in ALGORITHMS if name not in ("mopo", "combo", "mobile")]
+    )  # whose model takes long
     commands = scripts.flatmap(lambda script: st.tuples(st.just(script), arguments_of(script)))
 
     @seed(count)

@@ -306,8 +306,8 @@ def refuse(*arguments):
     return run.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo"])
-def test_both_scripts(algorithm, runs, tmp_path):
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
+def test_all_scripts(algorithm, runs, tmp_path):
     text = report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
     assert text.startswith(f"{algorithm} on {BUILT_IN_ID}, seed 3: ")
     assert re.findall(r"^\| +(\d+) \| +50 \|", text, flags=re.MULTILINE) == ["1", "2", "5", "10", "20"]
@@ -318,7 +318,7 @@ def test_both_scripts(algorithm, runs, tmp_path):
     assert text == report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
 def test_rows_left_out_are_those_of_the_training(algorithm, monkeypatch, tmp_path, pendulum):
     module, asked = importlib.import_module(algorithm), []
     keep_better = module.keep_better
@@ -398,7 +398,7 @@ def test_a_users_own_script(tmp_path, pendulum, monkeypatch):
 
 def test_folders_that_hold_no_finished_run_with_a_model(runs, tmp_path):
     assert "no folder absent" in refuse("absent")
-    assert "is a run of td3_bc, which learns no model: give one of mopo or combo" in refuse(runs("td3_bc"))
+    assert "is a run of td3_bc, which learns no model: give one of mopo, combo or mobile" in refuse(runs("td3_bc"))
     folder = shutil.copytree(runs("mopo"), tmp_path / "run")
     (folder / "result.json").unlink()
     assert "has not finished: it lacks result.json" in refuse(folder)

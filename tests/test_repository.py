@@ -118,7 +118,8 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         dataset_id = words[words.index("--dataset-id") + 1] if "--dataset-id" in words else ""
         if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
-        words += FEW + (SMALL_MODEL if words[0] in ("algorithms/mopo.py", "algorithms/combo.py") else [])
+        with_model = words[0] in ("algorithms/mopo.py", "algorithms/combo.py", "algorithms/mobile.py")
+        words += FEW + (SMALL_MODEL if with_model else [])
     elif words == ["clinic.py"]:
         assert (home / "clinic.py").exists()  # the block before wrote it
     elif words[1] == "benchmarks.collect":

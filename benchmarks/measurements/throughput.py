@@ -65,6 +65,7 @@ class Args:
         "mopo:dynamics",
         "mopo:rollout",
         "combo",
+        "mobile",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
