@@ -43,7 +43,7 @@ class Forecast(NamedTuple):
 
 
 def rows_left_out(everyone: Any, data: Any, seed: int) -> Tensor | None:
-    """The rows that fit_dynamics of mopo.py and combo.py holds out with this seed. None if the members' errors there
+    """The rows that fit_dynamics of mopo.py and its siblings holds out by this seed. None if the members' errors there
     are not those that the model has saved: then it was trained in another way.
     """
     count = len(data.rewards)

@@ -21,6 +21,7 @@ ARGS = {
     "sac_bc": {"alpha": 0.4},
     "mopo": SMALL_MODEL,
     "combo": {"batch_size": 8, **SMALL_MODEL},
+    "morel": SMALL_MODEL,
     "edac": {"num_critics": 4},
 }
 
@@ -31,7 +32,7 @@ def script_and_learner(name):
     return script, args, sac_learner(script, args)
 
 
-@pytest.mark.parametrize(("name", "temperature"), [("sac", 0.3), ("mopo", 0.3), ("sac_bc", 0.0)])
+@pytest.mark.parametrize(("name", "temperature"), [("sac", 0.3), ("mopo", 0.3), ("morel", 0.3), ("sac_bc", 0.0)])
 def test_critic_loss(name, temperature):
     """`temperature` weighs the entropy of the target: SAC+BC's target has none."""
     script, args, learner = script_and_learner(name)
@@ -46,7 +47,7 @@ def test_critic_loss(name, temperature):
     assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sac", "mopo", "combo"])
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "morel"])
 def test_actor_and_temperature_losses(name):
     script, _, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()[0]
@@ -59,7 +60,7 @@ def test_actor_and_temperature_losses(name):
     assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "edac"])
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "morel", "edac"])
 def test_each_loss_trains_its_own_network_only(name):
     script, args, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()

@@ -53,6 +53,7 @@ Mode = Literal["eager", "compile", "compile bf16"]
 FEW = {  # arguments of the short runs that are stopped and resumed
     "mopo": ["--max-dynamics-epochs", "1"],
     "combo": ["--max-dynamics-epochs", "1"],
+    "morel": ["--max-dynamics-epochs", "1"],
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
     "iql": ["--no-cosine-decay"],  # which is over all updates, of which a run stopped by its end has fewer
 }

@@ -63,6 +63,7 @@ class Args:
         "mopo:dynamics",
         "mopo:rollout",
         "combo",
+        "morel",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
