@@ -58,12 +58,14 @@ def test_discrepancy():
     ],
 )
 def test_limit_and_value_of_halt(learner, args, least, halt_penalty, reward_in_halt):
-    """Over all of the data, of more rows than are looked at together."""
+    """Over all of the data, of more rows than are looked at together; the largest is of the last."""
     args.threshold, args.halt_penalty = 0.7, halt_penalty
     data = random_batch(2_500)
+    data.observations[-1] *= 100
     data = data._replace(rewards=least + data.rewards - data.rewards.min())
     elites = learner.dynamics.elites(args.num_elites)
     discs = numpy_discrepancy(elites.predict(data.observations, data.actions)[0].numpy())
+    assert discs.argmax() == 2_499
     limit, value = morel.find_halt(elites, data, args).tolist()
     assert limit == pytest.approx(0.7 * discs.max(), rel=1e-5)
     assert value == pytest.approx(sum(0.9**step * reward_in_halt for step in range(500)), rel=1e-5)
