@@ -17,10 +17,10 @@ true one. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
 Paper: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020,
 arXiv 2005.05951; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: the authors plan by natural policy gradients, on rollouts as long as an episode, each in one member; SAC
-has shorter ones here, and bootstraps where they end. kappa is R_max in the paper's theory. Where unknown, the authors'
-code pays r + truncate_reward (0 in its settings) and ends. Its members are four networks of 2 x 512 without a variance,
-its disc is in the environment's units; here disc is over the elites, and in standard deviations of the data.
+Differences: the authors plan by natural policy gradients, on rollouts from the start of an episode to its end, each in
+one member; SAC has short ones here, and bootstraps where they end. kappa is R_max in the paper's theory. Where unknown,
+the authors' code pays r + truncate_reward (0 in its settings) and ends. It has four networks of 2 x 512, no variances,
+known rewards, and disc in the environment's units; here disc is over the elites, in standard deviations of the data.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """
