@@ -21,6 +21,7 @@ SMALLER = {
     "mopo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "combo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "mobile": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
+    "morel": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "sac": {"replay_size": 100},
 }
 

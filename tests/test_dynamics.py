@@ -1,4 +1,4 @@
-"""The dynamics ensemble of MOPO, COMBO and MOBILE: each script has its own, and each is held to the same."""
+"""The dynamics ensemble of MOPO, COMBO, MOBILE and MOReL: each script has its own, and each is held to the same."""
 
 import importlib
 import inspect
@@ -31,7 +31,7 @@ from common.optim import Adam
 CPU = torch.device("cpu")
 
 
-SCRIPTS = "mopo", "combo", "mobile"
+SCRIPTS = "mopo", "combo", "mobile", "morel"
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -55,12 +55,19 @@ def test_what_all_scripts_have_is_the_same_text(name):
 
 @pytest.mark.parametrize("name", ["model_step", "rollout"])
 def test_rollouts_without_a_penalty_are_the_same_text(name):
-    assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in SCRIPTS[1:]}) == 1
+    assert (
+        len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in ("combo", "mobile")}) == 1
+    )
 
 
 def test_all_scripts_have_the_same_rules():
     texts = [(ROOT / "algorithms" / f"{name}.py").read_text().split("TERMINATION_RULES: ")[1] for name in SCRIPTS]
     assert len({text[: text.index("\n}\n")] for text in texts}) == 1
+
+
+def test_morel_has_mopos_critic_loss():
+    ours, theirs = (inspect.getsource(importlib.import_module(script).critic_loss) for script in ("morel", "mopo"))
+    assert ours == theirs
 
 
 def make_learner(script, observation_dim=3, action_dim=2, **arguments):
@@ -327,8 +334,9 @@ def climb(script, monkeypatch):
     monkeypatch.setitem(script.TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
 
     def roll_out(ending):
-        found = script.rollout(learner.actor, Stairs, starts, torch.tensor([[10.0], [2.0]]), ending, args)
-        return found[0] if script.__name__ == "mopo" else found  # MOPO's has the uncertainties beside them
+        halt = [torch.tensor([1.0, 0.0])] if script.__name__ == "morel" else []  # whose members here always agree
+        found = script.rollout(learner.actor, Stairs, starts, torch.tensor([[10.0], [2.0]]), ending, *halt, args)
+        return found if script.__name__ == "combo" else found[0]  # the others' has the uncertainties beside them
 
     return roll_out
 
@@ -369,10 +377,10 @@ def test_each_row_draws_its_member_and_its_noise(script):
             mean = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]]).expand(2, len(observations), 2)
             return mean, torch.full_like(mean, 0.1), torch.zeros(2, len(observations))
 
-    arguments = [args] if script.__name__ == "mopo" else []
+    arguments = {"mopo": [args], "morel": [torch.tensor([9.0, 0.0]), 0.9]}.get(script.__name__, [])
     states, raw = torch.zeros(2000, 1), torch.tensor([[0.0], [1.0]])
     result = script.model_step(TwoMembers, states, states, raw, "Pendulum", *arguments)
-    moved = (result[0] if script.__name__ == "mopo" else result).next_observations[:, 0]
+    moved = (result if script.__name__ == "combo" else result[0]).next_observations[:, 0]
     assert 0.4 < (moved > 0).float().mean() < 0.6
     assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
 
@@ -599,6 +607,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("algorithm", ["mopo", "combo"])
 def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
     arguments = [*SMALL, "--max-dynamics-epochs", "1", "--actor-learning-rate", "1", "--critic-learning-rate", "0.5"]
     run = run_script(algorithm, *arguments, "--cosine-decay", "--num-updates", "4", "--run-dir", str(tmp_path / "run"))

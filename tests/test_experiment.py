@@ -494,6 +494,7 @@ NONSENSE = {
     "min_target": "inf",
     "hidden_dims": "0",
     "penalty_coefficient": "-1",
+    "halt_penalty": "-1",
     "real_ratio": "1.5",
     "rollout_length": "0",
     "rollout_batch_size": "0",

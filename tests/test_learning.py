@@ -43,6 +43,7 @@ RUNS = {
     "mopo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "combo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mobile": ["--num-updates", "2500", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL, "--num-samples", "2"],
+    "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {

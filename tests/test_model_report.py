@@ -306,7 +306,7 @@ def refuse(*arguments):
     return run.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel"])
 def test_all_scripts(algorithm, runs, tmp_path):
     text = report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
     assert text.startswith(f"{algorithm} on {BUILT_IN_ID}, seed 3: ")
@@ -318,7 +318,7 @@ def test_all_scripts(algorithm, runs, tmp_path):
     assert text == report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel"])
 def test_rows_left_out_are_those_of_the_training(algorithm, monkeypatch, tmp_path, pendulum):
     module, asked = importlib.import_module(algorithm), []
     keep_better = module.keep_better
@@ -356,7 +356,7 @@ def test_with_episodes_held_out_all_is_of_these(runs):
 def test_a_model_that_was_taken_over_was_tested_by_the_seed_of_its_own_run(runs, tmp_path):
     first = shutil.copytree(runs("mopo", "--seed", "3"), tmp_path / "first")
     second = train("combo", tmp_path / "second", "--seed", "4", "--dynamics", str(first))
-    third = train("mopo", tmp_path / "third", "--seed", "5", "--dynamics", str(second))
+    third = train("morel", tmp_path / "third", "--seed", "5", "--dynamics", str(second))
     assert "at the 1,000 left out" in report(third)
     shutil.rmtree(first)
     assert "which rows the model was tested on is not known" in report(third)
@@ -398,7 +398,9 @@ def test_a_users_own_script(tmp_path, pendulum, monkeypatch):
 
 def test_folders_that_hold_no_finished_run_with_a_model(runs, tmp_path):
     assert "no folder absent" in refuse("absent")
-    assert "is a run of td3_bc, which learns no model: give one of mopo, combo or mobile" in refuse(runs("td3_bc"))
+    assert "is a run of td3_bc, which learns no model: give one of mopo, combo, mobile or morel" in refuse(
+        runs("td3_bc")
+    )
     folder = shutil.copytree(runs("mopo"), tmp_path / "run")
     (folder / "result.json").unlink()
     assert "has not finished: it lacks result.json" in refuse(folder)

@@ -33,6 +33,7 @@ FEW_FORESEEN = ["--num-starts", "50", "--num-samples", "20"]
 FAST_AGENT = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "--random-steps", "250"]
 FAST_AGENT += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
 SMALL_TABLE = ["--seeds", "0", "--num-updates", "3", "--results", "estimates.csv"]
+WITH_MODEL = tuple(f"algorithms/{name}.py" for name in ("mopo", "combo", "mobile", "morel"))
 SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
 
 
@@ -118,8 +119,7 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         dataset_id = words[words.index("--dataset-id") + 1] if "--dataset-id" in words else ""
         if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
-        with_model = words[0] in ("algorithms/mopo.py", "algorithms/combo.py", "algorithms/mobile.py")
-        words += FEW + (SMALL_MODEL if with_model else [])
+        words += FEW + (SMALL_MODEL if words[0] in WITH_MODEL else [])
     elif words == ["clinic.py"]:
         assert (home / "clinic.py").exists()  # the block before wrote it
     elif words[1] == "benchmarks.collect":

@@ -66,6 +66,7 @@ class Args:
         "mopo:rollout",
         "combo",
         "mobile",
+        "morel",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
