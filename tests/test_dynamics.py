@@ -336,7 +336,9 @@ def climb(script, monkeypatch):
     def roll_out(ending):
         halt = [torch.tensor([1.0, 0.0])] if script.__name__ == "morel" else []  # whose members here always agree
         found = script.rollout(learner.actor, Stairs, starts, torch.tensor([[10.0], [2.0]]), ending, *halt, args)
-        return found if script.__name__ == "combo" else found[0]  # the others' has the uncertainties beside them
+        return (
+            found if script.__name__ in ("combo", "mobile") else found[0]
+        )  # the others' has the uncertainties beside them
 
     return roll_out
 
@@ -380,7 +382,7 @@ def test_each_row_draws_its_member_and_its_noise(script):
     arguments = {"mopo": [args], "morel": [torch.tensor([9.0, 0.0]), 0.9]}.get(script.__name__, [])
     states, raw = torch.zeros(2000, 1), torch.tensor([[0.0], [1.0]])
     result = script.model_step(TwoMembers, states, states, raw, "Pendulum", *arguments)
-    moved = (result if script.__name__ == "combo" else result[0]).next_observations[:, 0]
+    moved = (result if script.__name__ in ("combo", "mobile") else result[0]).next_observations[:, 0]
     assert 0.4 < (moved > 0).float().mean() < 0.6
     assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
 
@@ -607,7 +609,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         assert not (tmp_path / "wrong").exists()
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
 def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
     arguments = [*SMALL, "--max-dynamics-epochs", "1", "--actor-learning-rate", "1", "--critic-learning-rate", "0.5"]
     run = run_script(algorithm, *arguments, "--cosine-decay", "--num-updates", "4", "--run-dir", str(tmp_path / "run"))
