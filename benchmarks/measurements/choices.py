@@ -18,7 +18,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from run import as_name
-from selection import judge_choice
+from selection import doubts, judge_choice
 
 from common.command_line import check, launch
 
@@ -107,20 +107,25 @@ def measure(name: str, args: Args) -> pd.DataFrame:
 
 
 def judge(ranked: pd.DataFrame) -> pd.DataFrame:
-    """What each estimator's choice of a repetition costs, and that of no choice."""
+    """What each estimator's choice of a repetition costs, and what no choice; and whether select refuses to choose."""
     last = ranked["policy"].str.contains("iql") & ~ranked["policy"].str.endswith(".pt")
     lost = float(ranked["truth"].max() - ranked["truth"][last].mean())
-    return pd.concat([judge_choice(ranked), pd.DataFrame([{"estimator": "by default", "regret@1": lost}])])
+    judged = pd.concat([judge_choice(ranked), pd.DataFrame([{"estimator": "by default", "regret@1": lost}])])
+    return judged.assign(refused=(judged["estimator"] == "lesser") & bool(doubts(ranked, "lesser")))
 
 
 def table(results: pd.DataFrame) -> str:
-    """Markdown: of each task and estimator what each repetition gave."""
+    """Markdown: of each task and estimator what each repetition gave, in brackets where select refuses to choose."""
     lines = ["| task | estimate | regret@1 | regret@3 | rank correlation |", "|---|---|---|---|---|"]
     for task, own in results.groupby("task", sort=False):
         judged = pd.concat([judge(ranked.reset_index(drop=True)) for _, ranked in own.groupby("repetition")])
         for estimator, numbers in judged.groupby("estimator", sort=False):
-            columns = (numbers[name].dropna() for name in ("regret@1", "regret@3", "rank correlation"))
-            cells = (", ".join(f"{round(value, 2):g}" for value in column) for column in columns)
+            cells = []
+            for name in ("regret@1", "regret@3", "rank correlation"):
+                told = numbers.dropna(subset=name)
+                values = [f"{round(value, 2):g}" for value in told[name]]
+                pairs = zip(values, told["refused"], strict=True)
+                cells.append(", ".join(f"({value})" if refused else value for value, refused in pairs))
             lines.append(f"| {task} | {estimator} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
