@@ -19,7 +19,8 @@ Regularization", 2023, arXiv 2303.15810.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
 authors update V first, then pi and Q with the new V). EQL has the factor of 10 in w, the clip of u at 5 and the factor
 exp(-max u) of each batch from the authors' code: the latter keeps exp small, and makes the rate adapt. Observations are
-normalised, which the authors do not do. Layers start as PyTorch's do; the authors' start orthogonal.
+normalised, which the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale
+says otherwise; the authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
 
 Run: python algorithms/sql.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -18,7 +18,8 @@ Paper: Garg, Hejna, Geist, Ermon, "Extreme Q-Learning: MaxEnt RL without Entropy
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
 authors update V first, then pi and Q with the new V). The Huber loss and exp(m) are the authors' code's; its options
 that add random or noisy actions to L_V, and a penalty of Q's gradient, are left out. Observations are normalised, which
-the authors do not do. Layers start as PyTorch's do; the authors' start orthogonal.
+the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise;
+the authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
 
 Run: python algorithms/xql.py --dataset-id anchorl/pendulum/mixed-v0
 """

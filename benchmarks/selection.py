@@ -265,8 +265,9 @@ def picture(table: pd.DataFrame, result: dict[str, Any]) -> Figure:
     if "truth" in table:
         axes.plot(table["truth"], places, "k*", markersize=10, label="truth")
     axes.set(yticks=places, yticklabels=table["policy"], xlabel=f"return, discounted by {result['gamma']:g}")
-    told = [table["lesser"] + sign * 2 * table["lesser error"] for sign in (-1, 1)]
-    ends = [low, high, *told, table.get("truth", [])]  # of the others, what is farther is cut off
+    clear = table[~table["apart"]]  # the estimates of the others may be anywhere, and are cut off
+    told = [clear[name] + sign * 2 * clear[f"{name} error"] for name in ESTIMATORS for sign in (-1, 1)]
+    ends = [low, high, *told, table.get("truth", [])]
     least, most = (bound(np.hstack(ends)) for bound in (np.nanmin, np.nanmax))
     axes.set_xlim(least - 0.05 * (most - least), most + 0.05 * (most - least))
     axes.set_title(f"{result['dataset_id']}, {result['episodes']} episodes; two standard errors")

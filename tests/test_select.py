@@ -73,6 +73,13 @@ def test_the_lesser_of_fqe_and_model():
     assert any("for most policies: one of the two is not up" in line for line in selection.doubts(table, "lesser"))
 
 
+def test_the_picture_is_not_as_wide_as_an_estimate_that_is_wrong():
+    policies = three() | {"d": {"fqe": estimate(1e6, 1e5), "model": estimate(-50.0, 20.0)}}
+    told = result(policies, episodes=100)
+    low, high = selection.picture(selection.table_of(told, "lesser"), told).axes[0].get_xlim()
+    assert -2 < low < -1.2 and 3.2 < high < 4  # c's least estimate is -1, b's largest 3, two errors are 0.2
+
+
 def test_nothing_speaks_against_a_clear_choice():
     assert selection.doubts(selection.table_of(result(three()), "fqe"), "fqe") == []
 
