@@ -344,6 +344,7 @@ def main(args: Args) -> None:
     write_dataset(args, log, buffers, space, environment, returns)
     if ":" in (args.env_id or ""):
         print(f"scripts need --env-id {args.env_id}, too: what a dataset names is not imported")
+    print(f"for what to doubt in them: python -m benchmarks.inspect_dataset {args.dataset_id}")
     print(f"{args.dataset_id}: {num_steps} transitions in {len(buffers)} episodes")
 
 

@@ -192,8 +192,6 @@ class ReplayBuffer:
             observations.sub_(mean).div_(std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
-        if given is None:
-            self._warn_of_doubts()
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -204,17 +202,6 @@ class ReplayBuffer:
             buffer.transitions.rewards.add_(shift).mul_(self.reward_scale)
         if span and not 30 < (span := span * self.reward_scale) < 30_000:  # learning rates and weights suit about 1,000
             warn(f"the data's returns span {span:.3g}, losses and rates suit 1,000: try --reward-scale return-range")
-
-    def _warn_of_doubts(self) -> None:  # inspect_dataset looks for more
-        goals = int(((self.episode_lengths == 1) & (self.transitions.terminations[self.episode_starts] > 0)).sum())
-        if 0.01 * (count := len(self.episode_lengths)) < goals < count and self.episode_lengths.max() >= 20:
-            warn(f"{goals} of {count} episodes are one step that terminates: if an end repeats, cut at the first")
-        if count == 1 and len(self.storage) > 1000:
-            warn("the data are one episode: if the log holds several, mark where they end")
-        taken = self.transitions.actions.unique().tolist() if self.num_actions else []
-        if unseen := sorted({*range(self.num_actions)} - {*taken})[:10]:
-            numbers = ", ".join(str(self.dataset.action_low[0] + number) for number in unseen)
-            warn(f"the data never take action {numbers}: what these are worth is a guess")
 
     def draw(self, batch_size: int) -> Tensor:  # rows [batch], uniformly with replacement
         return torch.randint(len(self.storage), (batch_size,), device=self.storage.device)
@@ -233,7 +220,7 @@ class ReplayBuffer:
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
     def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
-        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
+        dataset, lengths, returns, end = self.dataset, [], [], 0
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
         for index, episode in kept:
@@ -248,14 +235,10 @@ class ReplayBuffer:
                         self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
-                    if name == "observations":  # neighbours that are apart, but not in float32
-                        merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths.append(end - start)
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
-        if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
-            warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0

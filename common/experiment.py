@@ -35,9 +35,8 @@ def writing(path: Path) -> Iterator[None]:  # what goes wrong inside becomes an 
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
-        going_on = f"go on with the same and --resume --run-dir {path.parent}; what was saved is kept"
-        advice = going_on if (path.parent / "checkpoint.pt").exists() else "start again"
-        raise OSError(f"cannot write {path} ({reason}): make room, and {advice}") from None
+        advice = f"make room, then go on from the checkpoint, if there is one: --resume --run-dir {path.parent}"
+        raise OSError(f"cannot write {path} ({reason}): {advice}") from None
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -270,8 +269,7 @@ class Run:
         self._check_finite(self.parts)
         state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])
         torch.set_rng_state(state)
-        if self.device.type == "cuda" and cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
+        torch.cuda.set_rng_state_all(cuda_states)  # of none: nothing
         self.columns = next(csv.reader(checkpoint["metrics"].splitlines()), [])
         self.started -= seconds
         return checkpoint["metrics"]

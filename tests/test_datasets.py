@@ -261,21 +261,6 @@ def test_a_number_that_a_discrete_observation_cannot_be_is_refused(make_dataset,
         ReplayBuffer(dataset, CPU)
 
 
-def test_what_the_data_lack_or_repeat_is_told(make_dataset, capsys):
-    numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
-    episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
-    ReplayBuffer(load_dataset(make_dataset("test/few-v0", episodes, **numbered), discrete=True), CPU)
-    assert "warning: the data never take action 4, 5, 7:" in capsys.readouterr().err
-    ends = np.ones(1, bool)
-    goals = [random_episode(seed, 1, terminations=ends, truncations=~ends) for seed in range(3)]
-    ReplayBuffer(load_dataset(make_dataset("test/goals-v0", [*goals, random_episode(9)])), CPU)
-    assert "3 of 4 episodes are one step that terminates" in capsys.readouterr().err
-    ReplayBuffer(load_dataset(make_dataset("test/bandit-v0", goals)), CPU)  # where all are of one step, it is meant
-    assert capsys.readouterr().err == ""
-    ReplayBuffer(load_dataset(make_dataset("test/one-v0", [random_episode(0, 1001)])), CPU)
-    assert "the data are one episode" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("value", [-5.0, 0.5, 2])
 def test_terminations_are_0_or_1(make_dataset, datasets_path, value):
     dataset = load_dataset(make_dataset())

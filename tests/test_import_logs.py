@@ -98,6 +98,7 @@ def test_values_without_next_observations(tmp_path):
         "observations: obs_2, obs_10",
         "dropped 1 rows: the last ones of episodes that did not terminate, with no next observation",
         "actions: action_0 from -1.5 to 2.5",
+        f"for what to doubt in them: python -m benchmarks.inspect_dataset {ID}",
         f"{ID}: 5 transitions in 2 episodes",
     ]
     dataset = minari.load_dataset(ID)
@@ -218,10 +219,11 @@ def test_an_environment_and_its_reference_returns(tmp_path):
     buffer, said = imported(table(obs_11=0.0), tmp_path, *options)
     assert (buffer.dataset.env_id, buffer.dataset.reference_returns) == ("Pendulum-v1", (-1200, -150.5))
     assert buffer.transitions.actions[:, 0].tolist() == pytest.approx([-0.75, 0.15, 0.25, 0.3, 1])
-    assert said.splitlines()[-4:] == [
+    assert said.splitlines()[-5:] == [
         "actions: action_0 from -2 to 2",
         "1 rows have actions beyond the bounds: the dataset keeps them, training clips them",
         "scores: 0 for a return of -1200, 100 for -150.5",
+        f"for what to doubt in them: python -m benchmarks.inspect_dataset {ID}",
         f"{ID}: 5 transitions in 2 episodes",
     ]
     spec = minari.load_dataset(ID).recover_environment(eval_env=True).spec

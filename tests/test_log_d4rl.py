@@ -70,6 +70,7 @@ def test_without_next_observations(d4rl_file):
         "1 episodes end neither terminated nor truncated: taken as truncated",
         "dropped 2 rows: the last ones of episodes that did not terminate, with no next observation",
         "actions: action_0 from -1 to 1",
+        f"for what to doubt in them: python -m benchmarks.inspect_dataset {ID}",
         f"{ID}: 8 transitions in 3 episodes",
     ]
     dataset = minari.load_dataset(ID)

@@ -73,6 +73,7 @@ def test_with_next_observations(robomimic_file):
         "observations: object (2), pos (1)",
         "1 episodes end neither terminated nor truncated: taken as truncated",
         "actions: action_0 from -1 to 1, action_1 from -1 to 1",
+        f"for what to doubt in them: python -m benchmarks.inspect_dataset {ID}",
         f"{ID}: 9 transitions in 3 episodes",
     ]
     description = minari.load_dataset(ID).storage.metadata["description"]
