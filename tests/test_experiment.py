@@ -481,6 +481,8 @@ NONSENSE = {
     "latent_clip": "0",
     "kl_weight": "-1",
     "vae_learning_rate": "0",
+    "flow_learning_rate": "0",
+    "flow_steps": "0",
     "vae_hidden_dims": "0",
     "cql_alpha": "-1",
     "num_samples": "0",

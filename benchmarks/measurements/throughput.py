@@ -52,6 +52,7 @@ class Args:
         "td3_bc",
         "sac_bc",
         "rebrac",
+        "fql",
         "iql",
         "sql",
         "xql",
