@@ -482,6 +482,8 @@ NONSENSE = {
     "kl_weight": "-1",
     "vae_learning_rate": "0",
     "vae_hidden_dims": "0",
+    "flow_hidden_dims": "0",
+    "flow_steps": "0",
     "cql_alpha": "-1",
     "num_samples": "0",
     "num_value_samples": "0",

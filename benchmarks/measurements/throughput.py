@@ -55,6 +55,7 @@ class Args:
         "iql",
         "sql",
         "xql",
+        "idql",
         "awr",
         "awac",
         "bcq",
