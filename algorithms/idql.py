@@ -151,8 +151,8 @@ class Actor(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """The action: [batch, action_dim] in [-1, 1]."""
         count, batch = self.noise.shape[0], observations.shape[0]
-        repeated = observations.repeat(count, 1)  # [samples * batch, observation_dim]
-        samples = self.flow.sample(repeated, self.noise.repeat_interleave(batch, dim=0))
+        repeated = observations.expand(count, -1, -1).flatten(0, 1)  # [samples * batch, observation_dim]
+        samples = self.flow.sample(repeated, self.noise.unsqueeze(1).expand(-1, batch, -1).flatten(0, 1))
         q = self.target_critic(repeated, samples).amin(dim=0).view(count, batch)  # the more careful twin's
         best = q.argmax(dim=0)[None, :, None].expand(-1, -1, samples.shape[-1])  # [1, batch, action_dim]
         return samples.view(count, batch, -1).gather(0, best)[0]
