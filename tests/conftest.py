@@ -45,6 +45,7 @@ MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollou
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
     "fql": ["--flow-steps", "2", "--num-acting-actions", "5"],
+    "idql": ["--flow-hidden-dims", "16", "16", "--flow-steps", "3", "--num-acting-actions", "5"],
     "cql": ["--num-samples", "3"],
     "edac": ["--num-critics", "3"],
     "bear": ["--num-samples", "3", "--num-target-actions", "3", "--num-acting-actions", "5", "--vae-hidden-dims", "16"],

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 RATES = {
     "bc": {"learning_rate": 3e-3},
     "iql": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "value_learning_rate": 3e-3},
+    "idql": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "value_learning_rate": 3e-3},
     "awr": {"actor_learning_rate": 3e-3, "value_learning_rate": 3e-3},
     "awac": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3},
     "bcq": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "vae_learning_rate": 3e-3},
@@ -77,6 +78,7 @@ STATES = -1.0, -0.3, 0.2, 0.9
     ("algorithm", "arguments"),
     [
         ("iql", {"beta": 10.0}),
+        ("idql", {"flow_hidden_dims": (32, 32), "num_acting_actions": 16}),
         ("awr", {"beta": 0.3}),
         ("awac", {"beta": 0.1}),
         ("bcq", {"vae_hidden_dims": (32, 32), "kl_weight": 0.05, "latent_clip": 1.5}),
@@ -159,6 +161,7 @@ def crossroads():
     ("algorithm", "arguments"),
     [
         ("iql", {"expectile": 0.9, "beta": 10.0, "tau": 0.05}),
+        ("idql", {"expectile": 0.9, "flow_hidden_dims": (32, 32), "tau": 0.05}),
         ("awac", {"beta": 0.1, "tau": 0.05}),
         ("cql", {"cql_alpha": 0.2, "tau": 0.05}),
         ("bcq", {"vae_hidden_dims": (32, 32), "tau": 0.05}),

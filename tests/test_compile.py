@@ -193,7 +193,7 @@ def test_cuda_graphs_train_to_eagers_weights(algorithm, double_precision):
 def test_a_run_on_the_device_can_be_resumed(algorithm, tmp_path, pendulum):
     """Sums on a GPU may go in another order, so not to the same bits."""
     own = (
-        ["--no-cosine-decay"] if algorithm in ("iql", "sql", "xql") else SHORTER.get(algorithm, [])
+        ["--no-cosine-decay"] if algorithm in ("iql", "idql", "sql", "xql") else SHORTER.get(algorithm, [])
     )  # which is over all updates
     arguments = ["--device", "cuda", *SHORT, *own, "--run-dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

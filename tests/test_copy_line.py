@@ -16,6 +16,7 @@ SMALL = {"hidden_dims": (16, 16)}
 SMALLER = {
     "bcq": {"vae_hidden_dims": (16,), "num_target_actions": 3, "num_acting_actions": 5},
     "fql": {"flow_steps": 2, "num_acting_actions": 5},
+    "idql": {"flow_hidden_dims": (16,), "flow_steps": 3, "num_acting_actions": 5},
     "cql": {"num_samples": 3},
     "edac": {"num_critics": 3},
     "bear": {"vae_hidden_dims": (16,), "num_samples": 3, "num_acting_actions": 5, "warm_start": 2},

@@ -12,6 +12,7 @@ from conftest import run_script
 SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
 FEW = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "20"]
+FLOW = ["--gamma", "0.95", "--flow-hidden-dims", "64", "64", "--num-acting-actions", "32"]
 WARM_START = ["--warm-start", "300", "--vae-learning-rate", "1e-3", *FEW]
 MODEL = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
 MODEL += ["--num-models", "3", "--num-elites", "2", "--rollout-batch-size", "5000", "--rollout-every", "250"]
@@ -24,6 +25,7 @@ RUNS = {
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "xql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
+    "idql": ["--num-updates", "3000", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1", *FLOW],
     "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
     "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],

@@ -277,7 +277,7 @@ def test_units_of_rewards_warn_or_make_no_difference(algorithm, make_dataset, tm
             folder = tmp_path / f"{name}-{unit:.0f}"
             run = run_script(algorithm, *words, *arguments, "--run-dir", str(folder))
             assert run.returncode == 0, run.stderr
-            scaled = name == "scaled" or algorithm in ("iql", "sql", "xql")
+            scaled = name == "scaled" or algorithm in ("iql", "idql", "sql", "xql")
             assert ("--reward-scale return-range" in run.stderr) == (unit == 1 and not scaled)
         policies.append(checkpoint(tmp_path / f"scaled-{unit:.0f}")["learner"]["actor"])
     for name, weight in policies[0].items():

@@ -250,7 +250,9 @@ def test_q_and_policy_are_those_of_the_checkpoint(runs, algorithm):
     folder = runs(algorithm)
     run = load_run(folder)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)["learner"]
-    critic = {name.removeprefix("critic."): values for name, values in saved["actor"].items() if "critic." in name}
+    critic = {
+        name.removeprefix("critic."): values for name, values in saved["actor"].items() if name.startswith("critic.")
+    }
     for name, values in (critic or saved["critic"]).items():
         assert torch.equal(dict(run.critic.named_parameters())[name], values)
     observations = run.buffer.transitions.observations[:50]

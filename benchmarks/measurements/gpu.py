@@ -57,7 +57,7 @@ FEW = {  # arguments of the short runs that are stopped and resumed
     "morel": ["--max-dynamics-epochs", "1"],
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
     # which is over all updates, of which a run stopped by its end has fewer
-    **{name: ["--no-cosine-decay"] for name in ("iql", "sql", "xql")},
+    **{name: ["--no-cosine-decay"] for name in ("iql", "idql", "sql", "xql")},
 }
 DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
 NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member

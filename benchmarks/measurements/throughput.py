@@ -56,6 +56,7 @@ class Args:
         "iql",
         "sql",
         "xql",
+        "idql",
         "awr",
         "awac",
         "bcq",
