@@ -6,7 +6,7 @@ td3_bc.py. After the data's s_-1, a_-1, r_-1, d_-1, s_0 come t = 0 .. H - 1, for
 
     a_t = pi'(s_t),  (s_{t+1} - s_t, r_t) = mean_k(s_t, a_t),  termination d_t by a rule, or its probability in k
     y_t = r_t + gamma (1 - d_t) y_{t+1},  y_H = min_i Q'_i(s_H, clip(pi'(s_H) + clip(noise, -c, c), -1, 1))
-    L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1,  reach_t = prod_{k<t} (1 - d_k)
+    L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1,  reach_t = prod_{j<t} (1 - d_j)
     L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (TD3+BC, eq. 3, 5)
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ],  x = (s, a), z = (s' - s, r)
 
@@ -17,9 +17,10 @@ out. --expansion steve has one term, t = -1, and mixes horizons. With T_hik the 
 
 Paper: Feinberg, Wan, Stoica, Jordan, Gonzalez, Levine, "Model-Based Value Expansion for Efficient Model-Free
 Reinforcement Learning", 2018, arXiv 1803.00101; STEVE is 1807.01675, TD3+BC 2106.06860, MBPO, of the model, 1906.08253.
-Differences: both are online, on DDPG; here TD3+BC holds pi, and with it the rollouts, to the data. MVE has one network
-for s', knows r, ends no rollout, and divides by H. STEVE has the mean of four critics, not min_i, and each of four
-members' rewards on each of four paths. Neither's model has a variance; here rollouts follow the means, too.
+Differences: both are online, on DDPG; here TD3+BC holds pi, and with it rollouts, to the data, and smooths pi' where Q'
+is asked. MVE has one network for s', knows r, ends no rollout, divides by H, and leaves rows that ended out of the
+later means. STEVE has pi for pi', the mean of four critics for min_i, and each of four members' rewards on each of four
+paths. Neither's model has a variance; rollouts here follow the means, too.
 
 Run: python algorithms/mve.py --dataset-id anchorl/pendulum/mixed-v0
 """
