@@ -41,7 +41,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class HyperParameters:
-    gamma: float = 0.99  # discount (TD3+BC, STEVE)
+    gamma: float = 0.99  # discount (TD3+BC)
     horizon: int = 3  # H, steps that a target unrolls the model; 0 is TD3+BC (STEVE: 3; MVE's code: 5)
     expansion: Literal["td_k", "last", "steve"] = "td_k"  # td_k: Q learns at the model's states, too (paper)
     num_models: int = 7  # members of the ensemble (MOPO; STEVE: 4, MVE: 1)
