@@ -70,7 +70,7 @@ NUM_WORST = 5  # observations that are named
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[Path]
-    """folder of a finished run of mopo, combo, mobile or morel"""
+    """folder of a finished run of mopo, combo, mobile, morel or mve"""
     out: Path | None = None
     """write the picture here, as PNG"""
     script: Path | None = None
@@ -106,7 +106,9 @@ def load_model(run: Trained, folder: Path, script: Path | None) -> Model:
     module: Any = load_script(args.algorithm, script)
     with explain(f"cannot read the run in {folder}"):
         saved = load_file(folder / "checkpoint.pt")["learner"]
-    none = f"{folder} is a run of {args.algorithm}, which learns no model: give one of mopo, combo, mobile or morel"
+    none = (
+        f"{folder} is a run of {args.algorithm}, which learns no model: give one of mopo, combo, mobile, morel or mve"
+    )
     check("dynamics" in saved and hasattr(module, "ending_of"), none)
     everyone = module.build(buffer.observation_dim, buffer.action_dim, args, "cpu", Adam).dynamics
     with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):

@@ -40,8 +40,9 @@ ALGORITHMS = [name for name in SCRIPTS if name not in ("sac", "fqe")]  # those t
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2", "--final-eval-episodes", "3"]
-MODEL = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "2", "--dynamics-batch-size", "2048"]
-MODEL += ["--max-dynamics-epochs", "1", "--rollout-batch-size", "100", "--rollout-every", "100"]
+DYNAMICS = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "2", "--dynamics-batch-size", "2048"]
+DYNAMICS += ["--max-dynamics-epochs", "1"]
+MODEL = [*DYNAMICS, "--rollout-batch-size", "100", "--rollout-every", "100"]
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
     "fql": ["--flow-steps", "2", "--num-acting-actions", "5"],
@@ -53,6 +54,7 @@ SHORTER = {
     "combo": MODEL,
     "mobile": [*MODEL, "--num-elites", "2", "--num-samples", "2", "--real-ratio", "0.5"],
     "morel": MODEL,
+    "mve": DYNAMICS,
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
 }
 

@@ -32,6 +32,7 @@ def double_precision():
         ("cql", {"variant": "mean", "entropy_in_backup": True}),
         ("discrete_cql", {"bc_weight": 1.0}),
         ("fqi", {"double": True}),
+        ("mve", {"expansion": "steve"}),
     ],
 )
 def test_compiled_updates_equal_eager_ones(algorithm, arguments, data, double_precision):

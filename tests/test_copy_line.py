@@ -24,6 +24,7 @@ SMALLER = {
     "combo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "mobile": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "morel": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
+    "mve": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2},
     "sac": {"replay_size": 100},
 }
 

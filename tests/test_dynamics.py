@@ -1,4 +1,4 @@
-"""The dynamics ensemble of MOPO, COMBO, MOBILE and MOReL: each script has its own, and each is held to the same."""
+"""The dynamics ensemble of MOPO, COMBO, MOBILE, MOReL, MVE: each script has its own, and each is held to the same."""
 
 import importlib
 import inspect
@@ -31,7 +31,8 @@ from common.optim import Adam
 CPU = torch.device("cpu")
 
 
-SCRIPTS = "mopo", "combo", "mobile", "morel"
+ROLLING = "mopo", "combo", "mobile", "morel"  # which train SAC on rollouts
+SCRIPTS = *ROLLING, "mve"
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -44,13 +45,16 @@ def script(algorithm):
     return importlib.import_module(algorithm)
 
 
-SHARED = "Actor EnsembleLinear Critic Dynamics ModelBuffer Learner build dynamics_loss dynamics_update keep_better"
-SHARED += " fit_dynamics actor_loss temperature_loss total_loss update load_dynamics ending_of"
+SHARED = "Dynamics dynamics_loss dynamics_update keep_better fit_dynamics load_dynamics ending_of"
+ON_ROLLOUTS = "Actor EnsembleLinear Critic ModelBuffer Learner build actor_loss temperature_loss total_loss update"
 
 
-@pytest.mark.parametrize("name", SHARED.split())
-def test_what_all_scripts_have_is_the_same_text(name):
-    assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in SCRIPTS}) == 1
+@pytest.mark.parametrize(
+    ("name", "scripts"),
+    [(name, SCRIPTS) for name in SHARED.split()] + [(name, ROLLING) for name in ON_ROLLOUTS.split()],
+)
+def test_what_all_scripts_have_is_the_same_text(name, scripts):
+    assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1
 
 
 @pytest.mark.parametrize("name", ["model_step", "rollout"])
@@ -71,7 +75,8 @@ def test_morel_has_mopos_critic_loss():
 
 
 def make_learner(script, observation_dim=3, action_dim=2, **arguments):
-    small = {"num_models": 3, "num_elites": 2, "dynamics_hidden_dims": (5, 4), "rollout_batch_size": 100}
+    small = {"num_models": 3, "num_elites": 2, "dynamics_hidden_dims": (5, 4)}
+    small |= {"rollout_batch_size": 100} if script.__name__ in ROLLING else {}
     args = script.Args(**(small | arguments))
     torch.manual_seed(0)
     return script.build(observation_dim, action_dim, args, CPU, Adam), args
@@ -311,6 +316,8 @@ def test_elites_are_the_best_on_held_out_data(script):
 
 # --- Rollouts ---
 
+rolling = pytest.mark.parametrize("algorithm", ROLLING)
+
 
 class Stairs:
     """A model without noise: every step adds the action to the state, and the reward is the state before it."""
@@ -343,6 +350,7 @@ def climb(script, monkeypatch):
     return roll_out
 
 
+@rolling
 @pytest.mark.parametrize(("ending", "steps"), [("Stairs", 3), ("Pendulum", 5), ("learned", 2)])
 def test_rollouts_stop_at_terminations(climb, ending, steps):
     """The rule sees states as the environment has them; the head says stop from states above 0.5."""
@@ -355,6 +363,7 @@ def test_rollouts_stop_at_terminations(climb, ending, steps):
     torch.testing.assert_close(next_observations, observations + actions)
 
 
+@rolling
 def test_the_newest_transitions_are_kept(script, climb):
     buffer, transitions = script.ModelBuffer(), climb("Pendulum")
     for call in range(7):
@@ -370,6 +379,7 @@ def test_the_newest_transitions_are_kept(script, climb):
     assert_same(dict(restored), dict(buffer))
 
 
+@rolling
 def test_each_row_draws_its_member_and_its_noise(script):
     _, args = make_learner(script, 1, 1)
 
@@ -471,6 +481,7 @@ def test_a_rule_must_hold_in_all_rows(script, contradictions, ending):
     assert script.ending_of(script.Args(), buffer_of(script, torch.ones(250_000), ended)) == ending
 
 
+@rolling
 @pytest.mark.parametrize(("target_entropy", "sign"), [(100.0, 1), (-100.0, -1), (None, 1)])
 def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy, sign):
     """By default to -action_dim: a policy of almost no noise has less, 2 (0.5 log(2 pi e) - 5) in two dimensions."""
@@ -484,19 +495,10 @@ def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy,
 
 # --- Runs ---
 
-SMALL = ["--dynamics-hidden-dims", "8", "8", "--num-models", "3", "--num-elites", "2", "--dynamics-batch-size", "512"]
-SMALL += [
-    "--rollout-batch-size",
-    "50",
-    "--rollout-every",
-    "10",
-    "--hidden-dims",
-    "16",
-    "--eval-episodes",
-    "1",
-    "--final-eval-episodes",
-    "1",
-]
+FEW = ["--dynamics-hidden-dims", "8", "8", "--num-models", "3", "--num-elites", "2", "--dynamics-batch-size", "512"]
+FEW += ["--hidden-dims", "16", "--eval-episodes", "1", "--final-eval-episodes", "1"]
+ROLLOUTS = ["--rollout-batch-size", "50", "--rollout-every", "10"]
+SMALL = {algorithm: [*FEW, *(ROLLOUTS if algorithm in ROLLING else [])] for algorithm in SCRIPTS}
 
 
 def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
@@ -510,7 +512,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     monkeypatch.setattr(script, "dynamics_update", spy)
     folder = tmp_path / "run"
     arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
-    run = run_script(algorithm, *SMALL, *arguments, "--run-dir", str(folder))
+    run = run_script(algorithm, *SMALL[algorithm], *arguments, "--run-dir", str(folder))
     assert run.returncode == 0, run.stderr
     assert checkpoint(folder)["learner"]["dynamics"]["epoch"] == 3
     columns = pendulum.transitions
@@ -522,7 +524,9 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     assert drawn <= everything and not drawn & {tuple(row) for row in held_out.tolist()}
 
     seen.clear()
-    run = run_script(algorithm, *SMALL, *arguments, "--resume", "--num-updates", "8", "--run-dir", str(folder))
+    run = run_script(
+        algorithm, *SMALL[algorithm], *arguments, "--resume", "--num-updates", "8", "--run-dir", str(folder)
+    )
     assert run.returncode == 0 and not seen, run.stderr
 
 
@@ -533,13 +537,21 @@ def test_a_model_that_diverges_ends_the_run(script, algorithm, monkeypatch, tmp_
         return {name: value * torch.nan for name, value in update(*arguments).items()}
 
     monkeypatch.setattr(script, "dynamics_update", broken)
-    run = run_script(algorithm, *SMALL, "--run-dir", str(tmp_path / "run"))
+    run = run_script(algorithm, *SMALL[algorithm], "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 3
     assert "dynamics/nll is nan at update 0; the last checkpoint" in run.stderr.splitlines()[-1]
 
 
 def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL, "--dynamics-patience", "1000", "--num-updates", "3", "--run-dir", str(tmp_path / "run")]
+    arguments = [
+        *SMALL[algorithm],
+        "--dynamics-patience",
+        "1000",
+        "--num-updates",
+        "3",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     process = Started(algorithm, *arguments)
     while not (tmp_path / "run" / "metrics.csv").is_file():
         assert process.poll() is None, process.wait()
@@ -552,7 +564,7 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
 
 
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL, "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
+    arguments = [*SMALL[algorithm], "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = Started(algorithm, *arguments, "--run-dir", str(killed))
@@ -570,7 +582,7 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
 
 def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_dataset):
     first, second = tmp_path / "first", tmp_path / "second"
-    arguments = [*SMALL, "--num-updates", "5"]
+    arguments = [*SMALL[algorithm], "--num-updates", "5"]
     assert run_script(algorithm, *arguments, "--max-dynamics-epochs", "2", "--run-dir", str(first)).returncode == 0
     run = run_script(algorithm, *arguments, "--seed", "1", "--dynamics", str(first), "--run-dir", str(second))
     assert run.returncode == 0, run.stderr
@@ -581,7 +593,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
 
     elsewhere = first.rename(tmp_path / "elsewhere")
     again = ["--seed", "1", "--dynamics", str(first), "--run-dir", str(second), "--num-updates", "8", "--resume"]
-    resumed = run_script(algorithm, *SMALL, *again)
+    resumed = run_script(algorithm, *SMALL[algorithm], *again)
     assert resumed.returncode == 0, resumed.stderr
 
     stopped = shutil.copytree(elsewhere, tmp_path / "stopped")
@@ -611,7 +623,15 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
 
 @pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile"])
 def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL, "--max-dynamics-epochs", "1", "--actor-learning-rate", "1", "--critic-learning-rate", "0.5"]
+    arguments = [
+        *SMALL[algorithm],
+        "--max-dynamics-epochs",
+        "1",
+        "--actor-learning-rate",
+        "1",
+        "--critic-learning-rate",
+        "0.5",
+    ]
     run = run_script(algorithm, *arguments, "--cosine-decay", "--num-updates", "4", "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     rates = [float(group[0]) for group in checkpoint(tmp_path / "run")["learner"]["optimizer"]["groups"]]
@@ -631,7 +651,7 @@ def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
 def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said, tmp_path, make_dataset):
     dataset_id = make_dataset(**({} if env_id is None else {"env": env_id}))
     arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
-    words = [*SMALL, *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
+    words = [*SMALL[algorithm], *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
     run = run_script(algorithm, *words)
     assert run.returncode == 0, run.stderr
     assert f"terminations in the model: {said}\n" in run.stdout
@@ -643,7 +663,7 @@ def test_a_run_on_data_that_contradict_the_rule_says_so(algorithm, termination, 
     end = {"terminations": np.arange(30) == 29, "truncations": np.zeros(30, dtype=bool)}
     dataset_id = make_dataset(episodes=[random_episode(seed, **end) for seed in range(6)], env="Pendulum-v1")
     arguments = ["--dataset-id", dataset_id, "--num-updates", "2", "--max-dynamics-epochs", "1"]
-    words = [*SMALL, *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
+    words = [*SMALL[algorithm], *arguments, "--termination", termination, "--run-dir", str(tmp_path / "run")]
     run = run_script(algorithm, *words)
     assert run.returncode == 0, run.stderr
     assert f"terminations in the model: {said}\n" in run.stdout

@@ -499,6 +499,7 @@ NONSENSE = {
     "hidden_dims": "0",
     "penalty_coefficient": "-1",
     "halt_penalty": "-1",
+    "horizon": "-1",
     "real_ratio": "1.5",
     "rollout_length": "0",
     "rollout_batch_size": "0",

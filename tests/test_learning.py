@@ -14,8 +14,10 @@ FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--ta
 FEW = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "20"]
 FLOW = ["--gamma", "0.95", "--flow-hidden-dims", "64", "64", "--num-acting-actions", "32"]
 WARM_START = ["--warm-start", "300", "--vae-learning-rate", "1e-3", *FEW]
-MODEL = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
-MODEL += ["--num-models", "3", "--num-elites", "2", "--rollout-batch-size", "5000", "--rollout-every", "250"]
+DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
+DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
+SOON = ["--expansion", "last", "--alpha", "10"]
+MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
@@ -47,6 +49,7 @@ RUNS = {
     "combo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mobile": ["--num-updates", "2500", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL, "--num-samples", "2"],
     "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
+    "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {

@@ -34,7 +34,9 @@ FAST_AGENT = ["--hidden-dims", "32", "32", "--gamma", "0.9", "--tau", "0.02", "-
 FAST_AGENT += ["--actor-learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--eval-every", "250"]
 SMALL_TABLE = ["--seeds", "0", "--num-updates", "3", "--results", "estimates.csv"]
 WITH_MODEL = tuple(f"algorithms/{name}.py" for name in ("mopo", "combo", "mobile", "morel"))
-SMALL_MODEL = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-batch-size", "100"]
+SMALL_DYNAMICS = ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+SMALL_MODEL = [*SMALL_DYNAMICS, "--rollout-batch-size", "100"]
+FEW_EXPANDED = ["--seeds", "0", "--ages", "1", "2", "--num-states", "3", "--num-steps", "2"]
 
 
 def imports(path):
@@ -182,6 +184,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
     "measurements/coverage.py": ["--seeds", "3", "--datasets", "2", "--simulations", "100", "--num-episodes", "2"],
     "measurements/choices.py": [*FEW_CHOICES, "--out", "choices", "--results", "choices.csv"],
     "measurements/threads.py": ["--algorithms", "bc", "--num-updates", "2", "--rounds", "1"],
+    "measurements/expansion.py": [*FEW_EXPANDED, "--", *SMALL_DYNAMICS, "--dynamics-hidden-dims", "8"],
     "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],

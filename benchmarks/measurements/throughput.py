@@ -69,6 +69,7 @@ class Args:
         "combo",
         "mobile",
         "morel",
+        "mve",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
