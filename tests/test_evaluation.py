@@ -345,3 +345,45 @@ def test_the_names_of_observations_are_in_the_policy(tmp_path, make_dataset):
         run = run_script("bc", "--dataset-id", dataset_id, "--num-updates", "2", *SHORT, "--run-dir", str(folder))
         assert run.returncode == 0, run.stderr
         assert load_policy(folder).origin["observation_names"] == expected
+
+
+class Remembers(torch.nn.Module):
+    """Acts by the rewards of the episode so far, and notes what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums, self.told = {}, []
+
+    def follow(self, episodes, rewards):
+        self.episodes = episodes
+        for episode, reward in zip(episodes, rewards, strict=True):
+            self.sums[episode] = 0.0 if reward is None else self.sums[episode] + reward
+
+    def forward(self, observations):
+        self.told.append((list(self.episodes), [self.sums[episode] for episode in self.episodes]))
+        return torch.zeros(len(observations), 1)
+
+
+class Pays(gym.Env):
+    """The first three episodes of a copy have 2, 4 and 6 steps, of a reward of 1, 2, ... each."""
+
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (3,)), gym.spaces.Box(-2, 2, (1,))
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.step_number = self.episode + 1, 0
+        return np.zeros(3), {}
+
+    def step(self, action):
+        self.step_number += 1
+        return np.zeros(3), float(self.step_number), self.step_number == 2 * (self.episode + 1), False, {}
+
+
+def test_a_policy_with_a_memory_is_told_what_its_rows_are():
+    actor = Remembers()
+    policy = Policy(
+        actor, torch.tensor([[0.0] * 3, [1.0] * 3]).double(), (np.float32([-2]), np.float32([2])), False, {}
+    )
+    returns, lengths = evaluate(policy, [Pays(), Pays()], num_episodes=3)
+    assert lengths.tolist() == [2, 2, 4] and returns.tolist() == [3, 3, 10]
+    assert actor.told == [([0, 1], [0, 0]), ([0, 1], [1, 1]), ([2], [0]), ([2], [1]), ([2], [3]), ([2], [6])]

@@ -485,7 +485,6 @@ NONSENSE = {
     "flow_steps": "0",
     "vae_hidden_dims": "0",
     "flow_hidden_dims": "0",
-    "flow_steps": "0",
     "cql_alpha": "-1",
     "num_samples": "0",
     "num_value_samples": "0",
