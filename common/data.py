@@ -169,7 +169,8 @@ class ReplayBuffer:
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
         self.num_legal = masks if masks == self.num_actions else 0
-        with explain(f"{dataset.dataset_id}: no room for its {dataset.num_steps} steps"):
+        no_room = f"{dataset.dataset_id}: {device} has no room for its {dataset.num_steps} steps: give it a part"
+        with explain(no_room):
             storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None
         self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()  # subtracted first
@@ -177,7 +178,8 @@ class ReplayBuffer:
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
-        self.storage = storage[: sum(lengths)].to(device)
+        with explain(no_room):
+            self.storage = storage[: sum(lengths)].to(device)
         self.transitions = self._columns(self.storage)
         if self.num_legal:
             forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
