@@ -5,8 +5,8 @@ The train steps are those of a checkout of EmptyJackson/unifloral (commit f2dc12
 them, with batches of 256 and twins for its CQL's and COMBO's ten critics. Their CQL takes one action of each kind, as
 `cql --num-samples 1` does here, their COMBO as `combo --regularizer logsumexp --num-samples 1`; COMBO's model buffer is
 filled beforehand, and its rollouts are left out, as in throughput.py; its logsumexp is held constant there, so that no
-gradient passes through those actions, which makes it another step than ours. A TD3+BC step makes two updates of the critics
-and one of the actor: it counts as two. `threads` processors are all that this process may use.
+gradient passes through those actions, which makes it another step than ours. A TD3+BC step makes two updates of the
+critics and one of the actor: it counts as two. `threads` processors are all that this process may use.
 
 Needs JAX, Flax, Optax and Distrax: pip install "jax[cpu]" flax optax distrax tyro
 """
