@@ -70,6 +70,7 @@ class Args:
         "mobile",
         "morel",
         "mve",
+        "pets",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one"""
