@@ -212,22 +212,7 @@ def build(
     return Learner(actor, actor.dynamics, adam(groups, args.learning_rate))
 
 
-# --- Dynamics -------------------------------------------------------------------------------------------------------
-
-
-def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
-    """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-
-    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
-    """
-    mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
-    z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
-    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
-    nll = (nll * known).mean(dim=1)  # [members]
-    ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
-    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
-    return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
+# --- Planning -------------------------------------------------------------------------------------------------------
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -237,9 +222,6 @@ TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
     **dict.fromkeys(("HalfCheetah", "Pendulum", "never"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
 }
-
-
-# --- Planning -------------------------------------------------------------------------------------------------------
 
 
 def disagreement(dynamics: Dynamics, observations: Tensor, actions: Tensor) -> Tensor:
@@ -298,6 +280,24 @@ def plan(actor: Actor, observations: Tensor, mean: Tensor) -> Tensor:
     return mean
 
 
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
+    """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
+
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
+    """
+    mean, log_variance, logit = dynamics(x)
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
+    z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
+    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
+    nll = (nll * known).mean(dim=1)  # [members]
+    ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
+    return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
+
+
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +310,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     loss.backward()
     learner.optimizer.step()
     learner.optimizer.zero_grad()
-    return metrics
+    return {"actor/loss": loss.detach()} | metrics
 
 
 # === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========

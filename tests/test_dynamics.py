@@ -1,4 +1,4 @@
-"""The dynamics ensemble of MOPO, COMBO, MOBILE, MOReL, MVE, PETS: each script has its own, and each is held to the same."""
+"""The dynamics ensemble of MOPO, COMBO, MOBILE, MOReL, MVE and PETS, which each script has, and is held to the same."""
 
 import importlib
 import inspect
