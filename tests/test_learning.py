@@ -50,6 +50,7 @@ RUNS = {
     "mobile": ["--num-updates", "2500", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL, "--num-samples", "2"],
     "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
+    "pets": ["--num-updates", "1500", "--population", "32", "--num-best", "5"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {

@@ -74,6 +74,7 @@ class Args:
         "mobile",
         "morel",
         "mve",
+        "pets",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one, each perhaps with arguments of its own"""
