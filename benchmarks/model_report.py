@@ -184,7 +184,7 @@ def choose_starts(run: Trained, model: Model, longest: int, count: int) -> tuple
     """
     everything = torch.randperm(len(run.buffer.transitions.rewards))
     rows = everything if model.left_out is None else model.left_out
-    learned = everything[~torch.isin(everything, rows)]
+    learned = everything if model.left_out is None else everything[~torch.isin(everything, rows)]
     tested = run.buffer.validation or run.buffer
     if run.buffer.validation:
         rows = torch.randperm(len(tested.transitions.rewards))
