@@ -22,6 +22,7 @@ from torch import Tensor
 from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, warn
 
 BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
+BUILT_IN_TWO_WAYS_ID = "anchorl/two-ways/mixed-v0"  # with continuous actions, two of them good at the start
 MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
@@ -87,7 +88,8 @@ def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
 
 def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
-    known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
+    built_in_ids = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID}, {BUILT_IN_TWO_WAYS_ID}"
+    known = f"{built_in_ids} or a Minari id such as mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
         valid = DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
         check(bool(valid), "ids are [namespace/]name-v0: letters, digits, - and _, and a namespace has two or more")

@@ -125,8 +125,9 @@ class NoEnvironment(BadInput): ...  # to evaluate in
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
     """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises NoEnvironment."""
-    with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
-        gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
+        with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
+            gym.register_envs(importlib.import_module(known))
     module, name = env_id.rpartition(":")[::2] if users else ("", env_id)
     try:
         if module:
