@@ -7,7 +7,7 @@ the place (x, y); an action, in [-1, 1]^2, moves it by up to STEP along each axi
 registers the environment as anchorl/TwoWays-v0.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,7 @@ WHITE, GREY, GREEN, BLUE, RED = (255, 255, 255), (90, 90, 90), (160, 215, 160), 
 
 
 class TwoWays(gym.Env):
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     observation_space = gym.spaces.Box(-FIELD.astype(np.float32), FIELD.astype(np.float32))
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
