@@ -22,9 +22,9 @@ from minari.dataset.minari_storage import MinariStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
+import two_ways
 from scratch import CannotWrite, check_room, scratch_folder
 
-from benchmarks import two_ways
 from common.command_line import check, launch, one_line
 from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, BUILT_IN_TWO_WAYS_ID
 
@@ -101,8 +101,8 @@ def make_cartpole(out: Path) -> None:
 
 
 def two_ways_controller(side: float, noise: float = 0.0, speed: float = 1.0, margin: float = 0.2) -> Controller:
-    """Goes above the wall (`side` 1) or below it (-1), `margin` away from its corners: a small one cuts them. The larger
-    part of an action is `speed`, noise is added to both.
+    """Goes above the wall (`side` 1) or below it (-1), `margin` away from its corners: a small one cuts them. The
+    larger part of an action is `speed`, noise is added to both.
     """
     (low_x, _), (high_x, high_y) = two_ways.WALL
     corners = [np.array([x, side * (high_y + margin)]) for x in (low_x, high_x)]

@@ -3,11 +3,11 @@
 Either way is as good as the other; the straight one between them ends at the wall. So a policy whose action is the
 average of what others did at its state crashes, where one that takes either of the two ways arrives. An observation is
 the place (x, y); an action, in [-1, 1]^2, moves it by up to STEP along each axis. The goal ends an episode and pays
-100, the wall ends it and pays nothing, and so does every other step. `common.evaluation` imports this module, which
+100; the wall, or the border above and below, ends it and pays nothing; no other step pays, either. `common.evaluation` imports this module, which
 registers the environment as anchorl/TwoWays-v0.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,7 @@ WHITE, GREY, GREEN, BLUE, RED = (255, 255, 255), (90, 90, 90), (160, 215, 160), 
 
 
 class TwoWays(gym.Env):
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     observation_space = gym.spaces.Box(-FIELD.astype(np.float32), FIELD.astype(np.float32))
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
@@ -70,4 +70,5 @@ def in_wall(places: np.ndarray) -> np.ndarray:
     return inside | (np.abs(places[..., 1]) >= BORDER)
 
 
-gym.register("anchorl/TwoWays-v0", "benchmarks.two_ways:TwoWays", max_episode_steps=MAX_STEPS)
+if "anchorl/TwoWays-v0" not in gym.registry:  # the tools import this module under another name
+    gym.register("anchorl/TwoWays-v0", "benchmarks.two_ways:TwoWays", max_episode_steps=MAX_STEPS)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind two-ways-five/: five seeds of every script for continuous actions, with small networks.
-# The arguments are those of tests/test_learning.py, with fewer updates; two-ways-five/ is the folders' rows in one file.
+# The arguments are much as in tests/test_learning.py; two-ways-five/ is the folders' rows in one file.
 set -euo pipefail
 run() {  # run <folder> <num_updates> <algorithm>... -- <arguments>
     folder="$1" updates="$2"
@@ -19,10 +19,12 @@ rollouts="--rollout-batch-size 2000 --rollout-every 250"
 # shellcheck disable=SC2086  # these are lists of arguments
 {
     run clones 1500 bc "bc --top-fraction 0.1" -- --learning-rate 1e-3
-    run actors 1500 td3_bc sac_bc rebrac awac -- $fast $critic
+    run idql 4000 idql -- $fast $critic $value --flow-hidden-dims 64 64 --num-acting-actions 32
+    run td3_bc 1500 td3_bc -- $fast $critic
     run bcq 1500 bcq -- $fast $critic $vae
     run fql 1500 fql -- $fast $critic --flow-learning-rate 1e-3 --num-acting-actions 10
     run values 1500 iql sql xql -- $fast $critic $value
+    run actors 1500 awac sac_bc rebrac -- $fast $critic
     run awr 1500 awr -- $fast $value --returns-every 250
     run edac 1500 edac -- $fast $critic --num-critics 5
     run cql 1500 cql -- $fast $critic --num-samples 4 --cql-alpha 0.5
