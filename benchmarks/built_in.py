@@ -6,7 +6,6 @@ what is shipped, remove common/built_in and make it again.
 Run: python -m benchmarks.built_in --out common/built_in
 """
 
-import importlib
 import math
 import os
 import sys
@@ -23,12 +22,12 @@ from minari.dataset.minari_storage import MinariStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
+import two_ways
 from scratch import CannotWrite, check_room, scratch_folder
 
 from common.command_line import check, launch, one_line
 from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, BUILT_IN_TWO_WAYS_ID
 
-two_ways = importlib.import_module("benchmarks.two_ways")  # by this name it is registered, and made
 MINARI_VERSION = "0.5.3"  # the oldest that pyproject.toml allows: Minari reads no data of versions newer than itself
 
 

@@ -6,10 +6,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import assert_one_line, run_script
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
+from two_ways import BORDER, FIELD, GREEN, GREY, MAX_STEPS, RED, SPREAD, START, STEP, WALL, in_wall
 
-from benchmarks.two_ways import BORDER, FIELD, GREEN, GREY, MAX_STEPS, RED, SPREAD, START, STEP, WALL, in_wall
 from common.data import BUILT_IN_TWO_WAYS_ID, ReplayBuffer, load_dataset
 from common.evaluation import make_environments
 
@@ -104,3 +105,18 @@ def test_cloning_crashes_and_a_choice_among_proposals_arrives(algorithm, argumen
     run = run_script(algorithm, *SMALL, *arguments, *more)
     assert run.returncode == 0, run.stderr
     assert low <= json.loads((tmp_path / "run" / "result.json").read_text())["final_score"] <= high
+
+
+def test_the_paths_are_drawn(tmp_path):
+    run, out = str(tmp_path / "run"), tmp_path / "paths.png"
+    more = ["--num-updates", "3", "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", run]
+    assert run_script("bc", *SMALL, *more).returncode == 0
+    drawn = run_script("benchmarks.measurements.paths", run, run, "--out", str(out), "--num-episodes", "2")
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(out) as picture:
+        assert picture.size == (468, 225)
+    gif = run_script("watch", run, "--out", str(tmp_path / "policy.gif"), "--max-steps", "3")
+    assert gif.returncode == 0, gif.stderr
+    assert_one_line(
+        run_script("benchmarks.measurements.paths", run, "--out", str(tmp_path / "a.jpg")), "must be a .png"
+    )
