@@ -3,8 +3,8 @@
 Either way is as good as the other; the straight one between them ends at the wall. So a policy whose action is the
 average of what others did at its state crashes, where one that takes either of the two ways arrives. An observation is
 the place (x, y); an action, in [-1, 1]^2, moves it by up to STEP along each axis. The goal ends an episode and pays
-100; the wall, or the border above and below, ends it and pays nothing; no other step pays, either. `common.evaluation` imports this module, which
-registers the environment as anchorl/TwoWays-v0.
+100; the wall, or the border above and below, ends it and pays nothing; no other step pays, either. `common.evaluation`
+imports this module, which registers the environment as anchorl/TwoWays-v0.
 """
 
 from typing import Any
