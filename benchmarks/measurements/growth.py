@@ -83,7 +83,7 @@ def rows(args: Args) -> list[list[Any]]:
 
 
 def draw(table: list[list[Any]], path: Path) -> None:
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     axes = list(dict.fromkeys(row[0] for row in table))
     for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
         _, sizes, names, _, times, bounds = zip(*(row for row in table if row[0] == axis), strict=True)
