@@ -85,11 +85,12 @@ def rows(args: Args) -> list[list[Any]]:
 def draw(table: list[list[Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 3), layout="constrained")
     axes = list(dict.fromkeys(row[0] for row in table))
-    for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
+    for axis, plot in zip(axes, figure.subplots(1, len(axes), squeeze=False, sharey=True)[0], strict=True):
         _, sizes, names, _, times, bounds = zip(*(row for row in table if row[0] == axis), strict=True)
         plot.loglog(sizes, [float(str(time)) for time in times], marker="o", label="update")
         plot.loglog(sizes, [float(str(time)) for time in bounds], marker=".", linestyle="--", label="its products")
-        plot.set(xlabel=axis, title=names[0])
+        plot.set(xlabel=axis, title=names[0], xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
+        plot.minorticks_off()
     figure.axes[0].set_ylabel("milliseconds")
     figure.axes[0].legend()
     figure.savefig(path, dpi=100)
