@@ -47,15 +47,15 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class HyperParameters:
-    horizon: int = 15  # H, steps of a plan (paper: 25 to 30)
+    horizon: int = 15  # H, steps of a plan (authors' code: 25 to 30)
     population: int = 64  # candidates of an iteration (authors' code: 400 or 500)
     num_best: int = 8  # of these, those that the next iteration follows (authors' code: 40 or 50)
     cem_iterations: int = 3  # of a plan (authors' code: 5)
     cem_alpha: float = 0.1  # share of the last mean and variance in the next (authors' code)
-    num_particles: int = 5  # trajectories of a candidate, as many of each member (paper: 20)
+    num_particles: int = 5  # trajectories of a candidate, as many of each member (authors' code: 20)
     propagation: Literal["TSinf", "TS1"] = "TSinf"  # what a particle's member lasts for: the plan, or a step (paper)
     penalty_coefficient: float = 0.0  # weight of the members' disagreement u; 0 is PETS, above it takes longer to plan
-    num_models: int = 5  # members of the ensemble (paper)
+    num_models: int = 5  # members of the ensemble (authors' code)
     hidden_dims: tuple[int, ...] = (128, 128)  # hidden layers of each member (authors' code: 3 or 4 of 200 or 500)
     learning_rate: float = 1e-3  # of Adam (authors' code)
 
