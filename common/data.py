@@ -88,8 +88,7 @@ def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
 
 def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
-    built_in_ids = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID}, {BUILT_IN_TWO_WAYS_ID}"
-    known = f"{built_in_ids} or a Minari id such as mujoco/hopper/medium-v0"
+    known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID}, {BUILT_IN_TWO_WAYS_ID} or a Minari id, mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
         valid = DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
         check(bool(valid), "ids are [namespace/]name-v0: letters, digits, - and _, and a namespace has two or more")
@@ -196,6 +195,10 @@ class ReplayBuffer:
             observations.sub_(mean).div_(std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
+        taken = self.transitions.actions.unique().tolist() if self.num_actions and given is None else []
+        if taken and (unseen := sorted({*range(self.num_actions)} - {*taken})[:10]):
+            numbers = ", ".join(str(dataset.action_low[0] + number) for number in unseen)
+            warn(f"the data never take action {numbers}: what these are worth is a guess")
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -224,7 +227,7 @@ class ReplayBuffer:
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
     def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
-        dataset, lengths, returns, end = self.dataset, [], [], 0
+        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
         for index, episode in kept:
@@ -239,10 +242,14 @@ class ReplayBuffer:
                         self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
+                    if name == "observations":  # neighbours that are apart, but not in float32
+                        merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths.append(end - start)
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
+        if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
+            warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0

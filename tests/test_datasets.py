@@ -261,6 +261,13 @@ def test_a_number_that_a_discrete_observation_cannot_be_is_refused(make_dataset,
         ReplayBuffer(dataset, CPU)
 
 
+def test_actions_that_are_never_taken_are_told(make_dataset, capsys):
+    numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
+    episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
+    ReplayBuffer(load_dataset(make_dataset("test/few-v0", episodes, **numbered), discrete=True), CPU)
+    assert "warning: the data never take action 4, 5, 7:" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [-5.0, 0.5, 2])
 def test_terminations_are_0_or_1(make_dataset, datasets_path, value):
     dataset = load_dataset(make_dataset())
