@@ -15,7 +15,7 @@ Differences: the squared error has no factor 1/2; one optimiser step trains ever
 they were before it. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's.
 Every update follows one step in the environment. There is no dataset: the first --random-steps, whose actions are
 uniformly random, take its place in the run folder, and their average return is the dashed line of the learning curve.
-Each episode has a seed of its own: a resumed run plays the actions of its last episode again, and is where it was.
+Every transition is kept; the authors keep the newest million.
 
 Run: python algorithms/sac.py --env-id Pendulum-v1
 """
@@ -37,7 +37,6 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (paper)
-    replay_size: int = 1_000_000  # transitions kept, the newest (paper)
     target_entropy: float | None = None  # temperature holds the policy's entropy to it; default: -action_dim (paper)
     tau: float = 0.005  # rate at which the target critic follows the critic (paper)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (paper)
@@ -135,67 +134,12 @@ class Critic(nn.Module):
         return self.layers[-1](x).squeeze(-1)  # [2, batch]
 
 
-class RingBuffer:
-    """Up to `capacity` transitions, added during training; the newest replace the oldest. A row is one transition."""
-
-    def __init__(self, capacity: int, observation_dim: int, action_dim: int, device: torch.device | str) -> None:
-        self.widths = [observation_dim, action_dim, 1, observation_dim, 1]  # of a transition's parts, in Batch's order
-        self.storage = torch.empty(capacity, sum(self.widths), device=device)
-        self.num_added = 0
-
-    def __len__(self) -> int:
-        return min(self.num_added, len(self.storage))
-
-    def add(self, transitions: Batch) -> None:
-        """Adds `capacity` transitions at most."""
-        rows = torch.column_stack(transitions)
-        index = torch.arange(self.num_added, self.num_added + len(rows), device=rows.device) % len(self.storage)
-        self.storage[index] = rows
-        self.num_added += len(rows)
-
-    def sample(self, batch_size: int) -> Batch:
-        """A batch of the transitions held, drawn uniformly with replacement."""
-        return self.take(torch.randint(len(self), (batch_size,), device=self.storage.device))
-
-    def newest(self, count: int) -> Batch:
-        """The `count` transitions added last, the oldest of them first; `capacity` at most."""
-        return self.take(torch.arange(self.num_added - count, self.num_added, device=self.storage.device))
-
-    def take(self, numbers: Tensor) -> Batch:
-        """The transitions of these `numbers`, counted from 0 in the order in which they were added."""
-        rows = self.storage.index_select(0, numbers % len(self.storage)).split(self.widths, dim=1)
-        return Batch(rows[0], rows[1], rows[2].squeeze(1), rows[3], rows[4].squeeze(1))
-
-    def state_dict(self) -> dict[str, Any]:
-        full = len(self) == len(self.storage)  # a part of the storage would be saved with all of it, unless copied
-        return {"rows": self.storage if full else self.storage[: len(self)].clone(), "num_added": self.num_added}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.storage[: len(state["rows"])] = state["rows"]
-        self.num_added = state["num_added"]
-
-
-class Episodes:
-    """The steps of each episode so far, the random ones first. The last is still going on."""
-
-    def __init__(self) -> None:
-        self.lengths = [0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"lengths": list(self.lengths)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lengths = list(state["lengths"])
-
-
 class Learner(NamedTuple):
     """Everything that training changes; a checkpoint holds the state_dict of each."""
 
     actor: Actor
     critic: Critic
     target_critic: Critic
-    replay: RingBuffer
-    episodes: Episodes
     optimizer: Any
 
 
@@ -214,8 +158,7 @@ def build(
         {"params": critic.parameters(), "lr": args.critic_learning_rate},
     ]
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    replay = RingBuffer(args.replay_size, observation_dim, action_dim, device)
-    return Learner(actor, critic, target_critic, replay, Episodes(), adam(groups))
+    return Learner(actor, critic, target_critic, adam(groups))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -284,7 +227,6 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 
 # === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
 
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,8 +238,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import Batch as Episode
-from common.data import Dataset, ReplayBuffer, action_bounds, flatten_observations, observation_names
-from common.evaluation import make_environment
+from common.data import Dataset, ReplayBuffer, action_bounds, observation_names
+from common.evaluation import Player, make_environment
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -314,13 +256,6 @@ class Args(HyperParameters, ExperimentArgs):
         self.dataset_id = self.env_id
 
 
-def reset(environment: gym.Env, args: Args, episode: int) -> np.ndarray:
-    """The first observation of an episode. Its seed depends on its number and the run's seed alone."""
-    seed = np.random.SeedSequence((args.seed, episode)).generate_state(1)
-    observation, _ = environment.reset(seed=int(seed[0]))
-    return flatten_observations(observation, environment.observation_space)
-
-
 def random_dataset(environment: gym.Env, args: Args) -> Dataset:
     """What the agent begins with: whole episodes of uniformly random actions, `random_steps` steps or more."""
     low, high = action_bounds(environment.action_space)
@@ -328,79 +263,33 @@ def random_dataset(environment: gym.Env, args: Args) -> Dataset:
     num_steps = args.random_steps + environment.spec.max_episode_steps  # at most: the last episode goes to its end
 
     def read_episodes() -> Iterator[Episode]:
-        rng, steps = np.random.default_rng(args.seed), 0
-        for number in itertools.count():
-            if steps >= args.random_steps:
-                return
-            observations, actions, rewards, ended = [reset(environment, args, number)], [], [], False
-            while not ended:
-                actions.append(rng.uniform(low, high).astype(np.float32))
-                observation, reward, terminated, truncated, _ = environment.step(actions[-1])
-                observations.append(flatten_observations(observation, environment.observation_space))
-                rewards.append(float(reward))
-                ended = terminated or truncated
-            steps += len(rewards)
-            terminations = np.zeros(len(rewards), dtype=bool)
-            terminations[-1] = terminated
-            states = np.array(observations)
-            yield Episode(states[:-1], np.array(actions), np.array(rewards), states[1:], terminations)
+        player, rng = Player(environment, None, args.seed, 0), np.random.default_rng(args.seed)
+        while sum(player.lengths) < args.random_steps:
+            transitions, number = [], len(player.lengths)
+            while len(player.lengths) == number:
+                transitions.append(player.step(rng.uniform(low, high).astype(np.float32)))
+            yield Episode(*map(np.array, zip(*transitions, strict=True)))
 
     names = observation_names(environment.observation_space)
     return Dataset(args.env_id, num_steps, names, low, high, read_episodes, args.env_id)
 
 
-class Player:
-    """The agent in its environment. In a resumed run it first plays the actions of the last episode again."""
-
-    def __init__(self, environment: gym.Env, learner: Learner, args: Args) -> None:
-        self.environment, self.learner, self.args = environment, learner, args
-        low, high = action_bounds(environment.action_space)
-        self.low, self.high, self.center, self.half_range = low, high, (high + low) / 2, (high - low) / 2
-        lengths = learner.episodes.lengths
-        self.observation = reset(environment, args, len(lengths) - 1)
-        for action in learner.replay.newest(lengths[-1]).actions.cpu().numpy():
-            self._step(action)
-
-    @torch.no_grad()
-    def play(self) -> None:
-        """One step with an action drawn from pi, into the replay buffer; after an episode's last, the next begins."""
-        replay, lengths = self.learner.replay, self.learner.episodes.lengths
-        device = replay.storage.device
-        observation = torch.as_tensor(self.observation, dtype=torch.float32, device=device).unsqueeze(0)
-        noise = torch.randn(1, len(self.low), device=device)
-        action, _ = self.learner.actor.sample(observation, noise)
-        reward, terminated, truncated = self._step(action[0].cpu().numpy())
-        next_observation = torch.as_tensor(self.observation, dtype=torch.float32, device=device).unsqueeze(0)
-        numbers = torch.tensor([[reward], [terminated]], dtype=torch.float32, device=device)
-        replay.add(Batch(observation, action, numbers[0], next_observation, numbers[1]))
-        lengths[-1] += 1
-        if terminated or truncated:
-            lengths.append(0)
-            self.observation = reset(self.environment, self.args, len(lengths) - 1)
-
-    def _step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        scaled = np.clip(self.center + self.half_range * action, self.low, self.high)
-        observation, reward, terminated, truncated, _ = self.environment.step(scaled)
-        self.observation = flatten_observations(observation, self.environment.observation_space)
-        return float(reward), terminated, truncated
-
-
 def main(args: Args) -> None:
     device = set_up(args)
     environment = make_environment(args.env_id, users=True)
-    buffer = ReplayBuffer(random_dataset(environment, args), device, normalize_observations=False)
-    rule = f"must hold the random steps and an episode: {buffer.dataset.num_steps}"
-    check_argument(args, "replay_size", args.replay_size >= buffer.dataset.num_steps, rule)
+    buffer = ReplayBuffer(random_dataset(environment, args), device, False, room=args.num_updates)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
-    learner.replay.add(Batch(*buffer.transitions))
-    learner.episodes.lengths = [*buffer.episode_lengths.tolist(), 0]
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
-    player = Player(environment, learner, args)
+    player = Player(environment, buffer, args.seed, 1)
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder or, with --resume, goes back
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
     for step in range(run.first_step, args.num_updates + 1):
-        player.play()
-        metrics = train(learner, learner.replay.sample(args.batch_size), step, args)
+        buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     environment.close()
     run.finish()  # result.json and the learning curve

@@ -49,8 +49,8 @@ from import_logs import find_spec
 from scratch import scratch_root
 
 from common.command_line import BadInput, check, check_argument, explain, launch
-from common.data import action_bounds, flatten_observations, observation_names
-from common.evaluation import FINAL_SEED, Policy, evaluate, load_file, load_policy, make_environment
+from common.data import Batch, ReplayBuffer, action_bounds, observation_names
+from common.evaluation import FINAL_SEED, Player, Policy, evaluate, load_file, load_policy, make_environment
 
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
 
@@ -126,21 +126,27 @@ def actor_behaviour(actor: Any, play: Play, seed: int) -> Act:
     return act
 
 
-def roll_out(act: Act, play: Play, seed: int) -> EpisodeBuffer:
+def roll_out(act: Act, player: Player) -> EpisodeBuffer:
     """One episode; infos["log_prob"] [T + 1] has an entry per observation, and NaN at the last, where nobody acts."""
-    environment = play.environment
-    observation, _ = environment.reset(seed=seed)
-    observations = [flatten_observations(observation, environment.observation_space)]
-    actions, rewards, log_probs, terminated, truncated = [], [], [], False, False
-    while not (terminated or truncated):
-        action, log_prob = act(observations[-1])
-        observation, reward, terminated, truncated, _ = environment.step(action)
-        observations.append(flatten_observations(observation, environment.observation_space))
-        actions.append(action)
-        rewards.append(float(reward))
+    log_probs = []
+
+    def noted(observation: np.ndarray) -> np.ndarray:
+        action, log_prob = act(observation)
         log_probs.append(log_prob)
+        return action
+
+    episode = play_episode(player, noted)
+    observations = np.concatenate([episode.observations, episode.next_observations[-1:]])
     infos = {"log_prob": np.array([*log_probs, np.nan])}
-    return whole_episode(np.array(observations), np.array(actions), np.array(rewards), terminated, infos)
+    return whole_episode(observations, episode.actions, episode.rewards, bool(episode.terminations[-1]), infos)
+
+
+def play_episode(player: Player, act: Callable[[np.ndarray], np.ndarray]) -> Batch:
+    """A whole one, [T, ...] each."""
+    transitions, number = [], len(player.lengths)
+    while len(player.lengths) == number:
+        transitions.append(player.step(act(player.observation)))
+    return Batch(*map(np.array, zip(*transitions, strict=True)))
 
 
 def whole_episode(
@@ -163,12 +169,12 @@ def whole_episode(
     )
 
 
-def roll_outs(name: str, act: Act, play: Play, steps: int, seed: np.random.SeedSequence) -> list[EpisodeBuffer]:
+def roll_outs(name: str, act: Act, player: Player, steps: int) -> list[EpisodeBuffer]:
     """Episodes of `steps` steps together, or a few more: the last one goes to its end."""
     episodes: list[EpisodeBuffer] = []
     with tqdm(total=steps, desc=name, mininterval=0.1 if sys.stderr.isatty() else 10) as progress:
         while progress.n < steps:
-            episodes.append(roll_out(act, play, int(seed.spawn(1)[0].generate_state(1)[0])))
+            episodes.append(roll_out(act, player))
             progress.update(len(episodes[-1]))
     return episodes
 
@@ -193,7 +199,7 @@ class Agent(NamedTuple):
     """What the agent's run folder holds."""
 
     returns: dict[int, float]  # of the evaluation after each update
-    transitions: sac.Batch  # all that it saw, the random steps first
+    transitions: Batch  # all that it saw, the random steps first
     episode_lengths: list[int]  # of the transitions, in order; the last one may be cut
     num_random: int  # steps before the first update
     folder: Path
@@ -212,22 +218,24 @@ def read_agent(run_dir: Path, play: Play, args: Args) -> Agent:
     for name, value in expected.items():
         found = saved.get(name)
         check(found == value, f"--run-dir {run_dir}: {name} is {found!r} there, not {value!r}; name another folder")
-    sizes = len(observation_names(play.environment.observation_space)), len(play.low)
     with explain(unreadable):
         checkpoint = load_file(run_dir / "checkpoint.pt")
-        state, lengths = checkpoint["learner"]["replay"], checkpoint["learner"]["episodes"]["lengths"]
-        count = int(state["num_added"])
-        lost = f"its --replay-size {saved['replay_size']} lost what the agent saw first; make it larger"
-        check(count == len(state["rows"]), lost)
-        replay = sac.RingBuffer(count, *sizes, "cpu")
-        replay.load_state_dict(state)
-        whole = sum(lengths) == count and 0 <= checkpoint["step"] < count and bool(replay.storage.isfinite().all())
+        state = checkpoint["learner"]["player"]
+        begun = sac.Args(env_id=args.env_id, seed=args.seed, random_steps=saved["random_steps"])
+        count = len(state["added"])
+        buffer = ReplayBuffer(sac.random_dataset(play.environment, begun), torch.device("cpu"), False, room=count)
+        check(buffer.fingerprint == checkpoint["dataset_fingerprint"], "its random steps do not come out as they did")
+        num_random = len(buffer.storage)
+        Player(play.environment, buffer, args.seed, 1).load_state_dict(state)
+        whole = count == checkpoint["step"] and bool(buffer.storage.isfinite().all())
         check(whole, "what the agent saw is damaged in it")
+        lengths = [*buffer.episode_lengths.tolist(), *state["lengths"].tolist(), len(state["actions"])]
+        transitions = buffer.take(torch.arange(len(buffer.storage)))
         with (run_dir / "metrics.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["eval/return_mean"]]
         returns = {int(row["step"]): float(row["eval/return_mean"]) for row in rows}
         check(bool(returns), "metrics.csv has no evaluation")
-    return Agent(returns, replay.newest(count), lengths, count - checkpoint["step"], run_dir)
+    return Agent(returns, transitions, lengths, num_random, run_dir)
 
 
 def replay_episodes(agent: Agent, num_steps: int, play: Play) -> list[EpisodeBuffer]:
@@ -278,11 +286,11 @@ def main(args: Args) -> None:
             return replay_episodes(agent, agent.num_random + seen[quality], play)
         if quality == "medium-expert":
             return episodes("medium") + episodes("expert")
-        seed = np.random.SeedSequence((args.seed, ["random", "medium", "expert"].index(quality)))
-        if quality == "random":
-            return roll_outs(quality, random_behaviour(play, args.seed), play, args.steps, seed)
-        act = actor_behaviour(agent.policy(steps[quality]).actor, play, args.seed)
-        return roll_outs(quality, act, play, args.steps, seed)
+        act = random_behaviour(play, args.seed)
+        if quality != "random":
+            act = actor_behaviour(agent.policy(steps[quality]).actor, play, args.seed)
+        player = Player(environment, None, args.seed, 2, ["random", "medium", "expert"].index(quality))
+        return roll_outs(quality, act, player, args.steps)
 
     sources = {"random": "uniformly random actions", "medium-expert": "medium and expert"}
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
@@ -312,9 +320,8 @@ def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
 
 
 def random_return(play: Play, args: Args) -> float:
-    act = random_behaviour(play, args.seed)
-    episodes = [roll_out(act, play, 10_000 + index) for index in range(args.reference_episodes)]
-    return float(np.mean([np.sum(episode.rewards) for episode in episodes]))
+    act, player = random_behaviour(play, args.seed), Player(play.environment, None, args.seed, 3)
+    return float(np.mean([roll_out(act, player).rewards.sum() for _ in range(args.reference_episodes)]))
 
 
 def expert_return(policy: Policy, args: Args) -> float:

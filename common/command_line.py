@@ -81,10 +81,10 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
 
     def validate(self) -> None:  # raises BadInput by rules for types and names; a script's `validate` checks the rest
         for name, value in vars(self).items():
+            least = 0 if name.endswith(("seed", "warm_start", "online_steps")) else 1
             for broken, rule in [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
-                (type(value) is int and not name.endswith(("seed", "warm_start")) and value < 1, "must be at least 1"),
-                (name.endswith(("seed", "warm_start")) and not 0 <= value < 2**63, "must not be negative"),
+                (type(value) is int and not least <= value < 2**63, f"must be at least {least}"),
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
@@ -113,10 +113,9 @@ interruption = Interruption()
 
 def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     """Runs `main` with its arguments. What stops it becomes the exit code, and one line on stderr that says why."""
-    with contextlib.suppress(ValueError):  # signals belong to the main thread; a sweep agent may use another
+    with contextlib.suppress(ValueError, AttributeError):  # in a sweep agent's thread; of a closed output
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interruption)
-    with contextlib.suppress(AttributeError):  # of a closed output; a letter that its encoding lacks is escaped
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return main(tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__))  # exit code 2, too

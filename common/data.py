@@ -161,10 +161,11 @@ class ReplayBuffer:
     Attributes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions); `episode_starts`,
     `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
     [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0; `num_legal`, how many
-    numbers of an observation, its first, say which are legal, or 0; `validation`, held-out episodes. Raises BadInput.
+    numbers of an observation, its first, say which are legal, or 0; `validation`, held-out episodes. There is `room` to
+    add as many transitions, of which the attributes above say nothing. Raises BadInput.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, normalize_observations: bool | Tensor = True) -> None:
+    def __init__(self, dataset: Dataset, device: Any, normalize_observations: Any = True, room: int = 0) -> None:
         self.dataset = dataset
         self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
@@ -172,7 +173,7 @@ class ReplayBuffer:
         self.num_legal = masks if masks == self.num_actions else 0
         no_room = f"{dataset.dataset_id}: {device} has no room for its {dataset.num_steps} steps: give it a part"
         with explain(no_room):
-            storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
+            storage = torch.empty(dataset.num_steps + room, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None
         self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()  # subtracted first
         lengths, returns = self._fill(storage, normalize_observations is True)
@@ -180,20 +181,21 @@ class ReplayBuffer:
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
         with explain(no_room):
-            self.storage = storage[: sum(lengths)].to(device)
+            self.with_room = storage[: sum(lengths) + room].to(device)
+        self.storage, self.num_loaded = self.with_room[: sum(lengths)], sum(lengths)
         self.transitions = self._columns(self.storage)
         if self.num_legal:
             forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
             check(not forbidden, f"{dataset.dataset_id}: {MASK} forbids {forbidden} of the actions that were taken")
-        std = torch.ones(self.observation_dim, device=device) if given is None else given[1].float()
-        mean = torch.zeros_like(std)
+        self.std = torch.ones(self.observation_dim, device=device) if given is None else given[1].float()
+        self.mean, self.reward_scale, self.reward_shift = torch.zeros_like(self.std), 1.0, 0.0
         if normalize_observations is True:
-            std, mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
-            std += 1e-3  # a constant entry stays near zero
-            mean[: self.num_legal], std[: self.num_legal] = 0, 1
+            self.std, self.mean = torch.std_mean(self.transitions.observations, dim=0, correction=0)
+            self.std += 1e-3  # a constant entry stays near zero
+            self.mean[: self.num_legal], self.std[: self.num_legal] = 0, 1
         for observations in (self.transitions.observations, self.transitions.next_observations):
-            observations.sub_(mean).div_(std)
-        self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
+            observations.sub_(self.mean).div_(self.std)
+        self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + self.mean, self.std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
         taken = self.transitions.actions.unique().tolist() if self.num_actions and given is None else []
         if taken and (unseen := sorted({*range(self.num_actions)} - {*taken})[:10]):
@@ -204,7 +206,7 @@ class ReplayBuffer:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
         span = float(np.ptp((self.episode_returns + shift * self.episode_lengths).numpy()))
         check(span > 0 or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number: 1")
-        self.reward_scale = 1000 / span if scale == "return-range" else float(scale)
+        self.reward_scale, self.reward_shift = 1000 / span if scale == "return-range" else float(scale), shift
         for buffer in filter(None, (self, self.validation)):
             buffer.transitions.rewards.add_(shift).mul_(self.reward_scale)
         if span and not 30 < (span := span * self.reward_scale) < 30_000:  # learning rates and weights suit about 1,000
@@ -219,6 +221,16 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         return self.take(self.draw(batch_size))
 
+    def add(self, transition: Batch) -> None:
+        """One more, as an environment that is played gives it."""
+        self.storage = self.with_room[: len(self.storage) + 1]
+        columns = self._columns(self.storage[-1:], integers=False)
+        for name, value, column in zip(Batch._fields, transition, columns, strict=True):
+            column.copy_(torch.from_numpy(self._checked(name, np.array([value]))))
+        for observations in (columns.observations, columns.next_observations):
+            observations.sub_(self.mean).div_(self.std)
+        columns.rewards.add_(self.reward_shift).mul_(self.reward_scale)
+
     def _columns(self, rows: Tensor, integers: bool = True) -> Batch:
         """Rows [N, observation | action | reward | next observation | termination] as views; `integers` are a copy."""
         parts = rows.split([self.observation_dim, self.action_dim, 1, self.observation_dim, 1], dim=1)
@@ -231,7 +243,7 @@ class ReplayBuffer:
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
         for index, episode in kept:
-            with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(all="ignore"):  # refused below
+            with explain(f"{dataset.dataset_id}, episode {index} (repair or remove it)"), np.errstate(all="ignore"):
                 start, end = end, end + len(episode.rewards)
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
                 columns = self._columns(storage[start:end], integers=False)
@@ -265,7 +277,7 @@ class ReplayBuffer:
         if wrong.any():
             step, value = np.argwhere(wrong)[0, 0], values[wrong][0] + (least if whole else 0)
             rule = f", which is not a whole number from {least} to {most}" if whole else ""
-            raise BadInput(f"step {step}: {name} hold {value:g}{rule}; repair or remove that episode")
+            raise BadInput(f"step {step}: {name} hold {value:g}{rule}")
         if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
             values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)
         return values

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.command_line import BadInput, check, explain, one_line
-from common.data import Dataset, action_bounds, flatten_observations, observation_names
+from common.data import Batch, Dataset, action_bounds, flatten_observations, observation_names
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
 FINAL_SEED = 20_000  # and with this + i when the final score is taken: from states that nothing was chosen by
@@ -24,9 +24,9 @@ FINAL_SEED = 20_000  # and with this + i when the final score is taken: from sta
 
 class Policy(nn.Module):
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], discrete ones [N], both
-    as the environment has them, both NumPy arrays or tensors. A script's `actor` gives actions in [-1, 1], or discrete
-    ones' preferences. `normalization` [2, observation_dim] is mean and deviation, `action_range` [2, action_dim] lowest
-    and highest, `origin` the other entries of the file (`save`). Raises ValueError, and BadInput for nan.
+    as the environment has them, both NumPy arrays or tensors. A script's `actor`, or `act` in a call, gives actions in
+    [-1, 1], or discrete ones' preferences. `normalization` is mean and deviation [2, observation_dim], `action_range`
+    lowest and highest [2, action_dim], `origin` the file's other entries. Raises ValueError, and BadInput for nan.
     """
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
@@ -35,11 +35,11 @@ class Policy(nn.Module):
         self.normalization = nn.Buffer(normalization)
         self.action_range = nn.Buffer(torch.from_numpy(np.stack(action_range)).to(normalization.device))
 
-    def __call__(self, observations: Any) -> Any:
+    def __call__(self, observations: Any, act: Callable[[Tensor], Tensor] | None = None) -> Any:
         if isinstance(observations, Tensor):
             return super().__call__(observations)
         inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(self.normalization.device)
-        return super().__call__(inputs, self.act).cpu().numpy()
+        return super().__call__(inputs, act or self.act).detach().cpu().numpy()
 
     def forward(self, observations: Tensor, act: Callable | None = None) -> Tensor:
         mean, std = self.normalization
@@ -64,14 +64,10 @@ class Policy(nn.Module):
     def save(self, file: IO[bytes]) -> None:
         """Writes weights, hyper-parameters and what the actor does on examples, by which `load_policy` knows it."""
         inputs = torch.randn(32, self.normalization.shape[1], generator=torch.Generator().manual_seed(0))
-        state = self.origin | {
-            "actor": {name: weight.cpu() for name, weight in self.actor.state_dict().items()},
-            "normalization": self.normalization.cpu(),
-            "action_range": self.action_range.cpu(),
-            "discrete": self.discrete,
-            "examples": [inputs, self.act(inputs.to(self.normalization.device)).cpu().clone()],
-        }
-        torch.save(state, file)
+        actor = {name: weight.cpu() for name, weight in self.actor.state_dict().items()}
+        state = self.origin | {"actor": actor, "normalization": self.normalization.cpu(), "discrete": self.discrete}
+        examples = [inputs, self.act(inputs.to(self.normalization.device)).cpu().clone()]
+        torch.save(state | {"action_range": self.action_range.cpu(), "examples": examples}, file)
 
 
 def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
@@ -102,8 +98,8 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What torch.save wrote. Nothing in it is run. Raises BadInput for damage, or more than data."""
     with explain(f"cannot read {path}"):
         with zipfile.ZipFile(path) as file:
-            # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
             damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
+        # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
         check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")
         return torch.load(path, map_location=device, weights_only=True)
 
@@ -127,14 +123,11 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
     for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
         with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
             gym.register_envs(importlib.import_module(known))
-    module, name = env_id.rpartition(":")[::2] if users else ("", env_id)
     try:
-        if module:
-            importlib.import_module(module)
-        problem = "is not installed"  # nor is "module:Id", which gym.make would import
-        if own := gym.registry.get(name):
-            limit = max_episode_steps or own.max_episode_steps or 1000
-            return gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+        if users or env_id in gym.registry:  # no "module:Id" of a dataset, which gym.make would import
+            made = gym.make(env_id, max_episode_steps, disable_env_checker=True, **kwargs)
+            return made if made.spec and made.spec.max_episode_steps else gym.wrappers.TimeLimit(made, 1000)
+        problem = "is not installed"
     except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
         problem = f"cannot be made ({one_line(error)})"
     raise NoEnvironment(f"environment {env_id!r} {problem}")
@@ -163,9 +156,8 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
 def evaluate(
     policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Discounted returns and lengths, [num_episodes] (0: one per environment). Episode i is reset with `seed` + i.
-    Before each call, actor.follow(episodes, rewards) tells an actor with a memory which episodes' rows come, and their
-    last rewards: None where one begins.
+    """Discounted returns and lengths, [num_episodes] (0: one per environment). Episode i is reset with `seed` + i. Who
+    has an actor.follow is told before each call which episodes' rows come, and their last rewards: None at a start.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
@@ -186,3 +178,45 @@ def evaluate(
             playing += [] if terminated or truncated else [[env, i, observation]]
     torch.set_num_threads(threads)
     return returns, lengths
+
+
+class Player:
+    """An environment that is played. An episode's seed is made of `seeds` and its number, so that a resumed run plays
+    its last episode's actions again and is where it was, with all that `buffer` had been given. Raises BadInput.
+    """
+
+    def __init__(self, environment: gym.Env, buffer: Any, *seeds: int) -> None:
+        self.environment, self.buffer, self.seeds = environment, buffer, seeds
+        self._begin([])
+
+    def step(self, action: Any) -> Batch:
+        """A transition, in the environment's units as `action` is. After an episode's last, the next begins."""
+        self.actions.append(action)
+        before, (reward, terminated, truncated, _) = self.observation, self._hear(self.environment.step, action)
+        transition = Batch(before, action, float(reward), self.observation, bool(terminated))
+        if terminated or truncated:
+            self._begin([*self.lengths, len(self.actions)])
+        return transition
+
+    def _begin(self, lengths: list[int]) -> None:  # an episode, after those of these lengths
+        self.lengths, self.actions = lengths, list[Any]()
+        (seed,) = np.random.SeedSequence([*self.seeds, len(lengths)]).generate_state(1)
+        self._hear(self.environment.reset, seed=int(seed))
+
+    def _hear(self, call: Callable, *arguments: Any, **named: Any) -> Any:  # what the environment answers
+        with explain(f"the environment failed at step {len(self.actions)} of an episode"):
+            observation, *others = call(*arguments, **named)
+            self.observation = np.array(flatten_observations(observation, self.environment.observation_space))
+        return others
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"lengths": torch.tensor(self.lengths), "actions": torch.from_numpy(np.array(self.actions))}
+        return state | {"added": self.buffer.storage[self.buffer.num_loaded :].clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.buffer.storage = self.buffer.with_room[: self.buffer.num_loaded + len(state["added"])]
+        self.buffer.storage[self.buffer.num_loaded :] = state["added"]
+        self._begin([*map(int, state["lengths"])])
+        for action in state["actions"].cpu().numpy():
+            self.step(action)
+        check(len(self.actions) == len(state["actions"]), "the environment does not go the same way again")

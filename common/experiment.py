@@ -7,13 +7,12 @@ import io
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from subprocess import Popen
 from typing import IO, Any
 
 import numpy as np
@@ -25,8 +24,6 @@ from tqdm import tqdm
 from common.command_line import Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
-
-PATIENCE_SECONDS = 100  # with W&B, at the end of a run
 
 
 @contextlib.contextmanager
@@ -64,16 +61,17 @@ def set_up(args: ExperimentArgs) -> torch.device:
 
 
 class Run:
-    """A run folder. From its checkpoint, a resumed run goes on to the same bits at update `first_step`. `learner` is a
-    NamedTuple of all that training changes; its `actor`, if it has one, is the policy. What `update` finds of
+    """A run folder. A resumed run goes on to the same bits at update `first_step`, and so does its `player`. `learner`
+    is a NamedTuple of what training changes; its `actor`, if any, is the policy. What `update` finds of
     make_batch(buffer.validation, rows) goes to the metrics. Raises BadInput for a folder it cannot take, and OSError.
     """
 
-    def __init__(self, args: Any, buffer: ReplayBuffer, learner: Any, update: Any, make_batch: Any = None) -> None:
+    def __init__(self, args: Any, buffer: Any, learner: Any, update: Any, make_batch: Any = None, player: Any = None):
         self.learner, self.update, self.make_batch = learner, update, make_batch or ReplayBuffer.take
         self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
-        self.parts: dict[str, Any] = learner._asdict()
-        self.policy, self.environments, self.step, self.update_seconds, self.columns = None, None, 0, 0.0, list[str]()
+        self.parts: dict[str, Any] = learner._asdict() | ({"player": player} if player else {})
+        self.policy: Any = None
+        self.environments, self.step, self.update_seconds, self.columns = None, 0, 0.0, list[str]()
         shared = "algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
@@ -95,19 +93,18 @@ class Run:
                 metrics = self._restore(load_file(self.dir / "checkpoint.pt", self.device))
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         self.first_step = self.step + 1
-        config = {"algorithm": args.algorithm} | vars(args)
-        self._write_json("args.json", config | {"dataset_fingerprint": buffer.fingerprint})
+        self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
         fixed = "OMP_NUM_THREADS" in os.environ or args.compile or args.batch_size > 1024  # else sums may be others
         self.threads, self.marks = 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
-        self.tracked = SimpleQueue[dict[str, Any]]()  # what W&B is given
-        self.tracker = threading.Thread(target=track, args=(self.tracked, args, self.dir, config), daemon=True)
-        self.tracker.start()
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         self.progress = tqdm(total=args.num_updates, initial=self.step, desc=args.algorithm, mininterval=interval)
         interruption.close = self.progress.close
         if not args.resume:
             self.metrics_path.unlink(missing_ok=True)
             self.save_checkpoint()  # from here on, a run that is killed can be resumed
+        # W&B, which may fail or hang, has a process of its own, which Ctrl-C does not reach
+        track = [Path(__file__).parents[1] / "benchmarks" / "track.py", self.dir, "--skip", len([*self.rows()])]
+        self.tracker = Popen([sys.executable, *map(str, track)], start_new_session=True) if args.track else None
         interruption.waiting = True
 
     def is_due(self, step: int, every: int) -> bool:  # after the last update, too
@@ -168,7 +165,6 @@ class Run:
             writer.writerow(row)
             with writing(self.metrics_path), self.metrics_path.open("a", newline="") as file:
                 file.write(text.getvalue())
-        self.tracked.put(row)
 
     def rows(self) -> Iterator[dict[str, str]]:  # of metrics.csv so far
         text = self.metrics_path.read_text() if self.metrics_path.exists() else ""
@@ -199,18 +195,15 @@ class Run:
         if result is None:
             result, outcome, plot = self._final_score()
         args, seconds = self.args, time.perf_counter() - self.started
-        known = {name: getattr(args, name) for name in ("algorithm", "dataset_id", "seed", "num_updates")}
+        known = {name: getattr(args, name) for name in ("dataset_id", "seed", "num_updates")} | result
         known |= {"updates_per_second": args.num_updates / max(self.update_seconds, 1e-9), "wall_seconds": seconds}
-        self._write_json("result.json", known := known | {"device": str(self.device)} | result)
+        self._write_json("result.json", known | {"device": str(self.device)})
         if plot:
             replace(self.dir / "learning_curve.png", plot)
-        self.tracked.put({name: value for name, value in known.items() if not isinstance(value, list)})
-        self.tracker.join(PATIENCE_SECONDS)
-        if self.tracker.is_alive():
-            warn(f"W&B failed (no answer in {PATIENCE_SECONDS} s): training goes on without it")
         self.progress.close()
         self.lock.release()
         print(f"{args.algorithm} on {args.dataset_id}: {outcome}, {seconds:.0f} s, {self.dir}", flush=True)
+        _ = self.tracker and self.tracker.wait()  # at most two minutes: it gives up on W&B by itself
 
     def _final_score(self) -> tuple[dict[str, Any], str, Callable | None]:  # of the last policy, in fresh episodes
         dataset, mean = self.dataset, float(self.buffer.episode_returns.mean())
@@ -234,6 +227,7 @@ class Run:
         axes, args = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots(), self.args
         axes.plot(*curve, marker=".", label=f"{args.algorithm}, seed {args.seed}")
         axes.axhline(level, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
+        axes.axvspan(args.num_updates - getattr(args, "online_steps", 0), args.num_updates, color="0.93")  # it acts
         axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
         axes.legend()
         figure.savefig(file, dpi=150, format="png")
@@ -260,8 +254,7 @@ class Run:
         for name, value in self.learning_arguments.items():
             before = checkpoint["arguments"].get(name, value)
             check(value == before, f"{name} is {before} in it, not {value}")
-        same_data = checkpoint["dataset_fingerprint"] == self.buffer.fingerprint
-        check(same_data, f"it was trained on other data than {self.args.dataset_id} holds")
+        check(checkpoint["dataset_fingerprint"] == self.buffer.fingerprint, "it was trained on other data")
         self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
         check(0 <= self.step <= self.args.num_updates, f"it has made {self.step:,} updates already")
         for name, part in self.parts.items():
@@ -276,25 +269,5 @@ class Run:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")}
-        text = json.dumps(content | {"versions": versions}, indent=2, default=str)
-        replace(self.dir / name, lambda file: file.write(text.encode()))
-
-
-def track(rows: SimpleQueue, args: ExperimentArgs, folder: Path, config: dict[str, Any]) -> None:
-    """With --track, gives rows to W&B, in a thread of its own: it may fail or hang, and training goes on."""
-    if not args.track:
-        return
-    try:
-        import wandb  # slow to import, and most runs do without
-
-        names: dict[str, Any] = {name: getattr(args, f"wandb_{name}") for name in ("project", "group", "entity")}
-        # a run that was killed goes on under the id that W&B keeps in this folder
-        run = wandb.init(**names, name=folder.name, dir=folder.resolve(), config=config, resume="auto")
-        run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
-        run.define_metric("dynamics/*", step_metric="dynamics/epoch")
-        while "algorithm" not in (row := rows.get()):  # the result is the last one
-            run.log(row)
-        run.summary.update(row)
-        run.finish()
-    except Exception as error:
-        warn(f"W&B failed ({error!r}): training goes on without it")
+        whole = {"algorithm": self.args.algorithm} | content | {"versions": versions}
+        replace(self.dir / name, lambda file: file.write(json.dumps(whole, indent=2, default=str).encode()))

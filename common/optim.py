@@ -1,28 +1,27 @@
 """Adam for small networks, and --compile: a script's whole update as one graph, Adam's step in it."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.optim.adam import adam
 
 from common.command_line import ExperimentArgs, check
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-OPTIONS: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "eps": EPSILON, "amsgrad": False, "maximize": False}
+OPTIONS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 
 
-class Adam:
-    """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: PyTorch's fused kernel or, while an update is
-    compiled, the same in the open. torch.optim.Adam takes longer around that kernel, and ends a graph. A group holds
-    `params`, perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
+class Adam(nn.Module):
+    """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: its fused kernel or, while an update is
+    compiled, its function. torch.optim.Adam takes longer around that kernel, and ends a graph. A group holds `params`,
+    perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
+        super().__init__()
         self.param_groups: list[dict[str, Any]] = []
         for group in groups:
             weights, decay = list(group["params"]), float(group.get("weight_decay", 0))
@@ -31,6 +30,8 @@ class Adam:
             rate, step = one * group.get("lr", lr), one * 0
             moments = {name: [torch.zeros_like(weight) for weight in weights] for name in ("means", "squares")}
             self.param_groups.append({"params": weights, "lr": rate, "weight_decay": decay, "step": step} | moments)
+            for tensor in (rate, step, *moments["means"], *moments["squares"]):  # what changes beside the weights
+                self.register_buffer(str(len(self._buffers)), tensor)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -40,36 +41,17 @@ class Adam:
             if not rows:
                 continue
             weights, gradients, means, squares = map(list, zip(*rows, strict=True))
+            options = OPTIONS | {name: group[name] for name in ("lr", "weight_decay")}
+            if torch.compiler.is_compiling():
+                steps = [group["step"].clone() for _ in rows]  # it adds 1 to each
+                adam(weights, gradients, means, squares, [], steps, foreach=True, capturable=True, **options)
             group["step"].add_(1)
             if not torch.compiler.is_compiling():
-                steps, rates = [group["step"]] * len(rows), {name: group[name] for name in ("lr", "weight_decay")}
-                torch._fused_adam_(weights, gradients, means, squares, [], steps, **rates, **OPTIONS)
-                continue
-            if group["weight_decay"]:
-                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
-            torch._foreach_lerp_(means, gradients, 1 - BETA1)  # m <- beta1 m + (1 - beta1) g
-            torch._foreach_mul_(squares, BETA2)  # v <- beta2 v + (1 - beta2) g^2
-            torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETA2)
-            # beta^t as an exponential: of a power, the compiler takes a new one for every few weights
-            t, dtype = group["step"].double(), weights[0].dtype
-            correction1, correction2 = ((1 - torch.exp(t * math.log(beta))).to(dtype) for beta in (BETA1, BETA2))
-            scales = torch._foreach_sqrt(squares)  # sqrt(v / (1 - beta2^t)) + epsilon
-            torch._foreach_div_(scales, correction2.sqrt())
-            torch._foreach_add_(scales, EPSILON)
-            torch._foreach_mul_(scales, -correction1 / group["lr"])
-            torch._foreach_addcdiv_(weights, means, scales)  # weight <- weight - lr m / (1 - beta1^t) / the above
+                torch._fused_adam_(weights, gradients, means, squares, [], [group["step"]] * len(rows), **options)
 
-    def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad = None
-
-    def state_dict(self) -> dict[str, list[list[Tensor]]]:  # what changes beside the weights, always in place
-        return {"groups": [[g["lr"], g["step"], *g["means"], *g["squares"]] for g in self.param_groups]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for tensor, value in zip(tree_leaves(self.state_dict()), tree_leaves(state), strict=True):
-            tensor.copy_(value.view_as(tensor))  # which has no other shape spread over it
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            weight.grad = None
 
 
 def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
@@ -87,7 +69,7 @@ def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
     torch.compiler.reset()  # a graph of another run in this process would fit, as far as the guards below can tell
     if none := getattr(torch._dynamo.variables.constant, "CONSTANT_VARIABLE_NONE", None):
         none.source = None  # PyTorch 2.13 looks for None where the last graph had one: a gradient that may not be here
-    for tensor in tree_leaves([part.state_dict() for part in learner if isinstance(part, Adam)]):
+    for tensor in (tensor for part in learner if isinstance(part, Adam) for tensor in part.buffers()):
         torch._dynamo.mark_static_address(tensor, guard=False)  # else no CUDA graph is made of what changes it
     options: dict[str, Any] = {
         "fallback_random": True,  # the same random numbers as without --compile

@@ -56,7 +56,7 @@ SHORTER = {
     "morel": MODEL,
     "mve": DYNAMICS,
     "pets": ["--horizon", "2", "--population", "3", "--num-best", "2", "--cem-iterations", "1"],
-    "sac": ["--random-steps", "200", "--replay-size", "2000"],
+    "sac": ["--random-steps", "200"],
 }
 
 # one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order

@@ -15,7 +15,7 @@ from conftest import ROOT, assert_one_line, checkpoint, numpy_sample, run_script
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, action_bounds, load_dataset
-from common.evaluation import load_policy, make_environment
+from common.evaluation import Player, load_policy, make_environment
 
 CPU = torch.device("cpu")
 PREFIX = "collected/pendulum"
@@ -105,7 +105,7 @@ def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
     random = dataset("random")[0].infos["log_prob"]
     np.testing.assert_allclose(random[:-1], np.log(1 / 4))  # uniform on [-2, 2]
     actor = read_agent(folder, play, CollectArgs("Pendulum-v1")).policy(2000).actor
-    episode = roll_out(actor_behaviour(actor, play, seed=5), play, seed=6)
+    episode = roll_out(actor_behaviour(actor, play, seed=5), Player(play.environment, 6))
     noise = torch.cat(
         [torch.randn(1, 1, generator=generator) for generator in [torch.Generator().manual_seed(5)] * 200]
     )
@@ -175,9 +175,9 @@ def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_p
         ("metrics.csv", "step,eval/return_mean\nx,1\n", "cannot read the agent's run: invalid literal"),
         ("metrics.csv", "step\n1\n", "cannot read the agent's run: 'eval/return_mean'"),
         ("metrics.csv", "step,eval/return_mean\n1,\n", "metrics.csv has no evaluation"),
-        ("checkpoint.pt", {"rows": None}, "cannot read the agent's run"),
-        ("checkpoint.pt", {"rows": torch.zeros(2, 2)}, "lost what the agent saw first"),
-        ("checkpoint.pt", {"rows": torch.full((2400, 9), torch.nan)}, "what the agent saw is damaged"),
+        ("checkpoint.pt", {"added": None}, "cannot read the agent's run"),
+        ("checkpoint.pt", {"added": torch.zeros(2, 2)}, "cannot read the agent's run"),
+        ("checkpoint.pt", {"added": torch.full((2000, 9), torch.nan)}, "what the agent saw is damaged"),
     ],
 )
 def test_a_damaged_run_is_one_line(name, content, message, folder, tmp_path):
@@ -186,7 +186,7 @@ def test_a_damaged_run_is_one_line(name, content, message, folder, tmp_path):
         (run / name).write_text(content)
     else:
         saved = checkpoint(run)
-        saved["learner"]["replay"] |= content
+        saved["learner"]["player"] |= content
         torch.save(saved, run / name)
     assert_one_line(run_script("collect", *COLLECT, "--prefix", "collected/x", "--run-dir", str(run)), message)
 
@@ -205,7 +205,7 @@ def test_a_users_own_environment(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("collect.choose_medium", lambda returns, *_: max(returns))
     words = ["--env-id", "my_rooms:Room-v0", "--num-updates", "10", "--steps", "30", "--reference-episodes", "1"]
-    script = ["--", "--random-steps", "20", "--replay-size", "100", "--eval-every", "10", "--hidden-dims", "4"]
+    script = ["--", "--random-steps", "20", "--eval-every", "10", "--hidden-dims", "4"]
     words += ["--prefix", "collected/mine", "--quality", "random", "--run-dir", str(tmp_path / "run")]
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     run = run_script("collect", *words, *script)
@@ -218,7 +218,7 @@ def test_a_users_own_environment(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' is not installed"),
+        (["--env-id", "NoSuch-v0"], "environment 'NoSuch-v0' cannot be made"),
         (["--env-id", "CartPole-v1"], r"actions must be vectors of real numbers \(a Box\), not Discrete"),
         (["--env-id", "CarRacing-v3"], "images are not supported|cannot be made"),
         (["--medium", "1.5"], "--medium 1.5: must be between 0 and 1"),

@@ -26,7 +26,6 @@ SMALLER = {
     "morel": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "mve": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2},
     "pets": {"num_models": 2, "num_particles": 2},
-    "sac": {"replay_size": 100},
 }
 
 # the code of a user who pasted the text into a file of his own, where nothing of this repository is to be found

@@ -1,4 +1,4 @@
-"""The contracts every script keeps: command line, run folder, resume, tracking, bad input; run as users run them."""
+"""The contracts every script keeps: command line, run folder, resume, bad input; run as users run them."""
 
 import csv
 import dataclasses
@@ -6,12 +6,8 @@ import importlib
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import threading
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +26,6 @@ from conftest import (
     random_episode,
     run_script,
 )
-from wandb.proto import wandb_internal_pb2
 
 from common.command_line import BUILT_IN_ID, BadInput, Diverged
 from common.evaluation import FINAL_SEED, evaluate, load_policy, make_environments
@@ -373,75 +368,6 @@ def test_a_loss_that_is_not_finite_is_named_within_one_log_interval(algorithm, t
     assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())][-1] == "10"
 
 
-# --- Tracking ---
-
-
-def wandb_records(path):
-    """The protobuf records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
-    data, offset, parts = path.read_bytes(), 7, b""
-    while offset + 7 <= len(data):
-        if 32768 - offset % 32768 < 7:  # too short for a header: padding
-            offset += 32768 - offset % 32768
-        _, length, kind = struct.unpack_from("<IHB", data, offset)
-        parts += data[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
-            yield wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
-
-
-def test_tracking_offline_holds_config_and_metrics(tmp_path):
-    arguments = ["--num-updates", "20", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
-    run = run_script("iql", *arguments, *SHORT, WANDB_MODE="offline")
-    assert run.returncode == 0, run.stderr
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    config, history, began = {}, [], time.monotonic()
-    while file.stat().st_size < 1000 and time.monotonic() - began < 30:  # a process of W&B's own writes it
-        time.sleep(0.1)
-    for record in wandb_records(file):
-        updates = [*record.run.config.update, *record.config.update]  # it comes with the run, or on its own
-        config |= {item.key: json.loads(item.value_json) for item in updates}
-        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        history += [row] if row else []
-    assert config["algorithm"] == "iql" and config["expectile"] == 0.7
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    assert [row["step"] for row in history] == [10, 20]
-    assert history[1]["critic/loss"] == pytest.approx(float(rows[1]["critic/loss"]))
-    assert history[1]["eval/score"] == pytest.approx(float(rows[1]["eval/score"]))
-
-
-def test_the_tracker_knows_its_folder_from_wherever_its_threads_write(tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("wandb.init", lambda **settings: given.update(settings))
-    assert run_script("bc", "--num-updates", "2", "--track", "--run-dir", "run", *SHORT).returncode == 0
-    assert given["dir"] == tmp_path / "run" and given["name"] == "run"
-
-
-@pytest.mark.parametrize("how", ["raises", "hangs"])
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_an_outage_of_the_tracker_is_one_warning(where, how, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        if how == "raises":
-            raise ConnectionError("no server")
-        over.wait()
-
-    over, summary = threading.Event(), {}
-    calls = {name: lambda *_, **__: None for name in ("define_metric", "log", "finish")}
-    run = SimpleNamespace(summary=summary, **calls | {where: fail})
-    monkeypatch.setattr("wandb.init", fail if where == "init" else lambda **_: run)
-    monkeypatch.setattr("common.experiment.PATIENCE_SECONDS", 0.3)
-    arguments = ["--num-updates", "30", "--log-every", "10", "--track", "--run-dir", str(tmp_path / "run")]
-    began = time.monotonic()
-    run = run_script("bc", *arguments, *SHORT)
-    over.set()
-    assert run.returncode == 0, run.stderr
-    reason = "ConnectionError('no server')" if how == "raises" else "no answer in 0.3 s"
-    assert run.stderr.count("warning: ") == run.stderr.count(f"warning: W&B failed ({reason}): training goes on") == 1
-    assert (tmp_path / "run" / "result.json").exists() and time.monotonic() - began < 30
-    assert how == "hangs" or bool(summary) == (where == "finish")
-
-
 # --- Bad input ---
 
 NONSENSE = {
@@ -460,7 +386,6 @@ NONSENSE = {
     "gamma": "1.5",
     "tau": "0",
     "random_steps": "0",
-    "replay_size": "0",
     "expectile": "1.5",
     "beta": "-1",
     "alpha": "-1",

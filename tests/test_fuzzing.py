@@ -286,7 +286,7 @@ RUNS = {  # scripts whose runs are mutated, and how they are made
     "iql": ON_DATA,
     "mopo": ON_MODEL,
     "fqe": [*ON_DATA, "--policy-run-dir", "{runs}/bc"],
-    "sac": [*RUN, "--random-steps", "200", "--replay-size", "1000", "--keep-policies"],
+    "sac": [*RUN, "--random-steps", "200", "--keep-policies"],
 }
 CHECKPOINTS, ALL = ("checkpoint.pt",), ("args.json", "checkpoint.pt", "metrics.csv", "policy.pt", "result.json")
 READERS = [  # what reads a run folder, whose run, the files of it that are mutated, and with what arguments

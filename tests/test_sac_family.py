@@ -17,7 +17,7 @@ from conftest import (
 
 SMALL_MODEL = {"dynamics_hidden_dims": (5,), "num_models": 5, "rollout_batch_size": 10}
 ARGS = {
-    "sac": {"replay_size": 1000},
+    "sac": {},
     "sac_bc": {"alpha": 0.4},
     "mopo": SMALL_MODEL,
     "combo": {"batch_size": 8, **SMALL_MODEL},

@@ -56,7 +56,7 @@ FEW = {  # arguments of the short runs that are stopped and resumed
     "mobile": ["--max-dynamics-epochs", "1"],
     "morel": ["--max-dynamics-epochs", "1"],
     "mve": ["--max-dynamics-epochs", "1"],
-    "sac": ["--random-steps", "200", "--replay-size", "2000"],
+    "sac": ["--random-steps", "200"],
     # which is over all updates, of which a run stopped by its end has fewer
     **{name: ["--no-cosine-decay"] for name in ("iql", "idql", "sql", "xql")},
 }

@@ -1,0 +1,98 @@
+"""Shows a run to Weights & Biases (W&B): its arguments, its rows of metrics as they come, and its result.
+
+A script's --track starts this beside its training, in a process of its own, so that W&B may fail or hang and the
+training goes on. By itself it shows a run that was not tracked, finished or not, to the project, group and entity that
+its arguments name.
+
+Run: python -m benchmarks.track runs/first
+"""
+
+import csv
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from filelock import FileLock, Timeout
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.command_line import check, check_argument, explain, launch, warn
+
+
+@dataclass
+class Args:
+    run_dir: tyro.conf.Positional[Path]
+    """folder of the run"""
+    skip: int = 0
+    """rows of metrics.csv that W&B has already"""
+    patience: float = 100.0
+    """seconds that W&B has for the rest, once the training is over"""
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """Whole lines of metrics.csv, without what they leave empty."""
+    path = run_dir / "metrics.csv"
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+def is_over(run_dir: Path) -> bool:
+    """Waits a second for the training, which holds the folder's lock as long as it lives."""
+    try:
+        with FileLock(run_dir / ".lock", timeout=1):
+            return True
+    except Timeout:
+        return False
+
+
+def watch(run_dir: Path, patience: float) -> None:
+    """Ends this process `patience` seconds after the training, whatever it is waiting for."""
+    while not is_over(run_dir):
+        pass
+    time.sleep(patience)
+    warn(f"W&B failed (no answer in {patience:g} s): the run is complete without it")
+    os._exit(0)
+
+
+def follow(run_dir: Path, arguments: dict[str, Any], skip: int) -> None:
+    """Gives W&B each row once, until the training is over, and then its result."""
+    import wandb  # slow to import, and it may not be there
+
+    names: Any = {name: arguments[f"wandb_{name}"] for name in ("project", "group", "entity")}
+    # a run that was killed goes on under the id that W&B keeps in this folder
+    run = wandb.init(**names, name=run_dir.name, dir=run_dir, config=arguments, resume="auto")
+    run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
+    run.define_metric("dynamics/*", step_metric="dynamics/epoch")
+    over = False
+    while not over:
+        over = is_over(run_dir)  # before the rows are read: nothing comes after them
+        for row in rows(run_dir)[skip:]:
+            run.log(row)
+            skip += 1
+    result = run_dir / "result.json"
+    found = json.loads(result.read_text()) if result.exists() else {}
+    if found.get("num_updates") == arguments["num_updates"]:  # else it is of a shorter run in this folder
+        run.summary.update({name: value for name, value in found.items() if not isinstance(value, list)})
+    run.finish()
+
+
+def main(args: Args) -> None:
+    check_argument(args, "skip", args.skip >= 0, "must not be negative")
+    with explain(f"no run in {args.run_dir}"):
+        arguments = json.loads((args.run_dir / "args.json").read_text())
+        check({"wandb_project", "num_updates"} <= set(arguments), "args.json is not of a run")
+    threading.Thread(target=watch, args=(args.run_dir, args.patience), daemon=True).start()
+    try:
+        follow(args.run_dir.resolve(), arguments, args.skip)
+    except Exception as error:
+        warn(f"W&B failed ({error!r}): training goes on without it")
+
+
+if __name__ == "__main__":
+    launch(main, Args)
