@@ -248,6 +248,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -258,6 +259,7 @@ class Args(HyperParameters, ExperimentArgs):
     """multiplies rewards; return-range: their returns span 1,000 (authors' code in locomotion; elsewhere 1)"""
     reward_shift: float = 0.0  # added to rewards first (authors' code: -1 in antmaze)
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    online_steps: int = 0  # after the other updates, steps that the policy takes, by sampling, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -269,16 +271,24 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
-    for step in range(run.first_step, args.num_updates + 1):
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
+    for step in range(run.first_step, run.last_step + 1):
+        online = step > args.num_updates
+        if player and online:  # a transition more, which counts as much as one of the data
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
         if args.cosine_decay:
-            rate = args.actor_learning_rate * cosine_decay(step, args.num_updates)
-            learner.optimizer.param_groups[0]["lr"].fill_(rate)
+            decay = 1 if online else cosine_decay(step, args.num_updates)
+            learner.optimizer.param_groups[0]["lr"].fill_(decay * args.actor_learning_rate)
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -55,6 +55,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
     env_id: str | None = None  # evaluation environment; module:Id imports yours first; default: the one the data name
     seed: int = 0  # seed of networks, batches and noise
     num_updates: int = 10_000  # gradient steps; papers take 1,000,000 on MuJoCo tasks
+    online_steps: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # updates after those, some scripts': see there
     batch_size: int = 256  # transitions per update
     eval_every: int = 1_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per evaluation, one per environment copy, always from the same states
@@ -88,8 +89,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
-                (name.endswith("learning_rate") and value <= 0, "must be positive"),
-                (name == "reward_scale" and value != "return-range" and value <= 0, "must be positive"),
+                (type(value) is float and name.endswith(("rate", "reward_scale")) and value <= 0, "must be positive"),
                 (name.endswith("dims") and not 1 <= min(value, default=0) <= max(value) <= 10**5, "1 to 100,000 each"),
                 (name.endswith(("size", "episodes")) and value > 10**7, "must be at most 10,000,000"),
             ]:

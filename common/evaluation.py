@@ -162,9 +162,8 @@ def evaluate(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
     returns, lengths = np.zeros(count := num_episodes or len(environments)), np.zeros(count, dtype=int)
-    numbers, free, playing = iter(range(count)), list(environments), list[Any]()
+    numbers, free, playing, rewards = iter(range(count)), list(environments), list[Any](), list[Any]([None] * count)
     follow = getattr(getattr(policy, "actor", None), "follow", lambda episodes, rewards: None)
-    rewards: list[float | None] = [None] * count
     while playing := playing + [[env, i, env.reset(seed=seed + i)[0]] for env, i in zip(free, numbers, strict=False)]:
         rows = [flatten_observations(observation, env.observation_space) for env, _, observation in playing]
         follow([i for _, i, _ in playing], [rewards[i] for _, i, _ in playing])

@@ -13,7 +13,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import Popen
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Run:
         self.learner, self.update, self.make_batch = learner, update, make_batch or ReplayBuffer.take
         self.args, self.buffer, self.dataset, self.device = args, buffer, buffer.dataset, buffer.storage.device
         self.parts: dict[str, Any] = learner._asdict() | ({"player": player} if player else {})
-        self.policy: Any = None
+        self.last_step, self.policy = args.num_updates + args.online_steps, cast(Any, None)
         self.environments, self.step, self.update_seconds, self.columns = None, 0, 0.0, list[str]()
         shared = "algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"
         self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
@@ -97,7 +97,7 @@ class Run:
         fixed = "OMP_NUM_THREADS" in os.environ or args.compile or args.batch_size > 1024  # else sums may be others
         self.threads, self.marks = 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
-        self.progress = tqdm(total=args.num_updates, initial=self.step, desc=args.algorithm, mininterval=interval)
+        self.progress = tqdm(total=self.last_step, initial=self.step, desc=args.algorithm, mininterval=interval)
         interruption.close = self.progress.close
         if not args.resume:
             self.metrics_path.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ class Run:
         interruption.waiting = True
 
     def is_due(self, step: int, every: int) -> bool:  # after the last update, too
-        return step % every == 0 or step == self.args.num_updates
+        return step % every == 0 or step == self.last_step
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """What follows an update: evaluation, a row of metrics and a checkpoint, each when it is due and at the end."""
@@ -196,7 +196,7 @@ class Run:
             result, outcome, plot = self._final_score()
         args, seconds = self.args, time.perf_counter() - self.started
         known = {name: getattr(args, name) for name in ("dataset_id", "seed", "num_updates")} | result
-        known |= {"updates_per_second": args.num_updates / max(self.update_seconds, 1e-9), "wall_seconds": seconds}
+        known |= {"updates_per_second": self.last_step / max(self.update_seconds, 1e-9), "wall_seconds": seconds}
         self._write_json("result.json", known | {"device": str(self.device)})
         if plot:
             replace(self.dir / "learning_curve.png", plot)
@@ -227,7 +227,7 @@ class Run:
         axes, args = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots(), self.args
         axes.plot(*curve, marker=".", label=f"{args.algorithm}, seed {args.seed}")
         axes.axhline(level, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
-        axes.axvspan(args.num_updates - getattr(args, "online_steps", 0), args.num_updates, color="0.93")  # it acts
+        axes.axvspan(args.num_updates, self.last_step, color="0.93")  # here it acts, too
         axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
         axes.legend()
         figure.savefig(file, dpi=150, format="png")
@@ -256,9 +256,10 @@ class Run:
             check(value == before, f"{name} is {before} in it, not {value}")
         check(checkpoint["dataset_fingerprint"] == self.buffer.fingerprint, "it was trained on other data")
         self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
-        check(0 <= self.step <= self.args.num_updates, f"it has made {self.step:,} updates already")
+        check(0 <= self.step <= self.last_step, f"it has made {self.step:,} updates already")
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint["learner"][name])
+            if name != "player" or name in checkpoint["learner"]:  # it begins after the other updates
+                part.load_state_dict(checkpoint["learner"][name])
         self._check_finite(self.parts)
         state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])
         torch.set_rng_state(state)
