@@ -1,35 +1,34 @@
-"""Diffusion Q-learning (Diffusion-QL): a diffusion model imitates the data, and Q pulls its samples towards itself.
+"""Diffusion Q-learning (Diffusion-QL): a diffusion model imitates the data, and Q's gradient draws its samples upwards.
 
 A diffusion model learns to find the noise in a noisy action of the data. From noise alone it then makes an action, by
 taking some noise away in each of T steps, so that it can hold any number of different actions at one state. T is small
-enough to send the gradient of Q at that action back through all of the steps. With Q' and eps' the target networks,
-slow copies of critic and model, z standard normal and t uniform in 1, ..., T:
+enough for Q's gradient at that action to go back through all of the steps. With Q' and eps' the target networks, slow
+copies of the critic and the model, z standard normal and t uniform in 1, ..., T:
 
-    L_d    = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(kept_t) a + sqrt(1 - kept_t) z
-    L_pi   = -eta E[ Q_i(s, a_0) ] / E|Q_j(s, a_0)|,  (i, j) = (1, 2) or (2, 1) at random
-    y      = r + gamma (1 - termination) min_i max_k Q'_i(s', a'_k)
-    L_Q    = E[ sum_i (y - Q_i(s, a))^2 ]
-    pi(s)  = argmax_{a_k} min_i Q'_i(s, a_k)
+    L_d   = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(kept_t) a + sqrt(1 - kept_t) z
+    L_pi  = -eta E[ Q_i(s, a_0) ] / E|Q_j(s, a_0)|,  (i, j) = (1, 2) or (2, 1) at random
+    y     = r + gamma (1 - termination) min_i max_k Q'_i(s', a'_k)
+    L_Q   = E[ sum_i (y - Q_i(s, a))^2 ]
+    pi(s) = argmax_{a_k} min_i Q'_i(s, a_k)
 
-where a_0 and a_k are samples of the model and a'_k of its copy, by default one. alpha_t is the share of x, in variance,
-that step t leaves of it, and kept_t = alpha_1 ... alpha_t:
+where a_0 and a_k are samples of the model, and a'_k of its copy: by default one. Of the action's variance, x has the
+share kept_t = exp(-0.1 u - 4.95 u^2), u = t / T. A sample begins with x_T normal; for t = T, ..., 1
 
-    alpha_t = exp(-0.1 / T - (10 - 0.1) (2 t - 1) / (2 T^2))
+    e_t     = clip((x_t - sqrt(1 - kept_t) eps(s, x_t, t)) / sqrt(kept_t), -1, 1)
+    x_{t-1} = w e_t + v x_t + std z_t
 
-A sample starts with x_T normal. Down to t = 1, the last estimate of the action is it:
-
-    estimate = clip((x_t - sqrt(1 - kept_t) eps(s, x_t, t)) / sqrt(kept_t), -1, 1)
-    x_{t-1}  = mean + std z_t,  those of the noisy action at t - 1 if estimate is the action and x_t what became of it
+of which the last, e_1, is the action. With its w, v and std, x_{t-1} is what x was before the t-th step of noise, if it
+began as the action e_t and became x_t.
 
 Paper: Wang, Hunt, Zhou, "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning", 2022,
 arXiv 2208.06193.
-Differences: the noise of the policy's candidates is drawn once, at the start, and it takes the best of them, so that it
-is a function of s; the authors draw anew at each step, and choose with probabilities softmax(min_i Q'_i). The copy of
-the model follows at every update, from the first; theirs at every fifth, five times as fast, from the 1,000th on. One
+Differences: the noise of the policy's samples is drawn once, at the start, and it takes the best of them, so that it is
+a function of s; the authors draw anew at each step, and choose one with probabilities softmax(min_i Q'_i). The copy of
+the model follows from the first update on, at each; theirs from the 1,000th, at every fifth, five times as fast. One
 optimiser step trains critic and model, each loss seeing the other as it was before it (the authors train the critic
-first). As in their code, and not in the paper, E|Q| is taken at samples, and std is as above, not sqrt(1 - alpha_t).
-rather than sqrt(1 - alpha_t). Their --lr-decay is left out: as it is called, once per evaluation, it takes 0.1 % off the
-rates in a whole run. Observations are normalised, which the authors do not do.
+first). As in their code, and not in the paper, E|Q| is over samples, and std is as above, not sqrt(1 - alpha_t). Their
+--lr-decay is left out: as they call it, once per evaluation, it takes 0.1 % off the rates in a whole run. Gradients are
+shortened to one length for all tasks. Observations are normalised, which the authors do not do.
 
 Run: python algorithms/diffusion_ql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -99,8 +98,8 @@ class Diffusion(nn.Module):
     sinusoids: Tensor
     signal: Tensor
     spread: Tensor
-    weight_of_a: Tensor
-    weight_of_x: Tensor
+    w: Tensor
+    v: Tensor
     std: Tensor
 
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
@@ -111,21 +110,22 @@ class Diffusion(nn.Module):
 
         times = torch.arange(self.steps)[:, None]
         angles = times * torch.exp(-math.log(10_000) * torch.arange(8) / 7)  # [steps, 8], from fast to slow
-        self.register_buffer("sinusoids", torch.cat([angles.sin(), angles.cos()], dim=-1))
+        sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [steps, 16]
 
         u = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
         share = torch.exp(-0.1 * u - 0.5 * (10 - 0.1) * u**2)  # kept_0, ..., kept_T
         before, kept = share[:-1], share[1:]  # at t - 1 and at t
         alpha = kept / before
-        schedule = {
-            "signal": kept.sqrt(),  # x = signal a + spread z
+        constants = {
+            "sinusoids": sinusoids,
+            "signal": kept.sqrt(),  # [steps], as those that follow: x = signal a + spread z
             "spread": (1 - kept).sqrt(),
-            "weight_of_a": before.sqrt() * (1 - alpha) / (1 - kept),
-            "weight_of_x": alpha.sqrt() * (1 - before) / (1 - kept),
+            "w": before.sqrt() * (1 - alpha) / (1 - kept),
+            "v": alpha.sqrt() * (1 - before) / (1 - kept),
             "std": ((1 - alpha) * (1 - before) / (1 - kept)).sqrt(),
         }
-        for name, values in schedule.items():
-            self.register_buffer(name, values.to(torch.get_default_dtype()))  # [steps]
+        for name, values in constants.items():
+            self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, observations: Tensor, x: Tensor, times: Tensor | int) -> Tensor:
         """The noise in x [..., batch, action_dim], at one of the times or at `times` [batch]: of the shape of x."""
@@ -141,8 +141,7 @@ class Diffusion(nn.Module):
         """An action [..., batch, action_dim] in [-1, 1]. `noise` [steps, ..., batch, action_dim] is standard normal."""
         x = noise[0]
         for t in range(self.steps - 1, 0, -1):
-            mean = self.weight_of_a[t] * self.estimate(observations, x, t) + self.weight_of_x[t] * x
-            x = mean + self.std[t] * noise[t]
+            x = self.w[t] * self.estimate(observations, x, t) + self.v[t] * x + self.std[t] * noise[t]
         return self.estimate(observations, x, 0)
 
 

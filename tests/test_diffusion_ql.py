@@ -1,4 +1,4 @@
-"""Diffusion-QL's losses against NumPy on small numbers, what each may touch, how it samples and which sample it takes."""
+"""Diffusion-QL's losses against NumPy on small numbers, what each may touch, how it samples, and what it takes."""
 
 import copy
 import re

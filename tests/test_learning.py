@@ -25,7 +25,7 @@ RUNS = {
     "td3_bc": ["--num-updates", "3000", *FAST],
     "sac_bc": ["--num-updates", "2500", *FAST],
     "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
-    "diffusion_ql": ["--num-updates", "1500", *FAST, *STEEP],
+    "diffusion_ql": ["--num-updates", "1200", *FAST, *STEEP, "--num-acting-actions", "20"],
     "fql": ["--num-updates", "1500", *FAST, "--flow-learning-rate", "1e-3", "--alpha", "0.03"],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
