@@ -50,19 +50,20 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class HyperParameters:
-    gamma: float = 0.99  # discount (paper)
-    eta: float = 1.0  # weight of Q against imitation: 0 is cloning (paper: Gym; antmaze 0.5 to 4.5, kitchen 0.005)
+    gamma: float = 0.99  # discount (authors' code)
+    eta: float = 1.0
+    """weight of Q against imitation: 0 is cloning (authors' code in Gym; from 0.005 in kitchen to 4.5 in antmaze)"""
     diffusion_steps: int = 5  # T, from noise to an action (paper)
     num_target_actions: int = 1
-    """samples at s', of which each twin's highest value is in y (authors' code: 10 in antmaze, but for umaze)"""
+    """samples at s', of which each twin's highest value is in y (authors' code: 10 in antmaze, but for umaze-v0)"""
     num_acting_actions: int = 50  # samples among which the policy takes the best (authors' code)
     max_gradient_norm: float = 5.0
-    """longer gradients are shortened to it, each network's for itself (paper: 1 to 10, by dataset)"""
-    tau: float = 0.005  # rate at which the target critic follows (paper)
+    """longer gradients are shortened to it, each network's for itself (authors' code in Gym: 1 to 9, by dataset)"""
+    tau: float = 0.005  # rate at which the target critic follows (authors' code)
     actor_tau: float = 0.001  # rate at which the copy of the model follows (authors' code: 0.005 every fifth update)
-    actor_learning_rate: float = 3e-4  # of Adam (paper)
-    critic_learning_rate: float = 3e-4  # of Adam (paper)
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network (paper)
+    actor_learning_rate: float = 3e-4  # of Adam (authors' code)
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network (authors' code)
 
 
 class Batch(NamedTuple):
