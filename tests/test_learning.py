@@ -18,12 +18,14 @@ DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512"
 DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
+STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
 PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "5"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
     "sac_bc": ["--num-updates", "2500", *FAST],
     "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
+    "diffusion_ql": ["--num-updates", "1200", *FAST, *STEEP, "--num-acting-actions", "20"],
     "fql": ["--num-updates", "1500", *FAST, "--flow-learning-rate", "1e-3", "--alpha", "0.03"],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
