@@ -43,7 +43,7 @@ class Adam(nn.Module):
             weights, gradients, means, squares = map(list, zip(*rows, strict=True))
             options = OPTIONS | {name: group[name] for name in ("lr", "weight_decay")}
             if torch.compiler.is_compiling():
-                steps = [group["step"].clone() for _ in rows]  # it adds 1 to each
+                steps = [group["step"].double() for _ in rows]  # it adds 1 to each
                 adam(weights, gradients, means, squares, [], steps, foreach=True, capturable=True, **options)
             group["step"].add_(1)
             if not torch.compiler.is_compiling():

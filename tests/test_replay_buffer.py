@@ -141,7 +141,7 @@ def test_names_the_place_of_a_number_that_is_not_finite(make_dataset, field, val
     broken = random_episode(1, 9)
     broken[field][6] = value
     dataset_id = make_dataset(episodes=[random_episode(0), broken])
-    with pytest.raises(BadInput, match=rf"episode 1: step 6: {field} hold {value}"):
+    with pytest.raises(BadInput, match=rf"episode 1 .repair or remove it.: step 6: {field} hold {value}"):
         load(dataset_id)
 
 
@@ -150,7 +150,7 @@ def test_refuses_an_episode_whose_lengths_do_not_match(make_dataset, field):
     short = random_episode(1)
     short[field] = short[field][:-1]
     dataset_id = make_dataset(episodes=[random_episode(0), short])
-    with pytest.raises(BadInput, match=r"episode 1: \w+ of shape .* where its rewards ask for"):
+    with pytest.raises(BadInput, match=r"episode 1 .repair or remove it.: \w+ of shape .* where its rewards ask for"):
         load(dataset_id)
 
 

@@ -180,6 +180,7 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
     "measurements/gpu.py": [*GPU_TRIAL, "--out", "."],
     "measurements/seeds.py": ["--num-seeds", "1", "2", "--rounds", "1", "--steps", "2"],
     "measurements/growth.py": [*SMALL_GROWTH, "--rounds", "1", "--seconds", "0.01"],
+    "measurements/compiling.py": ["--algorithms", "bc", "--rounds", "1", "--seconds", "0.01", "--csv", "x.csv"],
     "measurements/returns.py": ["--num-episodes", "3", "--rounds", "1"],
     "measurements/loading.py": ["--num-steps", "2000"],
     "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
@@ -203,7 +204,10 @@ LOGS = "episode,obs_0,action_0,reward,terminated\n1,0.5,-1,1,0\n1,0.6,1,1,1\n"
 
 SLOW = (
     "collect.py",
-    *(f"measurements/{name}.py" for name in ("choices", "estimates", "gpu", "loading", "memory", "threads")),
+    *(
+        f"measurements/{name}.py"
+        for name in ("choices", "compiling", "estimates", "gpu", "loading", "memory", "threads")
+    ),
 )
 
 
