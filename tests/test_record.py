@@ -9,12 +9,13 @@ import minari
 import numpy as np
 import pytest
 import torch
+from collect import roll_out
 from conftest import assert_one_line, numpy_mlp, numpy_sample, run_script
 from gymnasium.envs.classic_control import PendulumEnv
 from record import deterministic_behaviour
 
 from common.data import load_dataset
-from common.evaluation import load_policy, make_environments
+from common.evaluation import Player, load_policy, make_environment, make_environments
 
 SMALL = ["--num-updates", "3", "--hidden-dims", "16", "--eval-episodes", "1", "--final-eval-episodes", "1"]
 GRAVITY = gym.spec("Pendulum-v1").to_json().replace('"kwargs": {}', '"kwargs": {"g": 5.0}')
@@ -45,10 +46,10 @@ def episodes_of(name):
 
 
 def test_without_noise_it_does_what_is_evaluated(runs, datasets_path):
-    folder = runs("td3_bc")
+    folder = runs("iql")  # which could sample
     ran = record(folder, "plain")
     assert ran.returncode == 0, ran.stderr
-    assert "policy of AnchoRL's td3_bc.py, without noise; 2 episodes, 400 steps, return -" in ran.stdout
+    assert "policy of AnchoRL's iql.py, without noise; 2 episodes, 400 steps, return -" in ran.stdout
     policy, episodes = load_policy(folder), episodes_of("plain")
     for episode in episodes:
         assert len(episode.rewards) == 200 and episode.truncations[-1] and not episode.terminations.any()
@@ -126,12 +127,15 @@ def test_a_policy_with_a_memory_is_told_of_starts_and_rewards():
             self.told.append((episodes, rewards))
 
         def __call__(self, observations):
-            return observations
+            return observations[:, :1]
 
     policy = Remembering()
-    act = deterministic_behaviour(policy)
-    assert act(np.ones(2), None)[0].tolist() == [1, 1] and act(np.ones(2), 0.5)[1] is None
-    assert policy.told == [([0], [None]), ([0], [0.5])]
+    with make_environment("Pendulum-v1") as environment:
+        player = Player(environment, None, 0)
+        episodes = [roll_out(deterministic_behaviour(policy), player) for _ in range(2)]
+    rewards = [reward for episode in episodes for reward in [None, *episode.rewards[:-1]]]
+    assert policy.told == [([0], [reward]) for reward in rewards] and episodes[0].infos is None
+    np.testing.assert_array_equal(episodes[1].actions, episodes[1].observations[:-1, :1])
 
 
 class Breaking(PendulumEnv):
