@@ -45,6 +45,7 @@ DYNAMICS += ["--max-dynamics-epochs", "1"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "100", "--rollout-every", "100"]
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
+    "diffusion_ql": ["--diffusion-steps", "2", "--num-acting-actions", "5"],
     "fql": ["--flow-steps", "2", "--num-acting-actions", "5"],
     "idql": ["--flow-hidden-dims", "16", "16", "--flow-steps", "3", "--num-acting-actions", "5"],
     "cql": ["--num-samples", "3"],

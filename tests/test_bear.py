@@ -335,7 +335,7 @@ def test_load_policy_equals_the_evaluated_policy(learner, args, tmp_path):
         ("threshold", -0.1, "must not be negative"),
         ("log_alpha_max", -5.0, "must be more than -5"),
         ("noise_clip", 0.0, "must be positive"),
-        ("warm_start", -1, "must not be negative"),
+        ("warm_start", -1, "must be at least 0"),
         ("q_mix", 1.1, "must be in"),
         ("latent_clip", 0.0, "must be positive"),
         ("kl_weight", -1.0, "must not be negative"),

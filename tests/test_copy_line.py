@@ -15,6 +15,7 @@ from common.optim import Adam
 SMALL = {"hidden_dims": (16, 16)}
 SMALLER = {
     "bcq": {"vae_hidden_dims": (16,), "num_target_actions": 3, "num_acting_actions": 5},
+    "diffusion_ql": {"diffusion_steps": 2, "num_acting_actions": 5},
     "fql": {"flow_steps": 2, "num_acting_actions": 5},
     "idql": {"flow_hidden_dims": (16,), "flow_steps": 3, "num_acting_actions": 5},
     "cql": {"num_samples": 3},

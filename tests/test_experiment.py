@@ -179,7 +179,10 @@ def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, datas
     arguments = ["--dataset-id", dataset_id, "--num-updates", "5"]
     run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"), *SHORT)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
+    assert (
+        run.stderr.count("warning") == 1
+        and "'NotInstalled-v0' cannot be made (Environment `NotInstalled` doesn't exist" in run.stderr
+    )
 
 
 def test_a_script_and_common_are_a_working_program(tmp_path):
@@ -252,9 +255,8 @@ def with_nan(saved):
 
 
 def with_small_moments(saved):
-    group = saved["learner"]["optimizer"]["groups"][0]
-    groups = [[*group[:2], *(torch.zeros(1) for _ in group[2:])], *saved["learner"]["optimizer"]["groups"][1:]]
-    return saved | {"learner": saved["learner"] | {"optimizer": {"groups": groups}}}
+    moments = {name: torch.zeros(1) if value.dim() else value for name, value in saved["learner"]["optimizer"].items()}
+    return saved | {"learner": saved["learner"] | {"optimizer": moments}}
 
 
 WRONG_ENTRIES = [  # what is done to a checkpoint, and a word of the reason that is given
@@ -408,6 +410,9 @@ NONSENSE = {
     "vae_learning_rate": "0",
     "flow_learning_rate": "0",
     "flow_steps": "0",
+    "diffusion_steps": "0",
+    "max_gradient_norm": "0",
+    "actor_tau": "0",
     "vae_hidden_dims": "0",
     "flow_hidden_dims": "0",
     "cql_alpha": "-1",
@@ -487,7 +492,10 @@ def test_cuda_without_cuda():
         ),
         (["--batch-size", "1000000000000"], "error: --batch-size 1000000000000: must be at most 10,000,000"),
         (["--final-eval-episodes", "100000000"], "error: --final-eval-episodes 100000000: must be at most 10,000,000"),
-        (["--env-id", "Penduluum-v1"], "error: --env-id: environment 'Penduluum-v1' is not installed"),
+        (
+            ["--env-id", "Penduluum-v1"],
+            "error: --env-id: environment 'Penduluum-v1' cannot be made .*Did you mean: `Pendulum`",
+        ),
         (["--env-id", "no_such_module:Env-v0"], "error: --env-id: .*no_such_module"),
         (["--dataset-id", "anchorl/none-v0"], "unknown built-in dataset"),
         (["--dataset-id", "none"], "no dataset 'none'"),
@@ -504,7 +512,7 @@ def test_bad_data_is_one_line_and_exit_2(make_dataset, tmp_path):
     broken["rewards"][4] = np.nan
     dataset_id = make_dataset(episodes=[broken], env="Pendulum-v1")
     run = run_script("bc", "--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run"))
-    assert_one_line(run, "test/data-v0, episode 0: step 4: rewards hold nan")
+    assert_one_line(run, "test/data-v0, episode 0 .repair or remove it.: step 4: rewards hold nan")
     assert not (tmp_path / "run").exists()
 
 

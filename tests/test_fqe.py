@@ -480,7 +480,10 @@ def test_an_environment_that_is_not_installed_is_one_warning(tmp_path):
     arguments += [*SHORT, "--env-id", "NotInstalled-v0", "--run-dir", str(tmp_path / "run")]
     run = run_script("fqe", *arguments)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
+    assert (
+        run.stderr.count("warning") == 1
+        and "'NotInstalled-v0' cannot be made (Environment `NotInstalled` doesn't exist" in run.stderr
+    )
     assert "no environment to compare with" in run.stdout
 
 

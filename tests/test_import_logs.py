@@ -373,15 +373,15 @@ ARGUMENTS = {
     "empty prefix": (["--action-prefix", ""], "prefixes must differ"),
     "no environment": (
         ["--env-id", "Pendulum-v99"],
-        "--env-id: environment 'Pendulum-v99' is not installed: check the",
+        "--env-id: environment 'Pendulum-v99' cannot be made (Environment version `v99`",
     ),
     "no such module": (
         ["--env-id", "no_such:Pendulum-v1"],
-        "'no_such:Pendulum-v1' cannot be made (No module named 'no_such'): check",
+        "'no_such:Pendulum-v1' cannot be made (No module named 'no_such'",
     ),
     "not in the module": (
         ["--env-id", "conftest:Nobodys-v0"],
-        "'conftest:Nobodys-v0' is not installed: check the name",
+        "'conftest:Nobodys-v0' cannot be made (Environment `Nobodys` doesn't exist.): check the name",
     ),
     "size": (["--env-id", "Pendulum-v1"], "--env-id Pendulum-v1 has observations of size 3, the file of size 2: name"),
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),

@@ -18,12 +18,14 @@ DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512"
 DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
-PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "8"]
+STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
+PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "5"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
     "sac_bc": ["--num-updates", "2500", *FAST],
     "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
+    "diffusion_ql": ["--num-updates", "1200", *FAST, *STEEP, "--num-acting-actions", "20"],
     "fql": ["--num-updates", "1500", *FAST, "--flow-learning-rate", "1e-3", "--alpha", "0.03"],
     "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
     "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
@@ -54,6 +56,7 @@ RUNS = {
     "pets": ["--num-updates", "1500", *PLAN],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
+DISCRETE_FAST += ["--final-eval-episodes", "1"]  # the curve is judged
 DISCRETE_RUNS = {
     "fqi": ["--num-updates", "1000", "--critic-learning-rate", "1e-3", "--tau", "0.2"],
     "discrete_iql": [*DISCRETE_FAST, "--actor-learning-rate", "1e-3", "--value-learning-rate", "1e-3"],
@@ -76,6 +79,7 @@ def test_offline_rl_passes_behaviour_cloning(algorithm, tmp_path, pendulum):
     assert train(algorithm, tmp_path) > 48  # ten points above what cloning is held below
 
 
+@pytest.mark.slow
 def test_combo_with_logsumexp_passes_behaviour_cloning(tmp_path, pendulum):
     few = ["--num-samples", "2", "--num-updates", "2500"]
     assert train("combo", tmp_path, "--regularizer", "logsumexp", *few) > 48

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALGORITHMS, DISCRETE, SHORT, SHORTER, checkpoint, random_episode, run_script
-from sac import RingBuffer
 
 from common.command_line import BadInput
 from common.data import Batch, ReplayBuffer, load_dataset
@@ -172,41 +171,6 @@ def test_refuses_an_empty_dataset(make_dataset):
     dataset_id = make_dataset(episodes=[])
     with pytest.raises(BadInput, match="empty"):
         load(dataset_id)
-
-
-def numbered(*numbers):
-    """Transitions whose every entry is their number."""
-    column = torch.tensor(numbers, dtype=torch.float32)
-    return Batch(column[:, None].repeat(1, 3), column[:, None], column, column[:, None].repeat(1, 3), column)
-
-
-def test_ring_buffer_replaces_the_oldest():
-    ring = RingBuffer(5, 3, 1, torch.device("cpu"))
-    for added, held in (((0, 1, 2), {0, 1, 2}), ((3, 4, 5), {1, 2, 3, 4, 5}), ((6, 7, 8, 9, 10), {6, 7, 8, 9, 10})):
-        ring.add(numbered(*added))
-        assert len(ring) == len(held)
-        batch = ring.sample(300)
-        assert set(batch.rewards.tolist()) == held
-        for column in batch:  # rows stay whole
-            torch.testing.assert_close(column, batch.rewards.view(-1, *[1] * (column.dim() - 1)).expand_as(column))
-
-
-def test_ring_buffer_takes_nothing():
-    ring = RingBuffer(5, 3, 1, torch.device("cpu"))
-    ring.add(Batch(*(column[:0] for column in numbered(1))))
-    assert len(ring) == 0
-
-
-def test_ring_buffer_goes_through_a_checkpoint(tmp_path):
-    ring, restored = (RingBuffer(5, 3, 1, torch.device("cpu")) for _ in range(2))
-    for numbers in ((0, 1, 2), (3, 4, 5, 6)):
-        ring.add(numbered(*numbers))
-        torch.save(ring.state_dict(), tmp_path / "ring.pt")
-        restored.load_state_dict(torch.load(tmp_path / "ring.pt", weights_only=True))
-        assert torch.equal(restored.storage[: len(ring)], ring.storage[: len(ring)])
-    for buffer in (ring, restored):
-        buffer.add(numbered(7, 8))
-    assert torch.equal(restored.storage, ring.storage)
 
 
 def returning(make_dataset, *returns: float, name: str = "test/data-v0") -> ReplayBuffer:

@@ -197,7 +197,8 @@ def test_bad_input_is_one_line(tmp_path, arguments, line):
 
 def test_two_runs_of_cartpole_are_ranked_beside_their_truth(tmp_path):
     for script in ("fqi", "discrete_cql"):
-        run = run_script(script, *SHORT, "--run-dir", str(tmp_path / script), "--hidden-dims", "16")
+        words = ["--num-updates", "200", "--hidden-dims", "16", "--run-dir", str(tmp_path / script)]
+        run = run_script(script, *SHORT, *words)
         assert run.returncode == 0, run.stderr
     small = ["--num-updates", "30", "--hidden-dims", "16", "--eval-episodes", "2"]
     paths = [str(tmp_path / name) for name in ("fqi", "discrete_cql")]

@@ -56,6 +56,7 @@ class Args:
         "td3_bc",
         "sac_bc",
         "rebrac",
+        "diffusion_ql",
         "fql",
         "iql",
         "sql",
