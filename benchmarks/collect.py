@@ -15,6 +15,7 @@ Policies act as they learned to, by sampling. The reference scores are the mean 
 of random actions and of the expert's mean action. Beside the data of medium and expert lies the policy that made them,
 policy.pt: common.evaluation.load_policy gives its mean action, and the `actor` of that, sac.py's, samples. infos
 of random, medium, expert and medium-expert holds "log_prob", the log-density of each action in the environment's units.
+benchmarks.record does the like for a policy of any script.
 
 Run: python -m benchmarks.collect --env-id Pendulum-v1 --num-updates 5000 --steps 20000
 """
