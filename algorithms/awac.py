@@ -15,9 +15,10 @@ arXiv 2006.09359.
 Differences: as in the authors' code, weights are divided by their mean over the batch (the paper has a factor 1 / Z(s)
 and then leaves it out), and each loss sees the other network as it was before the step. The authors' actor has four
 hidden layers (MuJoCo), a weight decay of 1e-4 and a standard deviation between exp(-6) and 1; here the actor is
-iql.py's. Their offline batches have 128 rows. Actions drawn from pi are clipped to the environment's range.
-Observations are normalised. Nothing is learned online. Layers start as PyTorch's do; the authors' start with biases of
-0 and with last layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the critics).
+iql.py's. Their batches have 128 rows offline and 1,024 online. Actions drawn from pi are clipped to the environment's
+range. Observations are normalised. Layers start as PyTorch's do; the authors' start with biases of 0 and with last
+layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the critics). With --online-steps pi takes a step before each
+update; the authors take 1,000 steps, and then as many updates. Theirs, too, draw from data and new steps alike.
 
 Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -233,6 +234,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -242,6 +244,7 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    online_steps: int = 0  # after the other updates, steps that the policy takes, by sampling, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -251,13 +254,20 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
-    for step in range(run.first_step, args.num_updates + 1):
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
+    for step in range(run.first_step, run.last_step + 1):
+        if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -13,11 +13,14 @@ updates the returns of all the data are computed anew, with V' the V of that mom
 
 Paper: Peng, Kumar, Zhang, Levine, "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement
 Learning", 2019, arXiv 1910.00177.
-Differences: the data are given, where the paper adds episodes of its own as it learns. One optimiser step trains both
-networks; the authors take 200 steps of V and then 1,000 of pi, each on returns computed anew. Each step computes A with
-its own V and standardises it over the batch; their code does so once for all of the data. We have Adam, a mean action
-bounded by tanh and a learned standard deviation; they have SGD with momentum, a penalty on the mean and a fixed one.
-Layers start as PyTorch's do; the authors' start by Xavier's rule with biases of 0, and the mean's last layer near 0.
+Differences: the data are given, where the paper adds episodes of its own as it learns. --online-steps adds steps, one
+before each update, to data that stay; the authors play 2,048 steps, to an episode's end, before each 1,200 updates, and
+keep the newest 50,000. What is played counts from the next computation of the returns on, which cuts the episode that
+goes on. One optimiser step trains both networks; the authors take 200 steps of V and then 1,000 of pi, each on returns
+computed anew. Each step computes A with its own V and standardises it over the batch; their code does so once for all
+of the data. We have Adam, a mean action bounded by tanh and a learned standard deviation; they have SGD with momentum,
+a penalty on the mean and a fixed one. Layers start as PyTorch's do; the authors' start by Xavier's rule with biases of
+0, and the mean's last layer near 0.
 
 Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -250,6 +253,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -262,6 +266,7 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data (authors' code)
+    online_steps: int = 0  # after the other updates, steps that the policy takes, by sampling, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -276,30 +281,46 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
-    _, _, rewards, next_observations, terminations = buffer.transitions
     for part in filter(None, (buffer, buffer.validation)):
         part.transitions.rewards.mul_(1 - args.gamma)  # R and V are then averages of the rewards to come, soon learned
-    episodes = rewards, next_observations, terminations, buffer.episode_lengths
+    buffer.reward_scale *= 1 - args.gamma  # what is added, too
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+
+    def compute(step: int) -> Tensor:
+        """R, with V' as it is, of the data and of the steps that were played until update `step`."""
+        returns = compute_returns(learner.target_value, *buffer.transitions[2:], buffer.episode_lengths, args)
+        if not player or step <= args.num_updates:
+            return returns
+        played = buffer.take(torch.arange(len(returns), len(returns) + step - args.num_updates, device=device))
+        ends = torch.tensor([*player.lengths, len(player.actions)]).cumsum(0).clamp(max=len(played.rewards))
+        lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.long))  # 0 of episodes that came later
+        return torch.cat([returns, compute_returns(learner.target_value, *played[2:], lengths, args)])
 
     def make_batch(held_out: ReplayBuffer, rows: Tensor) -> Batch:
         episodes = *held_out.transitions[2:], held_out.episode_lengths
         returns = compute_returns(learner.target_value, *episodes, args)
         return Batch(*(column[rows] for column in (*held_out.transitions[:2], returns)))
 
-    run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
-    returns = compute_returns(learner.target_value, *episodes, args)  # with the fresh V or, resuming, the checkpoint's
-    for step in range(run.first_step, args.num_updates + 1):
-        rows = buffer.draw(args.batch_size)
+    run = Run(args, buffer, learner, update, make_batch, player)  # makes the run folder or goes back to its checkpoint
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
+    returns = compute(run.step - run.step % args.returns_every)  # with the fresh V or, resuming, the checkpoint's
+    for step in range(run.first_step, run.last_step + 1):
+        if player and step > args.num_updates:
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
+        rows = torch.randint(len(returns), (args.batch_size,), device=device)  # of what has returns
         observations, actions, *_ = buffer.take(rows)
         metrics = train(learner, Batch(observations, actions, returns[rows]), step, args)
         if step % args.returns_every == 0:  # before a checkpoint of the same step, which then holds this V
             learner.target_value.load_state_dict(learner.value.state_dict())
-            returns = compute_returns(learner.target_value, *episodes, args)
+            returns = compute(step)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

@@ -30,7 +30,9 @@ loss seeing the others as they were before it. The authors' actor clones for its
 none unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
 integral. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' last
 layers start within 0.003, as in rlkit. rho is the policy of the last target update, which is the actor as this update
-finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1.
+finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1. With
+--online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's code (arXiv 2303.05479), to which
+CQL is the baseline, plays an episode before as many updates, on data and new steps alike or, in AntMaze, on halves.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
@@ -367,6 +369,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -376,6 +379,7 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    online_steps: int = 0  # after the other updates, steps that the policy takes, by sampling, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -391,13 +395,20 @@ class Args(HyperParameters, ExperimentArgs):
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
-    for step in range(run.first_step, args.num_updates + 1):
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
+    for step in range(run.first_step, run.last_step + 1):
+        if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -12,7 +12,9 @@ Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
 authors update V first, then pi and Q with the new V). Observations are normalised, which the authors do not do.
 Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
-locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start orthogonal.
+locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start orthogonal. With
+--online-steps pi takes a step before each update, drawn from data and new steps alike, as theirs does. The actor's rate
+is whole again then, after its decay; theirs does not decay where finetuning follows.
 
 Run: python algorithms/iql.py --dataset-id anchorl/pendulum/mixed-v0
 """

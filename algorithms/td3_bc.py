@@ -12,7 +12,8 @@ Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 
 arXiv 1802.09477.
 Differences: none from the authors' code. It takes lambda's mean at pi(s), where the paper has the data's actions, and
 averages (pi(s) - a)^2 over the action's dimensions. Its layers start as PyTorch's do, too, and it evaluates the actor,
-not the target actor.
+not the target actor. It never acts: --online-steps is ours, with the noise of TD3's code and L_pi as it was; others
+lessen the imitation then (arXiv 2211.11802).
 
 Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -197,6 +198,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check_argument, launch
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
 
@@ -206,24 +208,35 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data (paper, eq. 4)
+    online_steps: int = 0  # after the other updates, steps that the policy takes, with noise, with an update each
+    exploration_noise: float = 0.1  # standard deviation of that noise, in half ranges of the actions (TD3's code)
 
     def validate(self) -> None:
         super().validate()
         check_argument(self, "alpha", self.alpha >= 0, "must not be negative")
         check_argument(self, "policy_noise", self.policy_noise >= 0, "must not be negative")
         check_argument(self, "noise_clip", self.noise_clip >= 0, "must not be negative")
+        check_argument(self, "exploration_noise", self.exploration_noise >= 0, "must not be negative")
 
 
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
-    for step in range(run.first_step, args.num_updates + 1):
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
+
+    def explore(observations: Tensor) -> Tensor:
+        noise = torch.randn(1, buffer.action_dim, device=device)
+        return learner.actor(observations) + args.exploration_noise * noise
+
+    for step in range(run.first_step, run.last_step + 1):
+        if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

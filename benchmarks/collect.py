@@ -15,12 +15,14 @@ Policies act as they learned to, by sampling. The reference scores are the mean 
 of random actions and of the expert's mean action. Beside the data of medium and expert lies the policy that made them,
 policy.pt: common.evaluation.load_policy gives its mean action, and the `actor` of that, sac.py's, samples. infos
 of random, medium, expert and medium-expert holds "log_prob", the log-density of each action in the environment's units.
+benchmarks.record does the like for a policy of any script.
 
 Run: python -m benchmarks.collect --env-id Pendulum-v1 --num-updates 5000 --steps 20000
 """
 
 import contextlib
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -98,7 +100,8 @@ class Play(NamedTuple):
         return np.clip((self.high + self.low) / 2 + (self.high - self.low) / 2 * action, self.low, self.high)
 
 
-Act = Callable[[np.ndarray], tuple[np.ndarray, float]]  # observation -> action in the environment's units, log-density
+# of an observation and the last reward, or None: an action in the environment's units, and its log-density, or None
+Act = Callable[[np.ndarray, float | None], tuple[np.ndarray, float | None]]
 
 
 # --- Behaviour policies ---------------------------------------------------------------------------------------------
@@ -107,46 +110,45 @@ Act = Callable[[np.ndarray], tuple[np.ndarray, float]]  # observation -> action 
 def random_behaviour(play: Play, seed: int) -> Act:
     rng = np.random.default_rng(seed)
     log_prob = -float(np.log(play.high - play.low).sum())
-    return lambda observation: (rng.uniform(play.low, play.high).astype(np.float32), log_prob)
+    return lambda observation, _: (rng.uniform(play.low, play.high).astype(np.float32), log_prob)
 
 
-def actor_behaviour(actor: Any, play: Play, seed: int) -> Act:
-    """a = center + half_range a', a' ~ pi(.|s) of sac.py's `actor`: the log-density loses the logarithm of every half
-    range.
+def sampling_behaviour(policy: Policy, seed: int) -> Act:
+    """a = center + half_range a', a' ~ pi(.|s) of the policy's `actor`: the log-density loses the logarithm of every
+    half range.
     """
     generator = torch.Generator().manual_seed(seed)
-    log_scale = float(np.log((play.high - play.low) / 2).sum())
+    actor: Any = policy.actor
+    low, high = policy.action_range
+    log_scale = float(((high - low) / 2).log().sum())
+    drawn: list[float] = []
+
+    def sample(observations: torch.Tensor) -> torch.Tensor:
+        actions, log_prob = actor.sample(observations, torch.randn(1, len(low), generator=generator))
+        drawn.append(float(log_prob))
+        return actions
 
     @torch.no_grad()
-    def act(observation: np.ndarray) -> tuple[np.ndarray, float]:
-        inputs = torch.as_tensor(observation, dtype=torch.float32).unsqueeze(0)
-        action, log_prob = actor.sample(inputs, torch.randn(1, len(play.low), generator=generator))
-        return play.scaled(action[0].numpy()), float(log_prob) - log_scale
+    def act(observation: np.ndarray, _: float | None) -> tuple[np.ndarray, float]:
+        return policy(observation[None], sample)[0], drawn.pop() - log_scale
 
     return act
 
 
 def roll_out(act: Act, player: Player) -> EpisodeBuffer:
-    """One episode; infos["log_prob"] [T + 1] has an entry per observation, and NaN at the last, where nobody acts."""
-    log_probs = []
-
-    def noted(observation: np.ndarray) -> np.ndarray:
-        action, log_prob = act(observation)
-        log_probs.append(log_prob)
-        return action
-
-    episode = play_episode(player, noted)
-    observations = np.concatenate([episode.observations, episode.next_observations[-1:]])
-    infos = {"log_prob": np.array([*log_probs, np.nan])}
-    return whole_episode(observations, episode.actions, episode.rewards, bool(episode.terminations[-1]), infos)
-
-
-def play_episode(player: Player, act: Callable[[np.ndarray], np.ndarray]) -> Batch:
-    """A whole one, [T, ...] each."""
-    transitions, number = [], len(player.lengths)
+    """One episode; infos["log_prob"] [T + 1] has an entry per observation, and NaN at the last, where nobody acts. It
+    is left out where actions have no density.
+    """
+    transitions: list[Batch] = []
+    log_probs, number = list[Any](), len(player.lengths)
     while len(player.lengths) == number:
-        transitions.append(player.step(act(player.observation)))
-    return Batch(*map(np.array, zip(*transitions, strict=True)))
+        action, log_prob = act(player.observation, transitions[-1].rewards if transitions else None)
+        transitions.append(player.step(action))
+        log_probs.append(log_prob)
+    episode = Batch(*map(np.array, zip(*transitions, strict=True)))
+    observations = np.concatenate([episode.observations, episode.next_observations[-1:]])
+    infos = None if None in log_probs else {"log_prob": np.array([*log_probs, np.nan])}
+    return whole_episode(observations, episode.actions, episode.rewards, bool(episode.terminations[-1]), infos)
 
 
 def whole_episode(
@@ -288,7 +290,7 @@ def main(args: Args) -> None:
             return episodes("medium") + episodes("expert")
         act = random_behaviour(play, args.seed)
         if quality != "random":
-            act = actor_behaviour(agent.policy(steps[quality]).actor, play, args.seed)
+            act = sampling_behaviour(agent.policy(steps[quality]), args.seed)
         player = Player(environment, None, args.seed, 2, ["random", "medium", "expert"].index(quality))
         return roll_outs(quality, act, player, args.steps)
 
@@ -297,10 +299,12 @@ def main(args: Args) -> None:
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     for quality, dataset_id in ids.items():
         with scratch_root(dataset_id, episodes(quality)):
-            write_dataset(dataset_id, episodes(quality), play, references, sources[quality])
+            source = f"{sources[quality]}; AnchoRL's algorithms/sac.py"
+            scores = "Score 0 is random, 100 the expert's mean action."
+            write_dataset(dataset_id, episodes(quality), play, source, references, scores)
             if quality in steps:  # the policy that acted, beside its data
                 shutil.copy(run_dir / f"policy-{steps[quality]}.pt", get_dataset_path(dataset_id) / "policy.pt")
-        describe(dataset_id, episodes(quality), references, sources[quality])
+        describe(dataset_id, episodes(quality), sources[quality], references)
 
 
 def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
@@ -332,9 +336,17 @@ def expert_return(policy: Policy, args: Args) -> float:
 
 
 def write_dataset(
-    dataset_id: str, episodes: list[EpisodeBuffer], play: Play, references: tuple[float, float], source: str
+    dataset_id: str,
+    episodes: list[EpisodeBuffer],
+    play: Play,
+    source: str,
+    references: tuple[float, float] | None,
+    scores: str,
 ) -> None:
     environment, spec = play.environment, find_spec(play.env_id)
+    if spec.entry_point is not None and environment.spec is not None:  # as it was made: of a dataset's own arguments
+        made = environment.spec
+        spec = dataclasses.replace(spec, kwargs=dict(made.kwargs), max_episode_steps=made.max_episode_steps)
     space, names = environment.observation_space, observation_names(environment.observation_space)
     vectors = isinstance(space, gym.spaces.Box) and len(space.shape) == 1  # others are flattened
     dataset = minari.create_dataset_from_buffers(
@@ -344,20 +356,23 @@ def write_dataset(
         eval_env=spec,
         observation_space=space if vectors else gym.spaces.Box(-np.inf, np.inf, (len(names),), np.float64),
         action_space=environment.action_space,
-        algorithm_name=f"{source}; AnchoRL's algorithms/sac.py",
+        algorithm_name=source,
         author="AnchoRL",
-        description=f"{play.env_id}: {source}. Score 0 is random, 100 the expert's mean action.",
+        description=f"{play.env_id}: {source}. {scores}".strip(),
     )
-    # Minari takes them with an environment alone that it can make
-    dataset.storage.update_metadata({"ref_min_score": references[0], "ref_max_score": references[1]})
+    if references:  # Minari takes them with an environment alone that it can make
+        dataset.storage.update_metadata({"ref_min_score": references[0], "ref_max_score": references[1]})
     dataset.storage.update_metadata({"observation_names": names})
 
 
-def describe(dataset_id: str, episodes: list[EpisodeBuffer], references: tuple[float, float], source: str) -> None:
+def describe(
+    dataset_id: str, episodes: list[EpisodeBuffer], source: str, references: tuple[float, float] | None
+) -> None:
     average = float(np.mean([np.sum(episode.rewards) for episode in episodes]))
-    score = 100 * (average - references[0]) / (references[1] - references[0])
+    low, high = references or (0.0, 1.0)
+    score = f", score {100 * (average - low) / (high - low):.1f}" if references else ""
     size = f"{len(episodes)} episodes, {sum(map(len, episodes))} steps"
-    print(f"{dataset_id}: {source}; {size}, return {average:.1f}, score {score:.1f}", flush=True)
+    print(f"{dataset_id}: {source}; {size}, return {average:.1f}{score}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """AWR's returns and losses against NumPy on small numbers, what each loss may touch, and resuming between returns."""
 
+import copy
 import math
 
 import awr
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,12 @@ from conftest import (
     networks_of,
     numpy_mlp,
     random_batch,
+    random_episode,
     run_script,
 )
 
 from common.command_line import BadInput
+from common.data import ReplayBuffer, load_dataset
 from common.optim import Adam
 
 CPU = torch.device("cpu")
@@ -141,6 +145,45 @@ def test_a_run_learns_from_returns_of_the_datas_own_rewards(monkeypatch, tmp_pat
     assert not torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[1][1], calls[2][1])
     for count, batch in batches:
         assert torch.isin(batch.returns, calls[count - 1][2]).all()
+
+
+def test_returns_of_what_was_played(monkeypatch, tmp_path, make_dataset):
+    """Of 25 steps, by the V of updates 10, 20 and 30, the episode that goes on cut where they are computed."""
+    entry_point = "gymnasium.envs.classic_control:PendulumEnv"
+    gym.register("ShortPendulum-v0", entry_point, max_episode_steps=4)
+    data = make_dataset(episodes=[random_episode(seed) for seed in range(4)])
+    batches, total_loss = [], awr.total_loss
+
+    def spy(learner, batch, args):
+        batches.append((copy.deepcopy(learner.target_value), batch))
+        return total_loss(learner, batch, args)
+
+    monkeypatch.setattr(awr, "total_loss", spy)
+    words = ["--dataset-id", data, "--env-id", "ShortPendulum-v0", "--hidden-dims", "8", "--batch-size", "64"]
+    words += ["--num-updates", "10", "--online-steps", "25", "--returns-every", "10", "--run-dir", str(tmp_path)]
+    words += ["--reward-scale", "3", "--reward-shift", "1", "--eval-episodes", "1", "--final-eval-episodes", "1"]
+    run = run_script("awr", *words)
+    gym.registry.pop("ShortPendulum-v0")
+    assert run.returncode == 0, run.stderr
+    added = checkpoint(tmp_path)["learner"]["player"]["added"].numpy()
+    observations, actions, rewards, next_observations, ends = np.split(added, [3, 4, 5, 8], axis=1)
+    counts = [0] * 20 + [10] * 10 + [20] * 5  # steps that have returns at each update
+    for (value, batch), count in zip(batches, counts, strict=True):
+        columns = rewards[:count, 0], ends[:count, 0], numpy_mlp(value.net, next_observations[:count])[:, 0]
+        returns = numpy_returns(*columns, [4] * (count // 4) + [count % 4], 0.99, 0.95)
+        place = (batch.observations.numpy()[:, None] == observations[None]).all(axis=2)  # [batch, steps]
+        assert place[:, :count].sum() >= min(count, 1) and not place[:, count:].any()
+        for row, step in np.argwhere(place):
+            assert batch.returns[row].item() == pytest.approx(returns[step], rel=1e-4)
+            assert batch.actions[row].item() == actions[step, 0]
+    torque, (cos, sin, speed) = 2 * actions[0, 0], denormalised(data, observations[0])
+    expected = -(math.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * torque**2)
+    assert rewards[0, 0] == pytest.approx(0.01 * 3 * (expected + 1), rel=1e-3)  # 1 - gamma
+
+
+def denormalised(data, observation):
+    mean, std = ReplayBuffer(load_dataset(data), CPU).normalization.numpy()
+    return mean + std * observation
 
 
 # --- Losses ---

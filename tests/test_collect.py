@@ -10,7 +10,7 @@ import sac
 import torch
 from collect import Args as CollectArgs
 from collect import Play as CollectPlay
-from collect import actor_behaviour, choose_medium, random_behaviour, read_agent, roll_out
+from collect import choose_medium, random_behaviour, read_agent, roll_out, sampling_behaviour
 from conftest import ROOT, assert_one_line, checkpoint, numpy_sample, run_script
 
 from common.command_line import BadInput
@@ -104,12 +104,12 @@ def test_choose_medium_by_hand():
 def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
     random = dataset("random")[0].infos["log_prob"]
     np.testing.assert_allclose(random[:-1], np.log(1 / 4))  # uniform on [-2, 2]
-    actor = read_agent(folder, play, CollectArgs("Pendulum-v1")).policy(2000).actor
-    episode = roll_out(actor_behaviour(actor, play, seed=5), Player(play.environment, 6))
+    policy = read_agent(folder, play, CollectArgs("Pendulum-v1")).policy(2000)
+    episode = roll_out(sampling_behaviour(policy, seed=5), Player(play.environment, 6))
     noise = torch.cat(
         [torch.randn(1, 1, generator=generator) for generator in [torch.Generator().manual_seed(5)] * 200]
     )
-    actions, log_prob = numpy_sample(actor, episode.observations[:-1], noise)
+    actions, log_prob = numpy_sample(policy.actor, episode.observations[:-1], noise)
     np.testing.assert_allclose(episode.actions, 2 * actions, atol=1e-4)
     np.testing.assert_allclose(episode.infos["log_prob"][:-1], log_prob - np.log(2), atol=1e-3)
     assert np.isnan(episode.infos["log_prob"][-1])
@@ -117,7 +117,7 @@ def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
 
 def test_random_actions_fill_the_range(play):
     act = random_behaviour(play, 0)
-    actions = np.array([act(np.zeros(3))[0] for _ in range(2000)])
+    actions = np.array([act(np.zeros(3), None)[0] for _ in range(2000)])
     assert actions.dtype == np.float32 and -2 <= actions.min() < -1.98 and 1.98 < actions.max() <= 2
     assert np.std(actions) == pytest.approx(4 / np.sqrt(12), rel=0.05)
 

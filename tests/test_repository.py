@@ -122,11 +122,14 @@ def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
         if dataset_id.count("/") == 2 and not (datasets_path / dataset_id).exists():
             make_dataset(dataset_id, env="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-150.0)
         words += FEW + (SMALL_MODEL if words[0] in WITH_MODEL else [])
+        words += ["--online-steps", "5"] if "--online-steps" in words else []
     elif words == ["clinic.py"]:
         assert (home / "clinic.py").exists()  # the block before wrote it
     elif words[1] == "benchmarks.collect":
         split = words.index("--")
         words = words[:split] + FEW_COLLECTED + words[split:] + FAST_AGENT
+    elif words[1] == "benchmarks.record":
+        words += ["--steps", "200"]
     elif words[1] == "benchmarks.run":
         split = words.index("--")
         words = [*words[:split], "--seeds", "1", *words[split:], *FEW]
@@ -159,10 +162,11 @@ def execute(words, monkeypatch):
 
 GPU_TRIAL = ["--device", "cpu", "--modes", "eager", "--algorithms", "bc", "--rounds", "1", "--seconds", "0.01"]
 GPU_TRIAL += ["--shared-algorithm", "bc", "--processes", "2", "--long-algorithms", "bc", "--long-updates", "300"]
+RUN = "runs/grid/iql/anchorl-pendulum-mixed-v0/0"
 FEW_CHOICES = ["--tasks", "cartpole", "--repetitions", "1", "--updates", "2", "4", "--num-updates", "20"]
 FEW_CHOICES += ["--eval-episodes", "1", "--workers", "1"]
 SMALL_GROWTH = ["--transitions", "1000", "--widths", "8", "16", "--batches", "32", "--critics", "2"]
-BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export.py read what run.py wrote
+BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py, record.py and export.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
     "measurements/throughput.py": [
@@ -192,9 +196,10 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
     "measurements/estimates.py": [*SMALL_TABLE, "--eval-episodes", "1", "--", *FEW[:2]],
     "collect.py": ["--env-id", "Pendulum-v1", "--prefix", "test/pendulum", *FEW_COLLECTED, "--", *FAST_AGENT],
     "inspect_dataset.py": ["anchorl/pendulum/mixed-v0", "--out", "data.png"],
-    "shift_report.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", *FEW_SHIFTED],
-    "watch.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0", "--max-steps", "3"],
-    "export.py": ["runs/grid/iql/anchorl-pendulum-mixed-v0/0"],
+    "shift_report.py": [RUN, *FEW_SHIFTED],
+    "watch.py": [RUN, "--max-steps", "3"],
+    "record.py": ["--policy-run-dir", RUN, "--dataset-id", "test/recorded-v0", "--steps", "200"],
+    "export.py": [RUN],
     "built_in.py": ["--out", "built_in"],
     "import_logs.py": ["logs.csv", "--dataset-id", "test/imported-v0"],
     "measurements/soak.py": ["--num-updates", "300", "--max-growth", "1"],

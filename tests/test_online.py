@@ -1,0 +1,127 @@
+"""--online-steps: after the data the policy acts, is resumed to the same bits, and what it did is in the buffer."""
+
+import csv
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
+
+ALGORITHMS = ["iql", "td3_bc", "awac", "cql", "awr"]
+MORE = {
+    "td3_bc": ["--exploration-noise", "3"],
+    "cql": ["--num-samples", "2"],
+    "awr": ["--returns-every", "8"],
+}
+OFFLINE, ONLINE = 10, 20
+every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+class Walk(gym.Env):
+    """Of what is played, not of evaluations, some episodes end at their third step, the others at their limit."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), dtype=np.float32)
+    action_space = gym.spaces.Box(-2, 2, (1,))
+    fails_after = 10**6
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.played, self.number = seed >= 30_000, 0  # evaluations' seeds are below
+        self.short = self.played and seed % 2 == 1
+        self.state = self.np_random.normal(size=3).astype(np.float32)
+        return self.state, {}
+
+    def step(self, action):
+        self.number += 1
+        if self.played:
+            Walk.actions.append(np.array(action))
+            if len(Walk.actions) > Walk.fails_after:
+                raise RuntimeError("a joint is broken")
+        self.state = 0.9 * self.state + 0.1 * action
+        return self.state, -float(self.state @ self.state), self.short and self.number == 3, False, {}
+
+
+@pytest.fixture(autouse=True)
+def walk(monkeypatch):
+    gym.register("Walk-v0", Walk, max_episode_steps=5)
+    monkeypatch.setattr(Walk, "actions", [], raising=False)
+    yield Walk
+    gym.registry.pop("Walk-v0")
+
+
+@pytest.fixture
+def arguments(algorithm, make_dataset):
+    """Of an offline run."""
+    data = make_dataset(episodes=[random_episode(seed, rewards=np.ones(30) * seed) for seed in range(4)])
+    words = ["--dataset-id", data, "--env-id", "Walk-v0", "--num-updates", str(OFFLINE), "--hidden-dims", "4"]
+    words += ["--batch-size", "16", "--log-every", "5", "--eval-every", "10", "--checkpoint-every", "21"]
+    return [*words, "--eval-episodes", "1", "--final-eval-episodes", "1", *MORE.get(algorithm, [])]
+
+
+def run(algorithm, *words):
+    ran = run_script(algorithm, *map(str, words))
+    assert ran.returncode == 0, ran.stderr
+
+
+@every_algorithm
+def test_a_run_goes_on_online_to_the_same_bits(algorithm, arguments, tmp_path, monkeypatch, walk):
+    """Where the environment failed, amid an episode and between AWR's returns, and where an offline run had ended."""
+    whole, failed, later = (tmp_path / name for name in ("whole", "failed", "later"))
+    online = [*arguments, "--online-steps", ONLINE]
+    run(algorithm, *online, "--run-dir", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "fails_after", ONLINE + 17)
+        ran = run_script(algorithm, *map(str, [*online, "--run-dir", failed]))
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr
+        message = "error: the environment failed at step . of an episode: a joint is broken"
+        assert re.fullmatch(message, ran.stderr.splitlines()[-1])
+    saved = checkpoint(failed)
+    assert saved["step"] == 21 and len(saved["learner"]["player"]["actions"]) > 0
+    run(algorithm, *online, "--run-dir", failed, "--resume")
+    assert_same_runs(whole, failed)
+
+    run(algorithm, *arguments, "--run-dir", later)
+    assert "player" not in checkpoint(later)["learner"]
+    run(algorithm, *online, "--run-dir", later, "--resume")
+    assert_same_runs(whole, later)
+
+    with (whole / "metrics.csv").open() as file:
+        losses = [(int(row["step"]), row.get("critic/loss") or row["value/loss"]) for row in csv.DictReader(file)]
+    assert [step for step, _ in losses] == [*range(5, OFFLINE + ONLINE + 1, 5)] and all(loss for _, loss in losses)
+
+
+@every_algorithm
+def test_what_is_played_is_within_the_bounds_and_in_the_buffer(algorithm, arguments, tmp_path, walk):
+    """An end is a termination there, a time limit is none. All noise but CQL's, within tanh, goes beyond the bounds."""
+    run(algorithm, *arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run")
+    actions = np.concatenate(walk.actions)
+    assert len(actions) == ONLINE and len(np.unique(actions)) > 5 and actions.dtype == np.float32
+    assert np.abs(actions).max() <= 2 and (np.any(np.abs(actions) == 2) or algorithm == "cql")
+    state = checkpoint(tmp_path / "run")["learner"]["player"]
+    lengths = state["lengths"].numpy()
+    assert {*lengths} == {3, 5} and lengths.sum() + len(state["actions"]) == ONLINE
+    ends = np.isin(np.arange(ONLINE), lengths.cumsum()[lengths == 3] - 1)
+    np.testing.assert_array_equal(state["added"][:, -1].numpy(), ends.astype(np.float32))
+    np.testing.assert_allclose(state["added"][:, 3].numpy(), actions / 2, atol=1e-6)  # after observations of 3 numbers
+
+
+@every_algorithm
+def test_acting_needs_an_environment(algorithm, make_dataset, tmp_path):
+    words = ["--dataset-id", make_dataset(), "--online-steps", "5", "--run-dir", str(tmp_path / "run")]
+    ran = run_script(algorithm, *words, "--reward-scale", "return-range")
+    assert_one_line(ran, r"^error: test/data-v0 names no environment \(--env-id does\)$")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_scripts_do_not_act():
+    ran = run_script("bc", "--online-steps", "5")
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flag"), [*((name, "online_steps") for name in ALGORITHMS), ("td3_bc", "exploration_noise")]
+)
+def test_bad_arguments_are_one_line(algorithm, flag, tmp_path):
+    ran = run_script(algorithm, f"--{flag}", "-1", "--run-dir", str(tmp_path / "run"))
+    assert_one_line(ran, f"error: --{flag.replace('_', '-')} -1")
