@@ -434,6 +434,7 @@ NONSENSE = {
     "rollout_batch_size": "0",
     "rollout_every": "0",
     "updates_per_step": "0",
+    "exploration_noise": "-1",
     "model_every": "0",
     "rollouts_kept": "0",
     "num_models": "0",
