@@ -2,8 +2,8 @@
 
 Every --model-every steps in the environment an ensemble of networks is fitted to all that was seen. SAC then learns
 from short rollouts of the current policy in it, which start at states that were seen, in many updates per step: on the
-few real transitions alone, as many would learn these by heart. Where the model errs, the policy goes, and is corrected
-by what comes. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
+few real transitions alone, as many may learn these by heart. Where the model errs, the policy goes, and is corrected by
+what comes. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
@@ -19,10 +19,11 @@ Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy 
 SAC is arXiv 1812.05905.
 Differences: by default as many updates and random steps as the authors' code has for a pendulum. z is normalised. Each
 member draws every batch anew, stops on its own and has its own bounds of variance; theirs keep one bootstrap each and
-share the rest. Lengths change with each model (theirs: every 1,000 steps), and then the model's buffer begins anew.
-Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor 1/2; one step trains pi, Q and the
-temperature. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model. The first
---random-steps take the place of a dataset, as in sac.py. Every transition is kept; the authors keep the newest million.
+share the rest, and up to 5,000 rows are held out (1,000). Lengths change with each model (theirs: every 1,000 steps),
+and then the model's buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor
+1/2; one step trains pi, Q and the temperature. Layers start as PyTorch's do; theirs as Glorot's in SAC, truncated
+normal in the model. The first --random-steps take a dataset's place, as in sac.py. Every transition is kept; theirs:
+the newest million.
 
 Run: python algorithms/mbpo.py --env-id Pendulum-v1
 """

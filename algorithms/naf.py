@@ -11,7 +11,8 @@ is V(s), and the policy is mu. With mu, V and L a network's outputs, and V' its 
 
 Nothing holds mu to the data. Where they lack good actions, the parabola's summit lies beyond what was tried, V promises
 what nobody saw, and the next target is made of that promise. With --online-steps the policy acts, with noise, after the
-other updates: what it overestimates gets tried, and is corrected.
+other updates: what it overestimates gets tried, and is corrected. One summit is all that a parabola has: where two
+actions are good and what lies between them is not, Q can say so nowhere.
 
 Paper: Gu, Lillicrap, Sutskever, Levine, "Continuous Deep Q-Learning with Model-based Acceleration", 2016,
 arXiv 1603.00748.
