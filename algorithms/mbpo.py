@@ -22,8 +22,7 @@ member draws every batch anew, stops on its own and has its own bounds of varian
 share the rest, and up to 5,000 rows are held out (1,000). Lengths change with each model (theirs: every 1,000 steps),
 and then the model's buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor
 1/2; one step trains pi, Q and the temperature. Layers start as PyTorch's do; theirs as Glorot's in SAC, truncated
-normal in the model. The first --random-steps take a dataset's place, as in sac.py. Every transition is kept; theirs:
-the newest million.
+normal in the model. The first --random-steps are the dataset, as in sac.py. All data are kept (the newest million).
 
 Run: python algorithms/mbpo.py --env-id Pendulum-v1
 """
