@@ -148,7 +148,8 @@ SMALL += ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--
 
 
 def test_mbpo_swings_the_pendulum_up_in_800_steps(tmp_path):
-    arguments = ["--num-updates", "1800", "--eval-every", "1800", "--rollout-batch-size", "5000", "--batch-size", "64"]
+    """With seed 0, as with 2; with 1 and 3 it takes longer, and with --real-ratio 1, which has no model, too."""
+    arguments = ["--num-updates", "1800", "--eval-every", "1800", "--rollout-batch-size", "5000", "--batch-size", "128"]
     run = run_script("mbpo", *arguments, *SMALL, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert len(checkpoint(tmp_path / "run")["learner"]["player"]["added"]) == 180
