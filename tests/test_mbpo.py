@@ -148,7 +148,7 @@ SMALL += ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--
 
 
 def test_mbpo_swings_the_pendulum_up_in_800_steps(tmp_path):
-    """With seed 0, as with 2; with 1 and 3 it takes longer, and with --real-ratio 1, which has no model, too."""
+    """With seed 0; seed 2 takes 30 steps more, 1 and 3 longer, as they do with --real-ratio 1, without a model."""
     arguments = ["--num-updates", "1800", "--eval-every", "1800", "--rollout-batch-size", "5000", "--batch-size", "128"]
     run = run_script("mbpo", *arguments, *SMALL, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
