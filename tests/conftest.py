@@ -36,7 +36,9 @@ from common.optim import Adam
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "ope")  # which makes no run
 DISCRETE = "fqi", "discrete_iql", "discrete_cql", "discrete_bcq"  # which learn from anchorl/cartpole/mixed-v0
-ALGORITHMS = [name for name in SCRIPTS if name not in ("sac", "fqe")]  # those that learn from a dataset how to act
+ALGORITHMS = [
+    name for name in SCRIPTS if name not in ("sac", "mbpo", "fqe")
+]  # those that learn from a dataset how to act
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2", "--final-eval-episodes", "3"]
@@ -58,7 +60,17 @@ SHORTER = {
     "mve": DYNAMICS,
     "pets": ["--horizon", "2", "--population", "3", "--num-best", "2", "--cem-iterations", "1"],
     "sac": ["--random-steps", "200"],
+    "mbpo": [*DYNAMICS, "--rollout-batch-size", "100", "--random-steps", "200", "--updates-per-step", "5"],
 }
+SHORTER["mbpo"] += [
+    "--model-every",
+    "4",
+    "--rollout-schedule",
+    "1",
+    "3",
+    "4",
+    "12",
+]  # from 40 updates on they are longer
 
 # one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order
 os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}

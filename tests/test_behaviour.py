@@ -17,6 +17,7 @@ from common.optim import Adam
 CPU = torch.device("cpu")
 RATES = {
     "bc": {"learning_rate": 3e-3},
+    "naf": {"critic_learning_rate": 3e-3},
     "iql": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "value_learning_rate": 3e-3},
     "idql": {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "value_learning_rate": 3e-3},
     "awr": {"actor_learning_rate": 3e-3, "value_learning_rate": 3e-3},
@@ -93,8 +94,10 @@ def test_chooses_the_best_of_the_data_and_not_beyond(bandit, algorithm, argument
     assert ((actions > 0.25) & (actions < 0.6)).all(), actions
 
 
-def test_plain_sac_goes_to_the_edge_of_what_nobody_tried(bandit):
-    actions = learn("cql", bandit, 800, cql_alpha=0.0, target_entropy=-2.0)(*STATES)
+@pytest.mark.parametrize(("algorithm", "arguments"), [("cql", {"cql_alpha": 0.0, "target_entropy": -2.0}), ("naf", {})])
+def test_without_an_anchor_it_goes_to_the_edge_of_what_nobody_tried(bandit, algorithm, arguments):
+    """Plain SAC, and NAF, whose parabola has its summit where it says."""
+    actions = learn(algorithm, bandit, 800, **arguments)(*STATES)
     assert (actions > 0.85).all(), actions
 
 

@@ -446,6 +446,9 @@ NONSENSE = {
     "rollout_length": "0",
     "rollout_batch_size": "0",
     "rollout_every": "0",
+    "updates_per_step": "0",
+    "exploration_noise": "-1",
+    "model_every": "0",
     "rollouts_kept": "0",
     "num_models": "0",
     "num_elites": "0",
@@ -472,6 +475,7 @@ NONSENSE = {
 
 
 CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_run_dir", "policy_script"}
+CANNOT_BE_NONSENSE |= {"rollout_schedule"}  # four numbers, which test_mbpo.py has
 
 
 @every_script

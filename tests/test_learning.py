@@ -16,6 +16,7 @@ FLOW = ["--gamma", "0.95", "--flow-hidden-dims", "64", "64", "--num-acting-actio
 WARM_START = ["--warm-start", "300", "--vae-learning-rate", "1e-3", *FEW]
 DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
 DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
+ONLINE = ["--num-updates", "3000", "--online-steps", "2500"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
@@ -54,6 +55,7 @@ RUNS = {
     "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
     "pets": ["--num-updates", "1500", *PLAN],
+    "naf": [*ONLINE, "--critic-learning-rate", "1e-3", "--tau", "0.02", "--gamma", "0.95"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_FAST += ["--final-eval-episodes", "1"]  # the curve is judged

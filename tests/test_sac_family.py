@@ -23,6 +23,7 @@ ARGS = {
     "combo": {"batch_size": 8, **SMALL_MODEL},
     "mobile": {"penalty_coefficient": 0.0, **SMALL_MODEL},  # whose penalty is of draws of its own
     "morel": SMALL_MODEL,
+    "mbpo": SMALL_MODEL,
     "edac": {"num_critics": 4},
 }
 
@@ -34,7 +35,8 @@ def script_and_learner(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "temperature"), [("sac", 0.3), ("mopo", 0.3), ("mobile", 0.0), ("morel", 0.3), ("sac_bc", 0.0)]
+    ("name", "temperature"),
+    [("sac", 0.3), ("mopo", 0.3), ("mobile", 0.0), ("morel", 0.3), ("mbpo", 0.3), ("sac_bc", 0.0)],
 )
 def test_critic_loss(name, temperature):
     """`temperature` weighs the entropy of the target: MOBILE's and SAC+BC's have none."""
@@ -50,7 +52,7 @@ def test_critic_loss(name, temperature):
     assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "mobile", "morel"])
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "mobile", "morel", "mbpo"])
 def test_actor_and_temperature_losses(name):
     script, _, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()[0]
@@ -63,7 +65,7 @@ def test_actor_and_temperature_losses(name):
     assert loss.item() == pytest.approx(np.mean(-0.3 * (log_prob - 2.0)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "mobile", "morel", "edac"])
+@pytest.mark.parametrize("name", ["sac", "mopo", "combo", "mobile", "morel", "mbpo", "edac"])
 def test_each_loss_trains_its_own_network_only(name):
     script, args, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()

@@ -95,7 +95,7 @@ def test_an_episode_is_left_to_learn_from(make_dataset, tmp_path):
     assert_one_line(run, "--validation-fraction 0.6: leaves none of 2 episodes to learn from")
 
 
-@pytest.mark.parametrize(("algorithm", "words"), [("sac", []), ("fqe", ["--policy-run-dir", "none"])])
+@pytest.mark.parametrize(("algorithm", "words"), [("sac", []), ("mbpo", []), ("fqe", ["--policy-run-dir", "none"])])
 def test_scripts_that_hold_nothing_out_refuse_it(algorithm, words, tmp_path):
     run = run_script(algorithm, *words, "--validation-fraction", "0.1", "--run-dir", str(tmp_path / "run"))
     assert_one_line(run, "--validation-fraction 0.1: ")

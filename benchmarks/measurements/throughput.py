@@ -76,6 +76,7 @@ class Args:
         "morel",
         "mve",
         "pets",
+        "naf",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one, each perhaps with arguments of its own"""

@@ -1,0 +1,499 @@
+"""Model-based policy optimization (MBPO): SAC that plays in the environment, and practises in a model of it meanwhile.
+
+Every --model-every steps in the environment an ensemble of networks is fitted to all that was seen. SAC then learns
+from short rollouts of the current policy in it, which start at states that were seen, in many updates per step: on the
+few real transitions alone, as many may learn these by heart. Where the model errs, the policy goes, and is corrected by
+what comes. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
+
+    p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    y       = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
+    L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
+    L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
+
+The share --real-ratio of a batch is of the environment, the others are rollouts, each (s', r) from an elite drawn anew.
+With --rollout-schedule 1 15 20000 100000 they are of 1 step until step 20,000, and of 15 from step 100,000 on.
+
+Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019, arXiv 1906.08253;
+SAC is arXiv 1812.05905.
+Differences: by default as many updates and random steps as the authors' code has for a pendulum. z is normalised. Each
+member draws every batch anew, stops on its own and has its own bounds of variance; theirs keep one bootstrap each and
+share the rest, and up to 5,000 rows are held out (1,000). Lengths change with each model (theirs: every 1,000 steps),
+and then the model's buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor
+1/2; one step trains pi, Q and the temperature. Layers start as PyTorch's do; theirs as Glorot's in SAC, truncated
+normal in the model. The first --random-steps are the dataset, as in sac.py. All data are kept (the newest million).
+
+Run: python algorithms/mbpo.py --env-id Pendulum-v1
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class HyperParameters:
+    gamma: float = 0.99  # discount (authors' code)
+    updates_per_step: int = 10  # updates after each step in the environment, G (paper: 20 or 40; a pendulum's code: 10)
+    model_every: int = 250  # steps in the environment between models, and their rollouts (authors' code)
+    rollout_schedule: tuple[int, int, int, int] = (1, 1, 20_000, 150_000)
+    """steps of a rollout, k, at first and at last, and the steps in the environment in between (authors' code)"""
+    rollout_batch_size: int = 100_000  # rollouts of each model, each from a state of the environment (authors' code)
+    rollouts_kept: int = 4  # calls of the rollouts that the model's buffer holds, the newest (authors' code)
+    real_ratio: float = 0.05  # share of a batch that is of the environment (authors' code)
+    num_models: int = 7  # members of the ensemble (paper)
+    num_elites: int = 5  # members that are used, the best on held-out data (authors' code)
+    dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (paper)
+    dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
+    dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
+    dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (all at once)
+    max_dynamics_epochs: int = 200  # of a model, at most
+    target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
+    tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
+    actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)
+    critic_learning_rate: float = 3e-4  # of Adam (authors' code)
+    hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics (authors' code)
+
+
+class Batch(NamedTuple):
+    """Transitions, in float32."""
+
+    observations: Tensor  # [batch, observation_dim]
+    actions: Tensor  # [batch, action_dim] in [-1, 1]
+    rewards: Tensor  # [batch]
+    next_observations: Tensor  # [batch, observation_dim]
+    terminations: Tensor  # [batch], 1 where the environment ended the episode; a truncation bootstraps
+
+
+# --- Networks -------------------------------------------------------------------------------------------------------
+
+
+class Actor(nn.Module):
+    """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s))."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        widths = [observation_dim, *args.hidden_dims]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+        self.trunk, self.mean = nn.Sequential(*hidden), nn.Linear(widths[-1], action_dim)
+        self.log_std = nn.Linear(args.hidden_dims[-1], action_dim)  # a second head on the last hidden layer
+        self.log_temperature = nn.Parameter(torch.zeros(()))  # of SAC's entropy coefficient, trained beside pi
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """The deterministic policy tanh(mean): [batch, action_dim] in [-1, 1]."""
+        return self.mean(self.trunk(observations)).tanh()
+
+    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions tanh(mean + std noise), [batch, action_dim], of a standard normal `noise`; log pi(a | s), [batch]."""
+        hidden = self.trunk(observations)
+        log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range; SAC's begins at -20
+        u = self.mean(hidden) + log_std.exp() * noise
+        log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
+        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), finite where tanh(u) is rounded to 1
+        return u.tanh(), (log_normal - log_slope).sum(dim=-1)
+
+
+class EnsembleLinear(nn.Module):
+    """Linear layers side by side: one batched product, [members, batch, in] -> [members, batch, out]."""
+
+    def __init__(self, members: int, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(input_dim)  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.empty(members, input_dim, output_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # one output: as a matrix product it takes four times as long
+            return torch.linalg.vecdot(inputs, self.weight.mT).unsqueeze(-1) + self.bias
+        return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a): twins, trained on the same target from different initial weights."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        widths = [observation_dim + action_dim, *args.hidden_dims, 1]
+        self.layers = nn.ModuleList(EnsembleLinear(2, *pair) for pair in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        x = torch.cat([observations, actions], dim=-1).expand(2, -1, -1)
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x))
+        return self.layers[-1](x).squeeze(-1)  # [2, batch]
+
+
+class Dynamics(nn.Module):
+    """p_k(s' - s, r | s, a) of each member k, and the logit of its termination."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        self.sizes = observation_dim + 1, observation_dim + 1, 1  # mean, log-variance, logit
+        widths = [observation_dim + action_dim, *args.dynamics_hidden_dims, sum(self.sizes)]
+        self.layers = nn.ModuleList(EnsembleLinear(args.num_models, *pair) for pair in pairwise(widths))
+        self.max_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), 0.5))
+        self.min_log_variance = nn.Parameter(torch.full((args.num_models, 1, self.sizes[0]), -10.0))
+        self.x_scale = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, widths[0]))  # mean and standard deviation
+        self.z_scale = nn.Buffer(torch.tensor([[0.0], [1.0]]).repeat(1, self.sizes[0]))
+        self.holdout_error = nn.Buffer(torch.full((args.num_models,), 1e30))  # the least so far
+        self.best_epoch = nn.Buffer(torch.zeros(args.num_models, dtype=torch.long))  # when it was the least
+        self.epoch = nn.Buffer(torch.zeros((), dtype=torch.long))  # trained so far
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x = (s, a) [members, batch, in] -> mean and log-variance of normalised z = (s' - s, r), logit of the end."""
+        x = (x - self.x_scale[0]) / self.x_scale[1]
+        for layer in self.layers[:-1]:
+            x = silu(layer(x))
+        mean, log_variance, logit = self.layers[-1](x).split(self.sizes, dim=-1)
+        upper = torch.maximum(self.max_log_variance, self.min_log_variance)  # however far they are drawn together
+        log_variance = upper - softplus(upper - log_variance)  # softly between bounds
+        log_variance = self.min_log_variance + softplus(log_variance - self.min_log_variance)  # that are learned, too
+        return mean, log_variance, logit.squeeze(-1)
+
+    def predict(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and standard deviation of (s' - s, r) as the data have them, and the logit of termination."""
+        x = torch.cat([observations, actions], dim=-1).expand(len(self.max_log_variance), -1, -1)
+        mean, log_variance, logit = self(x)
+        mean = mean.clamp(-100, 100)  # standard deviations of the data's: a rollout gone astray stays finite
+        return self.z_scale[0] + self.z_scale[1] * mean, self.z_scale[1] * torch.exp(0.5 * log_variance), logit
+
+    def elites(self, count: int) -> "Dynamics":
+        """The `count` members of least error on held-out data as an ensemble of their own."""
+        ensemble = copy.deepcopy(self).requires_grad_(False)
+        for parameter in ensemble.parameters():
+            parameter.data = parameter.data[self.holdout_error.argsort()[:count]]
+        return ensemble
+
+
+class ModelBuffer(dict[str, Tensor]):
+    """The newest transitions of the model: the columns of a Batch, by name, and how many were ever "added"."""
+
+    def add(self, transitions: Batch, capacity: int) -> None:
+        added = int(self.get("added", 0))
+        rows = torch.arange(added, added + len(transitions.rewards), device=transitions.rewards.device) % capacity
+        for name, new in transitions._asdict().items():
+            self.setdefault(name, new.new_zeros(capacity, *new.shape[1:]))[rows] = new
+        self["added"] = torch.tensor(added + len(rows))
+
+    def sample(self, batch_size: int) -> Batch:
+        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
+        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
+        return Batch(*(self[name][rows] for name in Batch._fields))
+
+    state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
+
+
+class Learner(NamedTuple):
+    """Everything that training changes; a checkpoint holds the state_dict of each."""
+
+    actor: Actor
+    critic: Critic
+    target_critic: Critic
+    dynamics: Dynamics  # each member as it was when its error on held-out data was least
+    training_dynamics: Dynamics
+    model_buffer: ModelBuffer
+    dynamics_optimizer: Any
+    optimizer: Any
+
+
+def build(
+    observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
+) -> Learner:
+    """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
+    actor = Actor(observation_dim, action_dim, args).to(device)
+    critic = Critic(observation_dim, action_dim, args).to(device)
+    groups = [
+        {"params": actor.parameters(), "lr": args.actor_learning_rate},
+        {"params": critic.parameters(), "lr": args.critic_learning_rate},
+    ]
+    dynamics = Dynamics(observation_dim, action_dim, args).to(device)
+    layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
+    decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
+    groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
+    groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
+    best = copy.deepcopy(dynamics).requires_grad_(False)
+    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
+    return Learner(actor, critic, target_critic, best, dynamics, ModelBuffer(), *optimizers)
+
+
+# --- Dynamics -------------------------------------------------------------------------------------------------------
+
+
+def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
+    """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
+
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
+    """
+    mean, log_variance, logit = dynamics(x)
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
+    z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
+    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
+    nll = (nll * known).mean(dim=1)  # [members]
+    ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
+    bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
+    return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
+
+
+def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor) -> Metrics:
+    """One gradient step of all members, each on its own transitions."""
+    loss, metrics = dynamics_loss(learner.training_dynamics, x, z, terminations)
+    loss.backward()
+    learner.dynamics_optimizer.step()
+    learner.dynamics_optimizer.zero_grad()
+    return metrics
+
+
+@torch.no_grad()
+def begin_again(best: Dynamics, training: Dynamics) -> None:
+    """Before the next model: training goes on from the best weights, whose errors on new held-out data are to come."""
+    for kept, new in zip(best.parameters(), training.parameters(), strict=True):
+        new.copy_(kept)
+    best.holdout_error.fill_(1e30)
+    best.best_epoch.zero_()
+    best.epoch.zero_()
+
+
+@torch.no_grad()
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+    """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
+    z = (z - training.z_scale[0]) / training.z_scale[1]
+    error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
+    best.epoch.add_(1)
+    better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
+    for kept, new in zip(best.parameters(), training.parameters(), strict=True):
+        kept[better] = new[better]
+    best.holdout_error[better] = error[better]
+    best.best_epoch[better] = best.epoch
+    return error
+
+
+def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
+    """Trains until every member is done; yields each epoch's metrics. Held out: a fifth, at most 1,000 transitions."""
+    x = torch.cat([data.observations, data.actions], dim=1)
+    z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
+    best, training = learner.dynamics, learner.training_dynamics
+    for dynamics in (best, training):
+        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
+        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
+    held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
+    while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
+        losses = []
+        for _ in range(math.ceil(len(rows) / args.dynamics_batch_size)):
+            chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
+            metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
+            losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
+        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
+        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+# which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
+TERMINATION_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "Hopper": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
+    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
+    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1) & s.isfinite().all(dim=1)),
+    **dict.fromkeys(("HalfCheetah", "Pendulum", "never"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+}
+
+
+def model_step(elites: Dynamics, observations: Tensor, actions: Tensor, scale: Tensor, ending: str) -> Batch:
+    """One transition of the model from each state, its member drawn anew. `scale`: mean and deviation of states."""
+    mean, std, logit = elites.predict(observations, actions)
+    rows = torch.arange(len(observations), device=observations.device)
+    member = torch.randint(len(mean), (len(rows),), device=rows.device)
+    z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
+    next_observations, rewards = observations + z[:, :-1], z[:, -1]
+    rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
+    terminations = rule(scale[0] + scale[1] * next_observations).float()
+    return Batch(observations, actions, rewards, next_observations, terminations)
+
+
+@torch.no_grad()
+def rollout(actor: Actor, elites: Dynamics, starts: Batch, scale: Tensor, ending: str, length: int) -> Batch:
+    """Rollouts of `length` steps from the states of `starts`. `ending`: a key of TERMINATION_RULES or "learned"."""
+    rolled = []
+    for observations in starts.observations.split(2_000):  # pieces for a cache
+        for _ in range(length):
+            noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
+            transitions = model_step(elites, observations, actor.sample(observations, noise)[0], scale, ending)
+            observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
+            rolled.append(transitions)
+    return Batch(*map(torch.cat, zip(*rolled, strict=True)))
+
+
+def rollout_length(steps: int, schedule: tuple[int, int, int, int]) -> int:
+    """k after these steps in the environment: from the first length to the last in proportion, rounded down."""
+    length, last_length, first, last = schedule
+    return int(length + min(max((steps - first) / (last - first), 0), 1) * (last_length - length))
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q = E[ sum_i (y - Q_i(s, a))^2 ], y = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi)"""
+    with torch.no_grad():
+        next_actions, next_log_prob = learner.actor.sample(batch.next_observations, noise)
+        next_q = learner.target_critic(batch.next_observations, next_actions).min(dim=0).values  # [batch]
+        next_value = next_q - learner.actor.log_temperature.exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value  # a truncation bootstraps
+    q = learner.critic(batch.observations, batch.actions)  # [2, batch]
+    loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
+    return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
+
+
+def actor_loss(
+    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Metrics]:
+    """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
+    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
+    # functional_call runs a network with the weights it is given in place of its own.
+    constants = {name: weight.detach() for name, weight in critic.named_parameters()}
+    q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
+    loss = (temperature.detach() * log_prob - q).mean()
+    return loss, {"actor/loss": loss.detach(), "actor/q": q.detach().mean()}
+
+
+def temperature_loss(temperature: Tensor, log_prob: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
+    """L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]: it grows while the entropy is too low."""
+    entropy = -log_prob.detach().mean()
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"actor/temperature": temperature.detach(), "actor/entropy": entropy}
+
+
+# --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def total_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParameters) -> tuple[Tensor, Metrics]:
+    """L_Q + L_pi + L_temperature. Each reaches the weights of one network only, so one backward pass serves all."""
+    temperature = learner.actor.log_temperature.exp()
+    loss_q, metrics_q = critic_loss(learner, batch, noise[0], args)
+    actions, log_prob = learner.actor.sample(batch.observations, noise[1])
+    loss_pi, metrics_pi = actor_loss(learner.critic, temperature, batch.observations, actions, log_prob)
+    target_entropy = -actions.shape[-1] if args.target_entropy is None else args.target_entropy
+    loss_t, metrics_t = temperature_loss(temperature, log_prob, target_entropy)
+    return loss_q + loss_pi + loss_t, metrics_q | metrics_pi | metrics_t
+
+
+def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
+    """One gradient step of all networks, then the target critic follows the critic. `step` counts from 1."""
+    noise = torch.randn(2, *batch.actions.shape, device=batch.actions.device)  # of a' and a_pi
+    loss, metrics = total_loss(learner, batch, noise, args)
+    loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+    with torch.no_grad():  # Q' <- Q' + tau (Q - Q')
+        torch._foreach_lerp_(list(learner.target_critic.parameters()), list(learner.critic.parameters()), args.tau)
+    return metrics
+
+
+# === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
+
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
+from common.command_line import ExperimentArgs, check_argument, launch
+from common.data import Batch as Episode
+from common.data import Dataset, ReplayBuffer, action_bounds, observation_names
+from common.evaluation import Player, make_environment
+from common.experiment import Run, set_up
+from common.optim import Adam, compiled
+
+
+@dataclass
+class Args(HyperParameters, ExperimentArgs):
+    dataset_id: tyro.conf.Suppress[str] = ""  # the environment's id stands for it
+    env_id: str = "Pendulum-v1"  # environment to play in
+    random_steps: int = 500  # uniformly random steps to begin with, to the end of an episode (a pendulum's code; 5,000)
+
+    def validate(self) -> None:
+        super().validate()
+        check_argument(self, "random_steps", self.random_steps > 1, "one is too few to train a model and test it")
+        check_argument(self, "validation_fraction", self.validation_fraction == 0, "there are no data to hold out")
+        check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
+        check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
+        a, b, c, d = self.rollout_schedule
+        ordered = 1 <= a <= b and 0 <= c < d
+        check_argument(self, "rollout_schedule", ordered, "must be lengths 1 <= a <= b, then steps 0 <= c < d")
+        self.dataset_id = self.env_id
+
+
+def random_dataset(environment: gym.Env, args: Args) -> Dataset:
+    """What the agent begins with: whole episodes of uniformly random actions, `random_steps` steps or more."""
+    low, high = action_bounds(environment.action_space)
+    assert environment.spec is not None and environment.spec.max_episode_steps is not None  # make_environment's
+    num_steps = args.random_steps + environment.spec.max_episode_steps  # at most: the last episode goes to its end
+
+    def read_episodes() -> Iterator[Episode]:
+        player, rng = Player(environment, None, args.seed, 0), np.random.default_rng(args.seed)
+        while sum(player.lengths) < args.random_steps:
+            transitions, number = [], len(player.lengths)
+            while len(player.lengths) == number:
+                transitions.append(player.step(rng.uniform(low, high).astype(np.float32)))
+            yield Episode(*map(np.array, zip(*transitions, strict=True)))
+
+    names = observation_names(environment.observation_space)
+    return Dataset(args.env_id, num_steps, names, low, high, read_episodes, args.env_id)
+
+
+def main(args: Args) -> None:
+    device = set_up(args)
+    environment = make_environment(args.env_id, users=True)
+    num_steps = math.ceil(args.num_updates / args.updates_per_step)
+    buffer = ReplayBuffer(random_dataset(environment, args), device, False, room=num_steps)
+    ending = name if (name := args.env_id.split("-")[0]) in TERMINATION_RULES else "learned"  # Hopper of Hopper-v5
+    print(f"terminations in the model: {ending}", flush=True)
+
+    learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
+    train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
+    player = Player(environment, buffer, args.seed, 1)
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder or, with --resume, goes back
+
+    def explore(observations: Tensor) -> Tensor:
+        return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
+
+    num_real = round(args.real_ratio * args.batch_size)
+    for step in range(run.first_step, args.num_updates + 1):
+        steps, of_this_step = divmod(step - 1, args.updates_per_step)
+        if of_this_step == 0 and steps % args.model_every == 0:
+            begin_again(learner.dynamics, learner.training_dynamics)
+            data = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device)))
+            *_, found = fit_dynamics(learner, data, args, train_dynamics)  # of the last epoch
+            starts, elites = Batch(*buffer.sample(args.rollout_batch_size)), learner.dynamics.elites(args.num_elites)
+            length = rollout_length(steps, args.rollout_schedule)
+            transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, length)
+            if length > rollout_length(steps - args.model_every, args.rollout_schedule):
+                learner.model_buffer.clear()  # which has room for shorter ones
+            learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * length)
+            found |= {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")}
+            run.log(step, found | {"dynamics/epoch": learner.dynamics.epoch, "model/rollout_length": length})
+        if of_this_step == 0:
+            buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
+        parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
+        metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)
+        run.record(step, metrics | {"player/steps": len(buffer.storage)})  # evaluates, logs and saves, when it is due
+    environment.close()
+    run.finish()  # result.json and the learning curve
+
+
+if __name__ == "__main__":
+    launch(main, Args)
