@@ -156,6 +156,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # one output: as a matrix product it takes four times as long
+            return torch.linalg.vecdot(inputs, self.weight.mT).unsqueeze(-1) + self.bias
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
@@ -379,7 +381,8 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
-        check_argument(self, "num_samples", self.num_samples >= 2, "must be at least 2")
+        enough = self.num_samples > 1 or self.variant != "var"
+        check_argument(self, "num_samples", enough, "must be at least 2 with --variant var, for a variance")
         check_argument(self, "gap_softness", self.gap_softness > 0, "must be positive")
         both = self.max_backup and self.entropy_in_backup
         check_argument(self, "entropy_in_backup", not both, "not with --max-backup, whose action is chosen, not drawn")

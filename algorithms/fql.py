@@ -18,8 +18,8 @@ Paper: Park, Li, Levine, "Flow Q-Learning", 2025, arXiv 2502.02538.
 Differences: the z_i of the policy's candidates are drawn once, at the start, and the first of them is 0, by default the
 only one, so that the policy is a function of s; the authors act by one z, drawn anew at each step. lambda is an option
 of their code, which they advise for new tasks; the paper's results are without. Squares are averaged over the action's
-dimensions, as in their code; in the paper they are summed. Networks are smaller, layers start as PyTorch's do (the
-authors' with Glorot's weights and biases of 0), observations are normalised.
+dimensions, as in their code; the critics' are summed over the twins, where theirs are averaged. Networks are smaller,
+layers start as PyTorch's do (the authors' with Glorot's weights and biases of 0), observations are normalised.
 
 Run: python algorithms/fql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -96,7 +96,7 @@ class Flow(nn.Module):
     def sample(self, observations: Tensor, x: Tensor) -> Tensor:
         """flow(s, z): the action to which noise x leads, [batch, action_dim] in [-1, 1], by Euler's method."""
         for step in range(self.steps):
-            times = x.new_full((len(x), 1), step / self.steps)
+            times = torch.full_like(x[:, :1], step / self.steps)
             x = x + self(observations, x, times) / self.steps
         return x.clamp(-1, 1)
 
@@ -122,6 +122,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, output_dim).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # one output: as a matrix product it takes four times as long
+            return torch.linalg.vecdot(inputs, self.weight.mT).unsqueeze(-1) + self.bias
         return torch.baddbmm(self.bias, inputs, self.weight)
 
 
@@ -270,7 +272,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     """One gradient step of the three networks, then the target follows. `step` counts from 1."""
     actor, _, target_critic, optimizer = learner
     noise = torch.randn((3, *batch.actions.shape), device=batch.actions.device)
-    times = torch.rand((len(batch.actions), 1), device=batch.actions.device)
+    times = torch.rand_like(batch.actions[:, :1])
     loss, metrics = total_loss(learner, batch, noise, times, args)
     loss.backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Makes the two datasets that the repository brings along: scripted controllers of every skill, on small tasks.
+"""Makes the three datasets that the repository brings along: scripted controllers of every skill, on small tasks.
 
 They are written as Minari has them, compressed, the same bits each time. The folder has to be without them; to change
 what is shipped, remove common/built_in and make it again.
@@ -22,10 +22,11 @@ from minari.dataset.minari_storage import MinariStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
+import two_ways
 from scratch import CannotWrite, check_room, scratch_folder
 
 from common.command_line import check, launch, one_line
-from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID
+from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID, BUILT_IN_TWO_WAYS_ID
 
 MINARI_VERSION = "0.5.3"  # the oldest that pyproject.toml allows: Minari reads no data of versions newer than itself
 
@@ -94,6 +95,40 @@ def make_cartpole(out: Path) -> None:
     task = "Balance a pole on a cart; scores: random pushes 0, the longest episode, of 500 steps, 100"
     controllers = [good] * 20 + [weak] * 60 + [short_sighted] * 60 + [random] * 60
     make(out, BUILT_IN_DISCRETE_ID, "CartPole-v1", controllers, cartpole_controller(1.0), what, task)
+
+
+# --- Two ways -------------------------------------------------------------------------------------------------------
+
+
+def two_ways_controller(side: float, noise: float = 0.0, speed: float = 1.0, margin: float = 0.2) -> Controller:
+    """Goes above the wall (`side` 1) or below it (-1), `margin` away from its corners: a small one cuts them. The
+    larger part of an action is `speed`, noise is added to both.
+    """
+    (low_x, _), (high_x, high_y) = two_ways.WALL
+    corners = [np.array([x, side * (high_y + margin)]) for x in (low_x, high_x)]
+
+    def act(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        passed = sum(bool(observation[0] >= corner[0] - 0.1) for corner in corners)
+        way = np.array([*corners, (two_ways.FIELD[0], 0)])[passed] - observation
+        way *= speed / max(np.abs(way).max(), two_ways.STEP)
+        return np.clip(way + noise * rng.normal(size=2), -1, 1).astype(np.float32)
+
+    return act
+
+
+def random_move(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(-1, 1, 2).astype(np.float32)
+
+
+def make_two_ways(out: Path) -> None:
+    """40 good, 20 slow, 20 clumsy and 20 random episodes of anchorl/TwoWays-v0, as many above the wall as below it."""
+    good = [two_ways_controller(side, noise) for noise in (0.1, 0.2) for side in (1, -1) * 10]
+    slow = [two_ways_controller(side, 0.2, speed=0.5) for side in (1, -1) * 10]
+    clumsy = [two_ways_controller(side, 0.2, margin=-0.15) for side in (1, -1) * 10]  # they cut the corner
+    what = "40 good, 20 slow and 20 clumsy episodes, every other one above the wall, and 20 random ones"
+    task = "Reach the goal behind a wall, above it or below; scores: random moves 0, the good controller 100"
+    controllers = [*good, *slow, *clumsy, *[random_move] * 20]
+    make(out, BUILT_IN_TWO_WAYS_ID, "anchorl/TwoWays-v0", controllers, two_ways_controller(1), what, task)
 
 
 # --- Any ------------------------------------------------------------------------------------------------------------
@@ -166,7 +201,7 @@ def copy(source: h5py.Group, target: h5py.Group) -> None:
 
 
 def main(args: Args) -> None:
-    datasets = {BUILT_IN_ID: make_pendulum, BUILT_IN_DISCRETE_ID: make_cartpole}
+    datasets = {BUILT_IN_ID: make_pendulum, BUILT_IN_DISCRETE_ID: make_cartpole, BUILT_IN_TWO_WAYS_ID: make_two_ways}
     for path in (args.out / dataset_id for dataset_id in datasets):
         check(not path.exists(), f"--out: {path} exists: remove it, or give another folder")
     try:

@@ -266,11 +266,6 @@ def _values(data: Data, num_legal: int) -> Problems:
     if (far := measured & outliers(data.observations)).any():
         todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
         yield f"{names('observation', far)}: values far beyond all others", todo
-    exact = data.observations.astype(np.float64)
-    rounded = (exact - exact[0]).astype(np.float32)  # as training keeps them
-    merged = ((np.diff(exact, axis=0) != 0) & (np.diff(rounded, axis=0) == 0)).sum(axis=0) > 0.01 * len(exact)
-    if merged.any():
-        yield f"{names('observation', merged)}: float32 merges different values", "subtract something or split them"
     if outliers(data.rewards[:, None]).any():
         yield "rewards: values far beyond all others", "check that they are meant: they decide what Q learns"
     span = np.ptp(data.returns)

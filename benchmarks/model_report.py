@@ -70,7 +70,7 @@ NUM_WORST = 5  # observations that are named
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[Path]
-    """folder of a finished run of mopo, combo, mobile, morel or mve"""
+    """folder of a finished run of mopo, combo, mobile, morel, mve or pets"""
     out: Path | None = None
     """write the picture here, as PNG"""
     script: Path | None = None
@@ -106,9 +106,8 @@ def load_model(run: Trained, folder: Path, script: Path | None) -> Model:
     module: Any = load_script(args.algorithm, script)
     with explain(f"cannot read the run in {folder}"):
         saved = load_file(folder / "checkpoint.pt")["learner"]
-    none = (
-        f"{folder} is a run of {args.algorithm}, which learns no model: give one of mopo, combo, mobile, morel or mve"
-    )
+    known = "mopo, combo, mobile, morel, mve or pets"
+    none = f"{folder} is a run of {args.algorithm}, which learns no model: give one of {known}"
     check("dynamics" in saved and hasattr(module, "ending_of"), none)
     everyone = module.build(buffer.observation_dim, buffer.action_dim, args, "cpu", Adam).dynamics
     with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
@@ -124,7 +123,8 @@ def load_model(run: Trained, folder: Path, script: Path | None) -> Model:
         return torch.bernoulli(logits.sigmoid()) > 0
 
     left_out = measures.rows_left_out(everyone, buffer.transitions, trained_with_seed(args))
-    return Model(everyone, everyone.elites(args.num_elites), args.num_elites, ends, ending, left_out)
+    count = getattr(args, "num_elites", args.num_models)  # PETS plans in all members
+    return Model(everyone, everyone.elites(count), count, ends, ending, left_out)
 
 
 def trained_with_seed(args: Any) -> int:
@@ -184,7 +184,7 @@ def choose_starts(run: Trained, model: Model, longest: int, count: int) -> tuple
     """
     everything = torch.randperm(len(run.buffer.transitions.rewards))
     rows = everything if model.left_out is None else model.left_out
-    learned = everything[~torch.isin(everything, rows)]
+    learned = everything if model.left_out is None else everything[~torch.isin(everything, rows)]
     tested = run.buffer.validation or run.buffer
     if run.buffer.validation:
         rows = torch.randperm(len(tested.transitions.rewards))

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, warn
 
 BUILT_IN_DISCRETE_ID = "anchorl/cartpole/mixed-v0"
+BUILT_IN_TWO_WAYS_ID = "anchorl/two-ways/mixed-v0"  # with continuous actions, two of them good at the start
 MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
@@ -87,7 +88,7 @@ def hold_out(dataset: Dataset, args: ExperimentArgs) -> Dataset:
 
 def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
-    known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID} or a Minari id such as mujoco/hopper/medium-v0"
+    known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID}, {BUILT_IN_TWO_WAYS_ID} or a Minari id, mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
         valid = DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
         check(bool(valid), "ids are [namespace/]name-v0: letters, digits, - and _, and a namespace has two or more")
@@ -169,7 +170,8 @@ class ReplayBuffer:
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
         self.num_legal = masks if masks == self.num_actions else 0
-        with explain(f"{dataset.dataset_id}: no room for its {dataset.num_steps} steps"):
+        no_room = f"{dataset.dataset_id}: {device} has no room for its {dataset.num_steps} steps: give it a part"
+        with explain(no_room):
             storage = torch.empty(dataset.num_steps, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None
         self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()  # subtracted first
@@ -177,7 +179,8 @@ class ReplayBuffer:
         self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
         self.episode_returns = torch.tensor(returns, dtype=torch.float64)
-        self.storage = storage[: sum(lengths)].to(device)
+        with explain(no_room):
+            self.storage = storage[: sum(lengths)].to(device)
         self.transitions = self._columns(self.storage)
         if self.num_legal:
             forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
@@ -192,6 +195,10 @@ class ReplayBuffer:
             observations.sub_(mean).div_(std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + mean, std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
+        taken = self.transitions.actions.unique().tolist() if self.num_actions and given is None else []
+        if taken and (unseen := sorted({*range(self.num_actions)} - {*taken})[:10]):
+            numbers = ", ".join(str(dataset.action_low[0] + number) for number in unseen)
+            warn(f"the data never take action {numbers}: what these are worth is a guess")
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -220,7 +227,7 @@ class ReplayBuffer:
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
     def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
-        dataset, lengths, returns, end = self.dataset, [], [], 0
+        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
         for index, episode in kept:
@@ -235,10 +242,14 @@ class ReplayBuffer:
                         self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
+                    if name == "observations":  # neighbours that are apart, but not in float32
+                        merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths.append(end - start)
                 returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
+        if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
+            warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
         return lengths, returns
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0

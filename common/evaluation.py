@@ -26,8 +26,7 @@ class Policy(nn.Module):
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], discrete ones [N], both
     as the environment has them, both NumPy arrays or tensors. A script's `actor` gives actions in [-1, 1], or discrete
     ones' preferences. `normalization` [2, observation_dim] is mean and deviation, `action_range` [2, action_dim] lowest
-    and highest, `origin` the other entries of the file (`save`). An actor with a memory has `follow`, as `evaluate`
-    says. Raises ValueError, and BadInput for nan.
+    and highest, `origin` the other entries of the file (`save`). Raises ValueError, and BadInput for nan.
     """
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
@@ -125,8 +124,9 @@ class NoEnvironment(BadInput): ...  # to evaluate in
 
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
     """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises NoEnvironment."""
-    with contextlib.suppress(ImportError):  # D4RL's hands, mazes and kitchen: Gymnasium registers its own alone
-        gym.register_envs(importlib.import_module("gymnasium_robotics"))
+    for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
+        with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
+            gym.register_envs(importlib.import_module(known))
     module, name = env_id.rpartition(":")[::2] if users else ("", env_id)
     try:
         if module:
@@ -164,8 +164,8 @@ def evaluate(
     policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Discounted returns and lengths, [num_episodes] (0: one per environment). Episode i is reset with `seed` + i.
-    Before each call an actor with a memory is told whose rows come, actor.follow(episodes, rewards): the numbers of
-    their episodes, and their last rewards, None at the first step, where the memory of that number is empty again.
+    Before each call, actor.follow(episodes, rewards) tells an actor with a memory which episodes' rows come, and their
+    last rewards: None where one begins.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer

@@ -55,6 +55,7 @@ SHORTER = {
     "mobile": [*MODEL, "--num-elites", "2", "--num-samples", "2", "--real-ratio", "0.5"],
     "morel": MODEL,
     "mve": DYNAMICS,
+    "pets": ["--horizon", "2", "--population", "3", "--num-best", "2", "--cem-iterations", "1"],
     "sac": ["--random-steps", "200", "--replay-size", "2000"],
 }
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, run_script
 
-from common.data import BUILT_IN, BUILT_IN_DISCRETE_ID, BUILT_IN_ID
+from common.data import BUILT_IN, BUILT_IN_DISCRETE_ID, BUILT_IN_ID, BUILT_IN_TWO_WAYS_ID, ReplayBuffer, load_dataset
 from common.evaluation import FINAL_SEED, evaluate, make_environments
 
-SHIPPED = BUILT_IN_ID, BUILT_IN_DISCRETE_ID
+SHIPPED = BUILT_IN_ID, BUILT_IN_DISCRETE_ID, BUILT_IN_TWO_WAYS_ID
 FINGERPRINTS = {  # of what every result in benchmarks/results was learned from
     BUILT_IN_ID: "be34a3103d439ebb6f086dceecd7ac06",
     BUILT_IN_DISCRETE_ID: "16f448a2897b93727294575a81e40e30",
+    BUILT_IN_TWO_WAYS_ID: "db669451b7bee459500af28071acd284",
 }
 
 
@@ -106,6 +107,16 @@ def test_cartpole_ends_and_actions(cartpole):
     np.testing.assert_array_equal(data.terminations[ends], cartpole.episode_lengths < 500)  # the time limit is no end
     assert data.terminations.sum() == 180
     assert (data.actions.dtype, data.actions.unique().tolist()) == (torch.int64, [0, 1])
+
+
+def test_half_of_the_two_ways_episodes_go_above_the_wall(datasets_path):
+    data = ReplayBuffer(load_dataset(BUILT_IN_TWO_WAYS_ID), torch.device("cpu"))
+    assert data.fingerprint == FINGERPRINTS[BUILT_IN_TWO_WAYS_ID]
+    assert data.dataset.reference_returns == (0, 100) and len(data.episode_returns) == 100
+    good, slow, clumsy, random = (data.episode_returns[a:b].mean() for a, b in ((0, 40), (40, 60), (60, 80), (80, 100)))
+    assert good > 95 > slow > 50 and clumsy == random == 0
+    first = data.transitions.actions[data.episode_starts[:80], 1]
+    assert (first > 0).sum() == (first < 0).sum() == 40
 
 
 def test_the_controller_that_defines_100_scores_100_on_fresh_starts(pendulum):

@@ -13,6 +13,7 @@ from collect import Play as CollectPlay
 from collect import actor_behaviour, choose_medium, random_behaviour, read_agent, roll_out
 from conftest import ROOT, assert_one_line, checkpoint, numpy_sample, run_script
 
+from common.command_line import BadInput
 from common.data import ReplayBuffer, action_bounds, load_dataset
 from common.evaluation import load_policy, make_environment
 
@@ -96,6 +97,8 @@ def test_choose_medium_by_hand():
     course = {3000: 90.0, 1000: 10.0, 2000: 35.0, 4000: 34.0}
     assert choose_medium(course, 0.0, 100.0, 1 / 3) == 2000
     assert choose_medium(course, 0.0, 100.0, 0.5) == 3000
+    with pytest.raises(BadInput, match=r"no evaluation reached 0\.95 of the expert's return"):
+        choose_medium(course, 0.0, 100.0, 0.95)
 
 
 def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
@@ -222,7 +225,6 @@ def test_a_users_own_environment(folder, tmp_path, monkeypatch):
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--prefix", "a b"], "a b/random-v0 is no Minari id"),
         (["--prefix", PREFIX], f"{PREFIX}/random-v0 exists"),
-        (["--medium", "0.999", "--prefix", "collected/x"], "no evaluation reached 1.00 of the expert's return"),
         (["--seed", "1", "--prefix", "collected/x"], "seed is 0 there, not 1; name another folder"),
         (["--env-id", "MountainCarContinuous-v0"], "env_id is 'Pendulum-v1' there, not 'MountainCarContinuous-v0'"),
     ],

@@ -25,6 +25,7 @@ SMALLER = {
     "mobile": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "morel": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "mve": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2},
+    "pets": {"num_models": 2, "num_particles": 2},
     "sac": {"replay_size": 100},
 }
 

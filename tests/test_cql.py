@@ -370,3 +370,9 @@ def test_a_run_resumed_before_or_after_the_warm_start_ends_goes_on_to_the_same_b
     assert run_script("cql", "--resume", "--num-updates", "16", *arguments, str(stopped)).returncode == 0
     policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
     assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
+
+
+def test_one_sample_has_no_variance():
+    cql.Args(num_samples=1).validate()
+    with pytest.raises(BadInput, match="--num-samples 1: must be at least 2 with --variant var"):
+        cql.Args(num_samples=1, variant="var").validate()

@@ -261,6 +261,13 @@ def test_a_number_that_a_discrete_observation_cannot_be_is_refused(make_dataset,
         ReplayBuffer(dataset, CPU)
 
 
+def test_actions_that_are_never_taken_are_told(make_dataset, capsys):
+    numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
+    episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
+    ReplayBuffer(load_dataset(make_dataset("test/few-v0", episodes, **numbered), discrete=True), CPU)
+    assert "warning: the data never take action 4, 5, 7:" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [-5.0, 0.5, 2])
 def test_terminations_are_0_or_1(make_dataset, datasets_path, value):
     dataset = load_dataset(make_dataset())
@@ -370,8 +377,19 @@ def test_scores_stay_where_the_users_module_registers_the_datas_environment(make
 def test_a_number_of_steps_that_cannot_be(steps, make_dataset, datasets_path):
     path = datasets_path / make_dataset() / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": steps}))
-    with pytest.raises(BadInput, match=f"test/data-v0: no room for its {steps} steps"):
+    with pytest.raises(BadInput, match=f"test/data-v0: cpu has no room for its {steps} steps: give it a part"):
         ReplayBuffer(load_dataset("test/data-v0"), CPU)
+
+
+def test_a_device_that_is_too_small_is_one_line(make_dataset, monkeypatch):
+    def to(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    dataset = load_dataset(make_dataset())
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    expected = "has no room for its 120 steps: give it a part: CUDA out of memory. Tried to allocate"
+    with pytest.raises(BadInput, match=expected):
+        ReplayBuffer(dataset, CPU)
 
 
 def test_an_id_without_version_or_longer_than_a_path_may_be():

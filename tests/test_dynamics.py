@@ -1,4 +1,4 @@
-"""The dynamics ensemble of MOPO, COMBO, MOBILE, MOReL, MVE: each script has its own, and each is held to the same."""
+"""The dynamics ensemble of MOPO, COMBO, MOBILE, MOReL, MVE and PETS, which each script has, and is held to the same."""
 
 import importlib
 import inspect
@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 
 ROLLING = "mopo", "combo", "mobile", "morel"  # which train SAC on rollouts
-SCRIPTS = *ROLLING, "mve"
+SCRIPTS = *ROLLING, "mve"  # which train until held-out data say that it is enough
+EVERY = *SCRIPTS, "pets"
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -45,13 +46,16 @@ def script(algorithm):
     return importlib.import_module(algorithm)
 
 
-SHARED = "Dynamics dynamics_loss dynamics_update keep_better fit_dynamics load_dynamics ending_of"
+EVERYWHERE = "Dynamics dynamics_loss load_dynamics ending_of"
+SHARED = "dynamics_update keep_better fit_dynamics"
 ON_ROLLOUTS = "Actor EnsembleLinear Critic ModelBuffer Learner build actor_loss temperature_loss total_loss update"
 
 
 @pytest.mark.parametrize(
     ("name", "scripts"),
-    [(name, SCRIPTS) for name in SHARED.split()] + [(name, ROLLING) for name in ON_ROLLOUTS.split()],
+    [(name, EVERY) for name in EVERYWHERE.split()]
+    + [(name, SCRIPTS) for name in SHARED.split()]
+    + [(name, ROLLING) for name in ON_ROLLOUTS.split()],
 )
 def test_what_all_scripts_have_is_the_same_text(name, scripts):
     assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1
@@ -65,7 +69,7 @@ def test_rollouts_without_a_penalty_are_the_same_text(name):
 
 
 def test_all_scripts_have_the_same_rules():
-    texts = [(ROOT / "algorithms" / f"{name}.py").read_text().split("TERMINATION_RULES: ")[1] for name in SCRIPTS]
+    texts = [(ROOT / "algorithms" / f"{name}.py").read_text().split("TERMINATION_RULES: ")[1] for name in EVERY]
     assert len({text[: text.index("\n}\n")] for text in texts}) == 1
 
 

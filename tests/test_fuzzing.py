@@ -432,7 +432,7 @@ def arguments_of(script):
 
 def mutated_command_lines(count):
     scripts = st.sampled_from(
-        [name for name in ALGORITHMS if name not in ("mopo", "combo", "mobile", "morel", "mve")]
+        [name for name in ALGORITHMS if name not in ("mopo", "combo", "mobile", "morel", "mve", "pets")]
     )  # whose model takes long
     commands = scripts.flatmap(lambda script: st.tuples(st.just(script), arguments_of(script)))
 

@@ -220,14 +220,6 @@ def test_ends_that_repeat_are_seen(make_dataset):
     assert "are a single step" not in text
 
 
-def test_values_that_float32_merges_are_named(make_dataset):
-    """20,000,000 and one more are the same number in float32, unless 20,000,000 is subtracted first."""
-    space = {"observation_space": spaces.Box(-np.inf, np.inf, (3,), np.float64)}
-    near, apart = 2e7 + np.arange(31) % 2, np.arange(31.0)
-    episodes = [random_episode(0, observations=np.stack([apart, near, near - 2e7 * (apart == 0)], axis=1))]
-    assert "observation 2: float32 merges different values\n" in inspect(make_dataset(episodes=episodes, **space))
-
-
 def test_two_values_far_from_0_are_not_one(make_dataset):
     """20,000,000 and one more are the same number in float32."""
     space = {"observation_space": spaces.Box(-np.inf, np.inf, (3,), np.float64)}

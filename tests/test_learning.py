@@ -18,6 +18,7 @@ DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512"
 DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
+PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "8"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
@@ -50,6 +51,7 @@ RUNS = {
     "mobile": ["--num-updates", "2500", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL, "--num-samples", "2"],
     "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
+    "pets": ["--num-updates", "1500", *PLAN],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {

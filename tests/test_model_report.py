@@ -398,7 +398,7 @@ def test_a_users_own_script(tmp_path, pendulum, monkeypatch):
 
 def test_folders_that_hold_no_finished_run_with_a_model(runs, tmp_path):
     assert "no folder absent" in refuse("absent")
-    assert "is a run of td3_bc, which learns no model: give one of mopo, combo, mobile, morel or mve" in refuse(
+    assert "is a run of td3_bc, which learns no model: give one of mopo, combo, mobile, morel, mve or pets" in refuse(
         runs("td3_bc")
     )
     folder = shutil.copytree(runs("mopo"), tmp_path / "run")

@@ -314,6 +314,15 @@ def test_a_policy_sees_what_the_buffer_holds(make_dataset):
     np.testing.assert_allclose(seen, buffer.transitions.observations.tanh(), atol=1e-5)
 
 
+def test_values_that_float32_merges_are_named(make_dataset, capsys):
+    columns = [np.zeros(401), 1e12 * (np.arange(401) == 0) + np.arange(401), np.arange(401.0)]
+    large(make_dataset, columns)
+    assert "merges different values of observation 1" in capsys.readouterr().err
+    columns = [np.arange(401.0), 2e7 + np.arange(401) % 2]
+    large(make_dataset, columns, "test/raw-v0", normalize_observations=False)
+    assert "merges different values of observation 1" in capsys.readouterr().err
+
+
 def test_what_is_not_normalised_is_stored_as_it_is(make_dataset):
     columns = [5.0 + np.arange(9), -3.0 * np.arange(9)]
     buffer = large(make_dataset, columns, normalize_observations=False)

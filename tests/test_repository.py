@@ -161,6 +161,7 @@ GPU_TRIAL = ["--device", "cpu", "--modes", "eager", "--algorithms", "bc", "--rou
 GPU_TRIAL += ["--shared-algorithm", "bc", "--processes", "2", "--long-algorithms", "bc", "--long-updates", "300"]
 FEW_CHOICES = ["--tasks", "cartpole", "--repetitions", "1", "--updates", "2", "4", "--num-updates", "20"]
 FEW_CHOICES += ["--eval-episodes", "1", "--workers", "1"]
+SMALL_GROWTH = ["--transitions", "1000", "--widths", "8", "16", "--batches", "32", "--critics", "2"]
 BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export.py read what run.py wrote
     "run.py": ["--algorithms", "bc", "iql", "--seeds", "2", "--out", "runs/grid", "--", *FEW],
     "report.py": ["runs/grid", "--out", "report"],
@@ -177,6 +178,8 @@ BENCHMARKS = {  # in this order: report.py, shift_report.py, watch.py and export
         "x.csv",
     ],
     "measurements/gpu.py": [*GPU_TRIAL, "--out", "."],
+    "measurements/seeds.py": ["--num-seeds", "1", "2", "--rounds", "1", "--steps", "2"],
+    "measurements/growth.py": [*SMALL_GROWTH, "--rounds", "1", "--seconds", "0.01"],
     "measurements/returns.py": ["--num-episodes", "3", "--rounds", "1"],
     "measurements/loading.py": ["--num-steps", "2000"],
     "measurements/evaluation.py": ["--env-id", "Pendulum-v1", "--rounds", "1"],
@@ -214,14 +217,17 @@ def test_benchmarks_run(name, home, pendulum, monkeypatch):
 
 
 def test_the_peers_speed_is_asked_for_by_lines(tmp_path, monkeypatch, capsys):
-    """d3rlpy is not among the test's packages: a script answers as d3rlpy_speed.py would."""
+    """d3rlpy and JAX are not among the test's packages: a script answers as d3rlpy_speed.py or jax_speed.py would."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nwhile read seconds; do echo 12.5; done\n")
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    words = [*BENCHMARKS["measurements/throughput.py"], "--algorithms", "bc", "--peers", str(python)]
+    words = ["--rounds", "1", "--seconds", "0.01", "--peers", str(python), "--jax", str(python), "unifloral"]
+    words += ["--algorithms", "bc", "iql --hidden-dims 16 8"]
     execute(["benchmarks/measurements/throughput.py", *words], monkeypatch)
-    assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"bc +d3rlpy +cpu +\d+ +12.5 ", printed) and not re.search(r"bc +jax", printed)
+    assert re.search(r"iql --hidden-dims 16 8 +jax +cpu +\d+ +12.5 ", printed)
 
 
 def test_every_benchmark_is_tested():
@@ -230,7 +236,7 @@ def test_every_benchmark_is_tested():
     tried_with_others |= {"intervals.py", "read_runs.py", "shift_actions.py", "inspect_actions.py"}
     tried_with_others |= {"select.py", "selection.py"}  # as the README's
     tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, as the README's
-    tried_with_others |= {"measurements/tables.py"}
+    tried_with_others |= {"measurements/tables.py", "measurements/paths.py", "two_ways.py"}
     folder = ROOT / "benchmarks"
     names = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("measurements/*.py")]}
     assert names == BENCHMARKS.keys() | tried_with_others

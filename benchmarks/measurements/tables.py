@@ -30,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS: tuple[str, ...] = (
     "pendulum-five",
     "cartpole-five",
+    "two-ways-five",
     "hopper-medium-expert",
     "hopper-more",
     "walker2d-medium-expert",

@@ -6,13 +6,15 @@ The products of one update are recorded on their way to the kernels and replayed
 strides, with nothing around them: on a CPU, the speed that no implementation of the same products can pass by much.
 Machines are noisy, so modes and bound take turns, and a ratio is the median over rounds of neighbours.
 
---peers adds d3rlpy's rows, measured by benchmarks/peers/d3rlpy_speed.py.
+--peers adds d3rlpy's rows, measured by benchmarks/peers/d3rlpy_speed.py, and --jax those of unifloral's train steps in
+JAX, measured by benchmarks/peers/jax_speed.py. An algorithm may have arguments: "cql --num-samples 1".
 
 Run: python -m benchmarks.measurements.throughput --compile --csv benchmarks/results/throughput.csv
 """
 
 import csv
 import importlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -42,6 +45,7 @@ DISCRETE = (
     "discrete_bcq",
 )  # as many actions as there are dimensions for the others
 PEERS = "bc", "td3_bc", "iql", "bcq", "cql"  # the algorithms that d3rlpy has, too
+UNIFLORAL = "td3_bc", "iql", "cql", "combo"  # and those of unifloral that are measured
 COLUMNS = ["algorithm", "mode", "device", "threads", "updates_per_second", "bound_updates_per_second", "ratio"]
 
 
@@ -70,9 +74,10 @@ class Args:
         "mobile",
         "morel",
         "mve",
+        "pets",
         *DISCRETE,
     )
-    """scripts in algorithms/, without .py, or a part of one"""
+    """scripts in algorithms/, without .py, or a part of one, each perhaps with arguments of its own"""
     compile: bool = False
     """measure --compile too, after checking that it trains to eager's weights"""
     bf16: bool = False
@@ -93,6 +98,8 @@ class Args:
     """of each measurement"""
     peers: Path | None = None
     """the Python of an environment with d3rlpy, to measure d3rlpy too (on the CPU)"""
+    jax: tuple[Path, Path] | None = None
+    """the Python of an environment with JAX, and a checkout of unifloral, to measure that too (on the CPU)"""
 
 
 Operands = tuple[tuple[torch.Size, tuple[int, ...]], ...]  # shape and stride of each
@@ -114,7 +121,7 @@ class ProductRecorder(TorchDispatchMode):
 
 
 def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes: int = 100) -> ReplayBuffer:
-    discrete = algorithm in DISCRETE
+    discrete = script_of(algorithm) in DISCRETE
 
     def read_episodes() -> Iterator[Episode]:
         rng = np.random.default_rng(0)
@@ -134,6 +141,10 @@ def random_buffer(args: Args, algorithm: str, device: torch.device, num_episodes
     return ReplayBuffer(dataset, device)
 
 
+def script_of(algorithm: str) -> str:
+    return algorithm.split()[0]
+
+
 def as_batch_of(module: Any, batch: Batch) -> Any:
     """The script's own Batch; what AWR and ReBRAC add to the columns is of the same shape as one that is here."""
     columns = batch._asdict() | {"returns": batch.rewards, "next_actions": batch.actions}
@@ -144,9 +155,9 @@ def make_trainer(
     args: Args, algorithm: str, buffer: ReplayBuffer, compile: bool, precision: str = "float32"
 ) -> tuple[Callable[[], None], Any]:
     """A function that does the next update, and the learner that it trains."""
-    name, _, part = algorithm.partition(":")
-    module = importlib.import_module(name)
-    script_args = module.Args(compile=compile, precision=precision, device=args.device)
+    (name, _, part), words = script_of(algorithm).partition(":"), shlex.split(algorithm)[1:]
+    module: Any = importlib.import_module(name)
+    script_args = replace(tyro.cli(module.Args, args=words), compile=compile, precision=precision, device=args.device)
     device = set_up(script_args)
     learner = module.build(args.observation_dim, args.action_dim, script_args, device, Adam)
     if part == "rollout":
@@ -221,18 +232,18 @@ def rate(step: Callable[[], None], seconds: float, device: str) -> float:
     return calls / (time.perf_counter() - began)
 
 
-def start_peer(args: Args, algorithm: str) -> Callable[[], float]:
-    """A function that has d3rlpy measure itself, in a process of its own environment that waits in between."""
-    script = Path(__file__).resolve().parents[1] / "peers" / "d3rlpy_speed.py"
-    command = [args.peers, script, algorithm, args.observation_dim, args.action_dim, args.threads]
+def start_peer(args: Args, python: Path, script: str, *words: str | Path) -> Callable[[], float]:
+    """A function that has a peer measure itself, in a process of its own environment that waits in between."""
+    path = Path(__file__).resolve().parents[1] / "peers" / script
+    command = [python, path, *words, args.observation_dim, args.action_dim, args.threads]
     peer = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def clock() -> float:
         assert peer.stdin is not None and peer.stdout is not None
         print(args.seconds, file=peer.stdin, flush=True)
-        return float(peer.stdout.readline() or sys.exit(f"{args.peers} cannot run {script}: see above"))
+        return float(peer.stdout.readline() or sys.exit(f"{python} cannot run {path}: see above"))
 
-    clock()  # returns when d3rlpy, slow to import, is ready
+    clock()  # returns when the peer, slow to import, is ready
     return clock
 
 
@@ -275,7 +286,10 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
     }
     if args.peers is not None and algorithm in PEERS:
         modes.append("d3rlpy")
-        clocks["d3rlpy"] = start_peer(args, algorithm)
+        clocks["d3rlpy"] = start_peer(args, args.peers, "d3rlpy_speed.py", algorithm)
+    if args.jax is not None and script_of(algorithm) in UNIFLORAL:
+        modes.append("jax")
+        clocks["jax"] = start_peer(args, args.jax[0], "jax_speed.py", args.jax[1], script_of(algorithm))
     rates: dict[str, list[float]] = {name: [] for name in clocks}
     for round in range(args.rounds + 1):
         for name, clock in clocks.items():
@@ -293,7 +307,9 @@ def measure(args: Args, algorithm: str) -> list[list[Any]]:
 
 def main(args: Args) -> None:
     for algorithm in args.algorithms:
-        check(algorithm in Args.algorithms, f"--algorithms {algorithm}: there are {', '.join(Args.algorithms)}")
+        check(
+            script_of(algorithm) in Args.algorithms, f"--algorithms {algorithm}: there are {', '.join(Args.algorithms)}"
+        )
     torch.set_num_threads(args.threads)
     print(*(f"{name:>24}" if "second" in name else f"{name:>9}" for name in COLUMNS), sep=" ")
     table = []
