@@ -9,16 +9,24 @@ earned. Asked for a high return, it acts as the data's good episodes did; each r
     acting:  R_1 = target return,  R_{t+1} = R_t - r_t                                     (algorithm 1)
 
 The three tokens of a step share an embedding of its number in the episode. A token attends to itself and to earlier
-ones of its context. The policy has a memory: before each call `Actor.follow` is told which episodes the rows belong to
-and what they earned since; without it, an observation counts as an episode's first.
+ones of its context. A batch's windows begin at any step, all as likely, and end with their episode, if that is sooner.
+
+The policy has a memory: before each call `Actor.follow` is told which episodes the rows belong to, and what they earned
+since. Without it, an observation counts as an episode's first. A loaded policy acts in an episode so:
+
+    reward = None  # a new episode begins, of which the target return is asked
+    while ...:
+        policy.actor.follow([0], [reward])
+        action = policy(observation[None])[0]  # the environment then gives the next observation and reward
 
 Paper: Chen et al., "Decision Transformer: Reinforcement Learning via Sequence Modeling", 2021, arXiv 2106.01345.
-Differences: returns-to-go are divided by the largest |return-to-go| of the data, theirs by 1,000, written down for each
-task; the target is the best return of the data, theirs is written down, too (hopper: 3,600 and 1,800). An
-embedding stands for each step up to the data's longest episode, theirs for 1,000; later steps share the last. Tokens of
-padding are hidden from attention, and so are zeros; their padded actions are -10. Layers start as PyTorch's do; those
-of the authors' GPT-2 with a standard deviation of 0.02. Heads for states and returns, which they do not train, are
-left out.
+Differences: returns-to-go are divided by the largest |return-to-go| of the data, theirs by 1,000 (reacher: 10); the
+target is the best return of the data, theirs is written down for each task, too (hopper: 3,600 and 1,800). An embedding
+stands for each step up to the data's longest episode, later steps share the last; theirs has 1,000 (reacher: 100). It
+starts with a standard deviation of 0.02, as CORL's, theirs of 1. Layers start as PyTorch's do; those of the authors'
+GPT-2 with 0.02, and biases of 0. The embeddings' dropout is an argument, theirs always 0.1. Observations are divided by
+their deviation + 1e-3, theirs + 1e-6. The warm-up is a tenth of this repository's 10,000 updates, theirs of 100,000.
+Heads for states and returns, which they do not train, are left out.
 
 Run: python algorithms/decision_transformer.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -40,9 +48,9 @@ class HyperParameters:
     hidden_dims: tuple[int, ...] = (128, 128, 128)  # width of each block, all the same (authors' code)
     num_heads: int = 1  # heads of attention per block (authors' code)
     dropout: float = 0.1  # of embeddings, attention and what blocks add (authors' code)
-    max_timestep: int = 1_000  # embeddings of step numbers; later steps share the last (authors' code)
+    max_timestep: int = 1_000  # embeddings of step numbers, at most as many as are used (authors' code)
     learning_rate: float = 1e-4  # of Adam, after the warm-up (authors' code)
-    warmup_updates: int = 10_000  # updates in which the learning rate grows linearly (authors' code)
+    warmup_updates: int = 1_000  # in which the learning rate grows linearly (authors' code: 10,000 of 100,000)
     weight_decay: float = 1e-4  # of all weights, decoupled as in AdamW (authors' code)
     gradient_clip: float = 0.25  # largest norm of the gradient (authors' code)
 
@@ -68,7 +76,7 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(inplace=True), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
@@ -88,13 +96,14 @@ class Block(nn.Module):
 class Actor(nn.Module):
     """pi(R, s, a, ..., R_t, s_t): a deterministic policy with a memory, which is no part of its state."""
 
-    needs_history = True  # asked about a lone state, it is another policy
+    needs_history = True  # of a lone state it makes something else: tools that ask about such states refuse it
 
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
         width, self.context_length, self.action_dim = args.hidden_dims[0], args.context_length, action_dim
         self.embed_return, self.embed_observation = nn.Linear(1, width), nn.Linear(observation_dim, width)
         self.embed_action, self.embed_timestep = nn.Linear(action_dim, width), nn.Embedding(args.max_timestep, width)
+        nn.init.normal_(self.embed_timestep.weight, std=0.02)  # with PyTorch's 1, states are lost in it for long
         self.norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(width, args.num_heads, args.dropout) for _ in args.hidden_dims)
@@ -102,7 +111,7 @@ class Actor(nn.Module):
         # of the data: `main` fills them in, and they are saved with the weights
         self.target_return, self.return_scale = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
         self.last_timestep = nn.Buffer(torch.tensor(args.max_timestep - 1))
-        self.memory: dict[int, deque[list[Any]]] = {}  # per episode: [R, s, a, timestep] of its last steps
+        self.memory: dict[int, deque[list[Any]]] = {}  # by episode: [R, s, a, timestep, r] of its last steps
         self.followed: list[int] | None = None  # the episodes of the next call's rows
 
     def predict(self, batch: Batch) -> Tensor:
@@ -129,8 +138,10 @@ class Actor(nn.Module):
         for episode, reward in zip(episodes, rewards, strict=True):
             if reward is None:
                 self.memory[episode] = deque(maxlen=self.context_length)
+            elif history := self.memory.get(episode):
+                history[-1][4] = reward
             else:
-                self.memory[episode][-1][4] = reward
+                raise ValueError(f"episode {episode} has no step yet: its first reward is None")
         self.followed = list(episodes)
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -140,7 +151,9 @@ class Actor(nn.Module):
         else:
             histories, self.followed = [self.memory[episode] for episode in self.followed], None
         if len(histories) != len(observations):
-            raise ValueError(f"follow named {len(histories)} episodes for {len(observations)} observations")
+            raise ValueError(f"follow was told of {len(histories)} episodes, and {len(observations)} observations came")
+        if not histories:
+            return observations.new_zeros(0, self.action_dim)
         nothing = observations.new_zeros(self.action_dim)
         for history, observation in zip(histories, observations, strict=True):
             last = history[-1] if history else None
@@ -148,14 +161,12 @@ class Actor(nn.Module):
             history.append([to_go, observation.clone(), nothing, 0 if last is None else last[3] + 1, 0.0])
         actions = self.predict(self.contexts(histories))[:, -1]
         for history, action in zip(histories, actions, strict=True):
-            history[-1][2] = action
+            history[-1][2] = action.detach()
         return actions
 
     def contexts(self, histories: list[deque[list[Any]]]) -> Batch:
         """The histories as a Batch, padded on the left as in training, to the longest of them."""
-        longest = max(map(len, histories), default=1)
-        like = histories[0][0][1] if histories else self.return_scale
-        rows = []
+        longest, like, rows = max(map(len, histories)), histories[0][0][1], []
         for history in histories:
             empty = longest - len(history)
             to_go, observations, actions, timesteps, _ = zip(*history, strict=True)
@@ -246,8 +257,8 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     rate = learner.optimizer.param_groups[0]["lr"]
     with torch.no_grad():
         rate.copy_((torch.ones_like(rate) * step / args.warmup_updates).clamp(max=1) * args.learning_rate)
-        for weight in learner.actor.parameters():
-            weight.mul_(1 - rate * args.weight_decay)  # AdamW's decay, which passes Adam's moments by
+        # AdamW's decay, which passes Adam's moments by
+        torch._foreach_mul_(list(learner.actor.parameters()), 1 - rate * args.weight_decay)
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     return metrics
