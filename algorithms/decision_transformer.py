@@ -198,7 +198,7 @@ def build(
 ) -> Learner:
     """A fresh network and its optimiser."""
     actor = Actor(observation_dim, action_dim, args).to(device)
-    rate = torch.tensor(args.learning_rate, device=device)  # a tensor, which `update` fills anew
+    rate = torch.tensor(args.learning_rate, dtype=torch.float32, device=device)  # a tensor, which `update` fills anew
     return Learner(actor, adam([{"params": actor.parameters(), "lr": rate}]))
 
 
@@ -257,7 +257,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     rate = learner.optimizer.param_groups[0]["lr"]
     with torch.no_grad():
         rate.copy_((torch.ones_like(rate) * step / args.warmup_updates).clamp(max=1) * args.learning_rate)
-        # AdamW's decay, which passes Adam's moments by
+        # AdamW's decay, of which Adam's moments know nothing
         torch._foreach_mul_(list(learner.actor.parameters()), 1 - rate * args.weight_decay)
     learner.optimizer.step()
     learner.optimizer.zero_grad()
@@ -318,6 +318,9 @@ def main(args: Args) -> None:
         return windows(rows, starts[rows], ends[rows], columns, args.context_length)
 
     run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
+    run.threads = (
+        1  # keeps PyTorch's number as it is: with another, sums over thousands of tokens are not the same bits
+    )
     for step in range(run.first_step, args.num_updates + 1):
         rows = buffer.draw(args.batch_size)  # an episode by its length, and a start in it uniformly
         batch = windows(rows, starts[rows], ends[rows], columns, args.context_length)

@@ -337,7 +337,7 @@ def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
     runs, policies = [], []
     for path in args.policies:
         policies.append(load_policy(path, args.script))
-        history = f"{path}: its Actor needs its episode's history (`follow`), which only playing gives it: evaluation, watch, load_policy"
+        history = f"{path}: its Actor needs its episode's history (`follow`), which only playing gives it"
         check(not getattr(policies[-1].actor, "needs_history", False), history)
         told = (path.parent if path.suffix == ".pt" else path) / "args.json"
         with explain(f"cannot read {told}"):

@@ -19,6 +19,7 @@ DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "8"]
+SEQUENCE = ["--hidden-dims", "64", "--context-length", "5", "--learning-rate", "2e-3", "--warmup-updates", "100"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
@@ -52,6 +53,7 @@ RUNS = {
     "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
     "pets": ["--num-updates", "1500", *PLAN],
+    "decision_transformer": ["--num-updates", "1000", "--batch-size", "128", *SEQUENCE, "--dropout", "0"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_RUNS = {
