@@ -318,9 +318,7 @@ def main(args: Args) -> None:
         return windows(rows, starts[rows], ends[rows], columns, args.context_length)
 
     run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
-    run.threads = (
-        1  # keeps PyTorch's number as it is: with another, sums over thousands of tokens are not the same bits
-    )
+    run.threads = 1  # no trial of other numbers: sums over thousands of tokens would not be the same bits
     for step in range(run.first_step, args.num_updates + 1):
         rows = buffer.draw(args.batch_size)  # an episode by its length, and a start in it uniformly
         batch = windows(rows, starts[rows], ends[rows], columns, args.context_length)
