@@ -248,6 +248,8 @@ def load(args: Args, dataset: Dataset) -> Policy:
         policy = load_policy(folder, args.policy_script)
     except BadInput as error:
         raise BadInput(f"{where}: {error}".replace("(script=)", "(--policy-script)")) from None
+    history = f"{where}: its Actor needs its episode's history (`follow`), which only playing gives it"
+    check(not getattr(policy.actor, "needs_history", False), history)
     kinds = [f"{'discrete' if discrete else 'continuous'} actions" for discrete in (policy.discrete, dataset.discrete)]
     check(kinds[0] == kinds[1], f"{where}: the policy has {kinds[0]}, {dataset.dataset_id} has {kinds[1]}")
     found = policy.normalization.shape[1], policy.action_range.shape[1]

@@ -302,8 +302,7 @@ from common.experiment import replace
 
 @dataclass
 class Args(HyperParameters):
-    policies: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """run folders, or kept policies in them: runs/iql/policy-5000.pt"""
+    policies: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or policies in them: runs/iql/policy-5000.pt
     gamma: float = 0.0  # discount; 0: that of the runs
     noise: float = 0.0  # sigma, with which policies of continuous actions act, in half ranges of an action
     held_out: bool = False  # judge by the episodes alone that the runs held out of training (--validation-fraction)
@@ -325,9 +324,8 @@ class Evidence(NamedTuple):
     counts: Tensor  # [draws, E], of the bootstrap, in bytes
 
     def summarize(self, estimate: Callable, of_seeds: Tensor | None = None) -> dict[str, Any]:
-        ones = torch.ones(1, len(self.rewards), dtype=torch.float64)
         draws = torch.cat([estimate(counts.double()) for counts in self.counts.split(50)])  # so that memory stays small
-        return summary(estimate(ones) if of_seeds is None else of_seeds, draws)
+        return summary(estimate(torch.ones(1, len(self.rewards)).double()) if of_seeds is None else of_seeds, draws)
 
     def mean(self, values: Tensor) -> dict[str, Any]:  # of values [members, E], such as V(s_i0)
         return self.summarize(lambda counts: counts @ values.mean(dim=0) / counts.sum(dim=1), values.mean(dim=1))
@@ -339,6 +337,8 @@ def read_runs(args: Args) -> tuple[dict[str, Any], list[Policy]]:
     runs, policies = [], []
     for path in args.policies:
         policies.append(load_policy(path, args.script))
+        history = f"{path}: its Actor needs its episode's history (`follow`), which only playing gives it"
+        check(not getattr(policies[-1].actor, "needs_history", False), history)
         told = (path.parent if path.suffix == ".pt" else path) / "args.json"
         with explain(f"cannot read {told}"):
             runs.append({"gamma": 0.99} | json.loads(told.read_text()))

@@ -75,8 +75,8 @@ def main(args: Args) -> None:
     except ImportError as error:
         raise BadInput(f"there is no ONNX here ({one_line(error)}): pip install -e '.[export]'") from None
     policy = load_policy(args.run_dir / args.policy, args.script).requires_grad_(False)
-    plans = "its Actor plans, and remembers its plans (`follow`), which no file does: act by load_policy"
-    check(not hasattr(policy.actor, "follow"), plans)
+    remembers = "its Actor remembers what it did in an episode (`follow`), which no file does: act by load_policy"
+    check(not hasattr(policy.actor, "follow"), remembers)
     refuse_noise(policy)
     told = describe(policy, read_run(args.run_dir)) | {"policy": args.policy, "versions": versions}
     content = convert(policy, told)

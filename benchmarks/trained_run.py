@@ -84,6 +84,8 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     module: Any = load_script(algorithm, script)
     args = arguments(module.Args, saved, folder, env_id)
     policy, cpu = load_policy(folder, script), torch.device("cpu")
+    history = f"{folder}: its Actor needs its episode's history (`follow`), which only playing gives it"
+    check(not getattr(policy.actor, "needs_history", False), history)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id, discrete=policy.discrete), args)
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
     check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")

@@ -155,11 +155,14 @@ def play(
     environment: gym.Env, policy: Policy, observation: np.ndarray, max_steps: int
 ) -> tuple[list[Image.Image], float, bool]:
     """Pictures of the policy, one a step, the sum of its rewards, and whether the episode has ended."""
-    frames, total = [], 0.0
+    frames, total, last = [], 0.0, None
+    tell = getattr(policy.actor, "follow", lambda episodes, rewards: None)  # an actor with a memory
     for _ in range(max_steps):
         frames.append(picture(environment))
+        tell([0], [last])
         after, reward, terminated, truncated, _ = environment.step(policy(observation[None])[0])
-        observation, total = flatten_observations(after, environment.observation_space), total + float(reward)
+        observation, last = flatten_observations(after, environment.observation_space), float(reward)
+        total += last
         if terminated or truncated:
             return frames, total, True
     return frames, total, False

@@ -36,9 +36,9 @@ from common.optim import Adam
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py") if path.stem != "ope")  # which makes no run
 DISCRETE = "fqi", "discrete_iql", "discrete_cql", "discrete_bcq"  # which learn from anchorl/cartpole/mixed-v0
-ALGORITHMS = [
-    name for name in SCRIPTS if name not in ("sac", "mbpo", "fqe")
-]  # those that learn from a dataset how to act
+REMEMBER = "pets", "decision_transformer"  # whose Actor has `follow`: it cannot be exported
+OFF_DATA = "sac", "mbpo", "fqe"  # those that learn from no dataset, or not how to act
+ALGORITHMS = [name for name in SCRIPTS if name not in OFF_DATA]
 sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2", "--final-eval-episodes", "3"]
@@ -58,6 +58,7 @@ SHORTER = {
     "mobile": [*MODEL, "--num-elites", "2", "--num-samples", "2", "--real-ratio", "0.5"],
     "morel": MODEL,
     "mve": DYNAMICS,
+    "decision_transformer": ["--context-length", "3"],
     "pets": ["--horizon", "2", "--population", "3", "--num-best", "2", "--cem-iterations", "1"],
     "sac": ["--random-steps", "200"],
     "mbpo": [*DYNAMICS, "--rollout-batch-size", "100", "--random-steps", "200", "--updates-per-step", "5"],
@@ -262,8 +263,14 @@ def write_policy(
 
 
 def batch_of(script: Any, data: Batch) -> Any:
-    """The script's own Batch of transitions: of AWR with the rewards as returns, of ReBRAC with some actions at s'."""
+    """The script's own Batch of transitions: of AWR with the rewards as returns, of ReBRAC with some actions at s'; of
+    Decision Transformer windows of two of them, in which every third is padding.
+    """
     columns = data._asdict() | {"returns": data.rewards, "next_actions": data.actions.roll(1, dims=0)}
+    if "mask" in script.Batch._fields:
+        numbers = torch.arange(len(data.rewards), device=data.rewards.device)
+        columns |= {"returns_to_go": data.rewards, "timesteps": numbers % 7, "mask": numbers % 3 > 0}
+        columns = {name: torch.stack([column.roll(1, dims=0), column], dim=1) for name, column in columns.items()}
     return script.Batch(**{name: columns[name] for name in script.Batch._fields})
 
 

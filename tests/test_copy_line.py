@@ -68,7 +68,7 @@ def above_the_line(script):
 def random_columns(script, module, seed):
     """The fields of the script's Batch, for observations of 3 and actions of 2 numbers, or 2 discrete ones."""
     generator = torch.Generator().manual_seed(seed)
-    lead = (3, 8) if script == "fqe" else (8,)
+    lead = {"fqe": (3, 8), "decision_transformer": (8, 4)}.get(script, (8,))
 
     def normal(*shape):
         return torch.randn(*lead, *shape, generator=generator)
@@ -76,6 +76,7 @@ def random_columns(script, module, seed):
     actions = (normal() > 0).long() if script in DISCRETE else normal(2).tanh()
     columns = {"observations": normal(3), "actions": actions, "rewards": normal(), "next_observations": normal(3)}
     columns |= {"terminations": (normal() > 1).float(), "returns": normal(), "next_actions": normal(2).tanh()}
+    columns |= {"returns_to_go": normal(), "timesteps": torch.arange(lead[-1]).expand(lead), "mask": normal() < 1}
     return {name: columns[name] for name in module.Batch._fields}
 
 

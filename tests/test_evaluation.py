@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import DISCRETE, ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
+from conftest import DISCRETE, REMEMBER, ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
@@ -306,7 +306,7 @@ def test_normalised_score(pendulum: ReplayBuffer):
     assert [pendulum.dataset.score(value) for value in (low, (low + high) / 2, high)] == pytest.approx([0, 50, 100])
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("fqe", "pets")])  # which plans
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("fqe", *REMEMBER)])
 def test_a_policy_is_a_whole_module(name, tmp_path):
     """In tensors as in arrays; in double precision; exported for batches of any size; all of it in its state_dict."""
     script = importlib.import_module(name)

@@ -185,10 +185,7 @@ def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, datas
     arguments = ["--dataset-id", dataset_id, "--num-updates", "5"]
     run = run_script("bc", *arguments, "--run-dir", str(tmp_path / "run"), *SHORT)
     assert run.returncode == 0, run.stderr
-    assert (
-        run.stderr.count("warning") == 1
-        and "'NotInstalled-v0' is not installed" in run.stderr
-    )
+    assert run.stderr.count("warning") == 1 and "'NotInstalled-v0' is not installed" in run.stderr
 
 
 def test_a_script_and_common_are_a_working_program(tmp_path):
@@ -407,6 +404,15 @@ NONSENSE = {
     "noise_clip": "-1",
     "policy_every": "0",
     "top_fraction": "0",
+    "context_length": "0",
+    "num_heads": "0",
+    "dropout": "1",
+    "max_timestep": "0",
+    "warmup_updates": "0",
+    "weight_decay": "-1",
+    "gradient_clip": "0",
+    "target_return": "nan",
+    "return_scale": "0",
     "td_lambda": "1.5",
     "returns_every": "0",
     "phi": "-1",
@@ -447,7 +453,6 @@ NONSENSE = {
     "rollout_batch_size": "0",
     "rollout_every": "0",
     "updates_per_step": "0",
-    "exploration_noise": "-1",
     "model_every": "0",
     "rollouts_kept": "0",
     "num_models": "0",

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import DISCRETE, ROOT, SCRIPTS, SHORT, assert_one_line, run_script
+from conftest import DISCRETE, REMEMBER, ROOT, SCRIPTS, SHORT, assert_one_line, run_script
 
 from common.command_line import BadInput
 from common.evaluation import Policy, load_policy
@@ -77,7 +77,7 @@ def exported(tmp_path_factory):
     [
         pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
         for name in SCRIPTS
-        if name not in ("fqe", "pets")
+        if name not in ("fqe", *REMEMBER)
     ],
 )
 def test_the_file_acts_as_the_policy_does(name, exported):

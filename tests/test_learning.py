@@ -21,6 +21,7 @@ SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
 PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "5"]
+SEQUENCE = ["--hidden-dims", "64", "--context-length", "5", "--learning-rate", "2e-3", "--warmup-updates", "100"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
@@ -56,6 +57,7 @@ RUNS = {
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
     "pets": ["--num-updates", "1500", *PLAN],
     "naf": [*ONLINE, "--critic-learning-rate", "1e-3", "--tau", "0.02", "--gamma", "0.95"],
+    "decision_transformer": ["--num-updates", "1000", "--batch-size", "128", *SEQUENCE, "--dropout", "0"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_FAST += ["--final-eval-episodes", "1"]  # the curve is judged

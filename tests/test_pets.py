@@ -331,4 +331,4 @@ def test_a_report_about_the_model(tmp_path, pendulum):
 def test_no_file_of_onnx_plans(tmp_path, pendulum):
     assert run_script("pets", *FEW, "--num-updates", "2", "--run-dir", str(tmp_path)).returncode == 0
     run = run_script("export", str(tmp_path), "--out", str(tmp_path / "policy.onnx"))
-    assert_one_line(run, "its Actor plans, and remembers its plans .*: act by load_policy")
+    assert_one_line(run, "its Actor remembers what it did .*: act by load_policy")

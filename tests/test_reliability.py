@@ -324,7 +324,7 @@ def test_threads_that_are_chosen_stay_and_where_sums_would_differ(changes, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name != "fqe"])
+@pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name not in ("fqe", "decision_transformer")])
 def test_the_number_of_threads_does_not_change_a_bit(algorithm, tmp_path, pendulum):
     words = "--num-updates", "10", "--eval-episodes", "1", "--final-eval-episodes", "1"
     words += tuple(SHORTER[algorithm]) if algorithm in ("mopo", "combo", "mobile", "morel", "mve", "mbpo") else ()

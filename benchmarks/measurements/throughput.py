@@ -77,6 +77,7 @@ class Args:
         "mve",
         "pets",
         "naf",
+        "decision_transformer",
         *DISCRETE,
     )
     """scripts in algorithms/, without .py, or a part of one, each perhaps with arguments of its own"""
@@ -150,6 +151,10 @@ def script_of(algorithm: str) -> str:
 def as_batch_of(module: Any, batch: Batch) -> Any:
     """The script's own Batch; what AWR and ReBRAC add to the columns is of the same shape as one that is here."""
     columns = batch._asdict() | {"returns": batch.rewards, "next_actions": batch.actions}
+    if "mask" in module.Batch._fields:  # each transition becomes a window, of Decision Transformer's default length
+        zeros = torch.zeros_like(batch.rewards)
+        columns |= {"returns_to_go": batch.rewards, "timesteps": zeros.long(), "mask": zeros == 0}
+        columns = {name: torch.stack([column] * 20, dim=1) for name, column in columns.items()}
     return module.Batch(**{name: columns[name] for name in module.Batch._fields})
 
 
