@@ -19,6 +19,7 @@ SMALLER = {
     "idql": {"flow_hidden_dims": (16,), "flow_steps": 3, "num_acting_actions": 5},
     "cql": {"num_samples": 3},
     "edac": {"num_critics": 3},
+    "rlpd": {"num_critics": 3, "updates_per_step": 2},
     "bear": {"vae_hidden_dims": (16,), "num_samples": 3, "num_acting_actions": 5, "warm_start": 2},
     "mopo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},
     "combo": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 1, "rollout_batch_size": 10},

@@ -24,6 +24,7 @@ ARGS = {
     "mobile": {"penalty_coefficient": 0.0, **SMALL_MODEL},  # whose penalty is of draws of its own
     "morel": SMALL_MODEL,
     "edac": {"num_critics": 4},
+    "rlpd": {"num_critics": 4},
 }
 
 

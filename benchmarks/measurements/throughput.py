@@ -66,6 +66,7 @@ class Args:
         "bcq",
         "cql",
         "edac",
+        "rlpd",
         "bear",
         "mopo",
         "mopo:dynamics",
