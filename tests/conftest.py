@@ -48,6 +48,7 @@ SHORTER = {
     "fql": ["--flow-steps", "2", "--num-acting-actions", "5"],
     "idql": ["--flow-hidden-dims", "16", "16", "--flow-steps", "3", "--num-acting-actions", "5"],
     "cql": ["--num-samples", "3"],
+    "cal_ql": ["--num-samples", "3"],
     "edac": ["--num-critics", "3"],
     "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--random-steps", "5"],
     "bear": ["--num-samples", "3", "--num-target-actions", "3", "--num-acting-actions", "5", "--vae-hidden-dims", "16"],

@@ -18,6 +18,7 @@ SMALLER = {
     "fql": {"flow_steps": 2, "num_acting_actions": 5},
     "idql": {"flow_hidden_dims": (16,), "flow_steps": 3, "num_acting_actions": 5},
     "cql": {"num_samples": 3},
+    "cal_ql": {"num_samples": 3},
     "edac": {"num_critics": 3},
     "rlpd": {"num_critics": 3, "updates_per_step": 2},
     "bear": {"vae_hidden_dims": (16,), "num_samples": 3, "num_acting_actions": 5, "warm_start": 2},

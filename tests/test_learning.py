@@ -18,6 +18,7 @@ DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512"
 DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
+SOONER = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "3e-3", "--tau", "0.05"]
 AT_ONCE = ["--num-updates", "1200", "--updates-per-step", "2", "--random-steps", "100", "--batch-size", "128"]
 PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "8"]
 RUNS = {
@@ -34,6 +35,7 @@ RUNS = {
     "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
     "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
+    "cal_ql": ["--num-updates", "1500", *SOONER, "--gamma", "0.9", "--batch-size", "128", "--num-samples", "2"],
     "edac": ["--num-updates", "1500", *FAST, "--gamma", "0.95", "--num-critics", "5"],
     "rlpd": [*FAST, "--gamma", "0.95", "--num-critics", "4", *AT_ONCE],
     "bear": [

@@ -65,6 +65,7 @@ class Args:
         "awac",
         "bcq",
         "cql",
+        "cal_ql",
         "edac",
         "rlpd",
         "bear",
