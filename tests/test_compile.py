@@ -110,7 +110,7 @@ def test_bf16_rounds_the_products_alone(algorithm, data):
         learner = module.build(data.observation_dim, data.num_actions or data.action_dim, args, device, Adam)
         before = torch.cat([weight.detach().flatten() for weight in learner.actor.parameters()])
         batch = batch_of(module, data.sample(64))
-        metrics = compiled(module.update, learner, args)(learner, batch, 2, args)
+        metrics = compiled(module.update, learner, args)(learner, batch, 20, args)  # which trains RLPD's actor, too
         weights = list(learner.actor.parameters())
         assert all(weight.dtype == torch.float32 for weight in weights)
         assert all(value.isfinite() for value in metrics.values())

@@ -22,6 +22,8 @@ MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
 PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "5"]
 SEQUENCE = ["--hidden-dims", "64", "--context-length", "5", "--learning-rate", "2e-3", "--warmup-updates", "100"]
+SOONER = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "3e-3", "--tau", "0.05"]
+AT_ONCE = ["--num-updates", "1200", "--updates-per-step", "2", "--random-steps", "100", "--batch-size", "128"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
     "td3_bc": ["--num-updates", "3000", *FAST],
@@ -37,7 +39,9 @@ RUNS = {
     "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
     "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
     "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
+    "cal_ql": ["--num-updates", "1500", *SOONER, "--gamma", "0.9", "--batch-size", "128", "--num-samples", "2"],
     "edac": ["--num-updates", "1500", *FAST, "--gamma", "0.95", "--num-critics", "5"],
+    "rlpd": [*FAST, "--gamma", "0.95", "--num-critics", "4", *AT_ONCE],
     "bear": [
         "--num-updates",
         "1500",

@@ -222,7 +222,8 @@ def test_equal_returns_have_no_range(make_dataset):
     assert buffer.transitions.rewards.tolist() == pytest.approx([7.5, 7.5, 5, 5, 5])
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in ("bc", "decision_transformer")])
+# bc only ranks returns; rlpd needs an environment, whose rewards have one unit
+@pytest.mark.parametrize("algorithm", [n for n in ALGORITHMS if n not in ("bc", "rlpd", "decision_transformer")])
 def test_units_of_rewards_warn_or_make_no_difference(algorithm, make_dataset, tmp_path):
     """The same data in units of a hundredth: with --reward-scale return-range the policy is the same, else a warning
     names it; IQL has that by default. BC only ranks returns, and Decision Transformer divides them by the largest.

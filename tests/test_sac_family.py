@@ -25,6 +25,7 @@ ARGS = {
     "morel": SMALL_MODEL,
     "mbpo": SMALL_MODEL,
     "edac": {"num_critics": 4},
+    "rlpd": {"num_critics": 4},
 }
 
 

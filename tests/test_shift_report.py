@@ -262,7 +262,7 @@ def test_q_and_policy_are_those_of_the_checkpoint(runs, algorithm):
     np.testing.assert_allclose(2 * actions, load_policy(folder)(raw), atol=1e-4)
     for name, values in saved["actor"].items():
         assert torch.equal(run.policy.actor.state_dict()[name], values)
-    assert run.critic(observations, actions).shape == ({"edac": 3, "naf": 1}.get(algorithm, 2), 50)
+    assert run.critic(observations, actions).shape == ({"edac": 3, "rlpd": 3, "naf": 1}.get(algorithm, 2), 50)
 
 
 def test_rewards_are_those_that_the_script_learned_from(runs):

@@ -58,6 +58,7 @@ FEW = {  # arguments of the short runs that are stopped and resumed
     "mve": ["--max-dynamics-epochs", "1"],
     "sac": ["--random-steps", "200"],
     "mbpo": ["--random-steps", "200", "--max-dynamics-epochs", "1"],
+    "rlpd": ["--random-steps", "200"],
     # which is over all updates, of which a run stopped by its end has fewer
     **{name: ["--no-cosine-decay"] for name in ("iql", "idql", "sql", "xql")},
 }
