@@ -465,7 +465,6 @@ NONSENSE = {
     "num_members": "1",
     "num_critics": "1",
     "num_target_critics": "0",
-    "updates_per_step": "0",
     "data_ratio": "1.5",
     "eta": "-1",
     "threshold": "-1",
