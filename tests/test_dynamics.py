@@ -566,6 +566,12 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
     assert stopped["step"] == 0 and stopped["learner"]["dynamics"]["epoch"] >= 1
 
 
+# the others fit their models with MOPO's very text, as a test says
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(name, marks=() if name in ("mopo", "mve") else pytest.mark.slow) for name in SCRIPTS],
+    indirect=True,
+)
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
     arguments = [*SMALL[algorithm], "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -20,7 +20,7 @@ ONLINE = ["--num-updates", "3000", "--online-steps", "2500"]
 SOON = ["--expansion", "last", "--alpha", "10"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
 STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
-PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "5"]
+PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "3"]
 SEQUENCE = ["--hidden-dims", "64", "--context-length", "5", "--learning-rate", "2e-3", "--warmup-updates", "100"]
 SOONER = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "3e-3", "--tau", "0.05"]
 AT_ONCE = ["--num-updates", "1200", "--updates-per-step", "2", "--random-steps", "100", "--batch-size", "128"]
@@ -61,7 +61,7 @@ RUNS = {
     "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
     "pets": ["--num-updates", "1500", *PLAN],
     "naf": [*ONLINE, "--critic-learning-rate", "1e-3", "--tau", "0.02", "--gamma", "0.95"],
-    "decision_transformer": ["--num-updates", "1000", "--batch-size", "128", *SEQUENCE, "--dropout", "0"],
+    "decision_transformer": ["--num-updates", "700", "--batch-size", "128", *SEQUENCE, "--dropout", "0"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
 DISCRETE_FAST += ["--final-eval-episodes", "1"]  # the curve is judged
