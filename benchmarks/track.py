@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +50,13 @@ def is_over(run_dir: Path) -> bool:
         return False
 
 
-def watch(run_dir: Path, patience: float) -> None:
-    """Ends this process `patience` seconds after the training, whatever it is waiting for."""
+def watch(run_dir: Path, patience: float, done: threading.Event) -> None:
+    """Ends this process `patience` seconds after the training, whatever it is waiting for, unless all is done."""
     while not is_over(run_dir):
         pass
-    time.sleep(patience)
-    warn(f"W&B failed (no answer in {patience:g} s): the run is complete without it")
-    os._exit(0)
+    if not done.wait(patience):
+        warn(f"W&B failed (no answer in {patience:g} s): the run is complete without it")
+        os._exit(0)
 
 
 def follow(run_dir: Path, arguments: dict[str, Any], skip: int) -> None:
@@ -87,11 +86,13 @@ def main(args: Args) -> None:
     with explain(f"no run in {args.run_dir}"):
         arguments = json.loads((args.run_dir / "args.json").read_text())
         check({"wandb_project", "num_updates"} <= set(arguments), "args.json is not of a run")
-    threading.Thread(target=watch, args=(args.run_dir, args.patience), daemon=True).start()
+    run_dir, done = args.run_dir.resolve(), threading.Event()
+    threading.Thread(target=watch, args=(run_dir, args.patience, done), daemon=True).start()
     try:
-        follow(args.run_dir.resolve(), arguments, args.skip)
+        follow(run_dir, arguments, args.skip)
     except Exception as error:
         warn(f"W&B failed ({error!r}): training goes on without it")
+    done.set()
 
 
 if __name__ == "__main__":

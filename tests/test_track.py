@@ -159,6 +159,14 @@ def test_it_gives_up_on_what_hangs(run_dir, tmp_path):
     assert "W&B failed (no answer in 0.3 s): the run is complete without it" in run.stderr
 
 
+def test_it_gives_up_on_nothing_that_is_done(run_dir, recorder, monkeypatch):
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    assert run_script("track", str(run_dir), "--patience", "0.2").returncode == 0
+    time.sleep(0.6)
+    assert recorder.finished == 1 and not ended
+
+
 def test_an_outage_does_not_reach_the_training(tmp_path, capfd):
     environment = stand_in(tmp_path / "wandb", "raise OSError('no network')")
     words = ["--num-updates", "10", "--track", "--run-dir", str(tmp_path / "run")]
