@@ -227,7 +227,7 @@ class Run:
         axes, args = (figure := Figure(figsize=(6.4, 4), layout="constrained")).subplots(), self.args
         axes.plot(*curve, marker=".", label=f"{args.algorithm}, seed {args.seed}")
         axes.axhline(level, color="black", linestyle="--", linewidth=1, label="average of the dataset's episodes")
-        axes.axvspan(args.num_updates, self.last_step, color="0.93")  # here it acts, too
+        axes.axvspan(args.num_updates, self.last_step, color="0.93", linewidth=0)  # here it acts, too
         axes.set(xlabel="updates", ylabel=f"{unit}, {args.eval_episodes} episodes", title=args.dataset_id)
         axes.legend()
         figure.savefig(file, dpi=150, format="png")
