@@ -70,7 +70,7 @@ NUM_WORST = 5  # observations that are named
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[Path]
-    """folder of a finished run of mopo, combo, mobile, morel, mve or pets"""
+    """folder of a finished run of mopo, combo, mobile, morel, mve, pets, or of naf with rollouts"""
     out: Path | None = None
     """write the picture here, as PNG"""
     script: Path | None = None
@@ -106,7 +106,7 @@ def load_model(run: Trained, folder: Path, script: Path | None) -> Model:
     module: Any = load_script(args.algorithm, script)
     with explain(f"cannot read the run in {folder}"):
         saved = load_file(folder / "checkpoint.pt")["learner"]
-    known = "mopo, combo, mobile, morel, mve or pets"
+    known = "mopo, combo, mobile, morel, mve, pets or naf --imagined-ratio"
     none = f"{folder} is a run of {args.algorithm}, which learns no model: give one of {known}"
     check("dynamics" in saved and hasattr(module, "ending_of"), none)
     everyone = module.build(buffer.observation_dim, buffer.action_dim, args, "cpu", Adam).dynamics

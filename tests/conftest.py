@@ -60,6 +60,7 @@ SHORTER = {
     "mobile": [*MODEL, "--num-elites", "2", "--num-samples", "2", "--real-ratio", "0.5"],
     "morel": MODEL,
     "mve": DYNAMICS,
+    "naf": [*MODEL, "--imagined-ratio", "0.5"],
     "decision_transformer": ["--context-length", "3"],
     "pets": ["--horizon", "2", "--population", "3", "--num-best", "2", "--cem-iterations", "1"],
     "sac": ["--random-steps", "200"],

@@ -77,7 +77,7 @@ def test_a_graph_looks_for_nothing_where_the_graph_before_it_did(pendulum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo"])
+@pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo", "naf"])
 def test_a_compiled_run_resumes_to_the_same_bits(algorithm, tmp_path, pendulum):
     arguments = ["--compile", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -29,6 +29,7 @@ SMALLER = {
     "mobile": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "morel": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "rollout_batch_size": 10},
     "mve": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2},
+    "naf": {"dynamics_hidden_dims": (8,), "num_models": 2, "num_elites": 2, "imagined_ratio": 0.5},
     "pets": {"num_models": 2, "num_particles": 2},
 }
 

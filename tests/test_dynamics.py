@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 ROLLING = "mopo", "combo", "mobile", "morel"  # which train SAC on rollouts
-SCRIPTS = *ROLLING, "mve"  # which train until held-out data say that it is enough
+SCRIPTS = *ROLLING, "mve", "naf"  # which train until held-out data say that it is enough
 EVERY = *SCRIPTS, "pets"
 
 
@@ -59,7 +59,12 @@ ON_ROLLOUTS = "Actor EnsembleLinear Critic ModelBuffer Learner build actor_loss 
     + [(name, EVERY) for name in OF_A_DATASET.split()]
     + [(name, (*SCRIPTS, ONLINE)) for name in SHARED.split()]
     + [(name, (*ROLLING, ONLINE)) for name in ON_ROLLOUTS.split()]
-    + [("model_step", ("combo", "mobile", ONLINE)), ("rollout", ("combo", "mobile"))],
+    + [(name, ("mopo", "naf")) for name in ("EnsembleLinear", "ModelBuffer")]
+    + [
+        ("model_step", ("combo", "mobile", ONLINE, "naf")),
+        ("rollout", ("combo", "mobile")),
+        ("begin_again", (ONLINE, "naf")),
+    ],
 )
 def test_what_all_scripts_have_is_the_same_text(name, scripts):
     assert len({inspect.getsource(getattr(importlib.import_module(script), name)) for script in scripts}) == 1
@@ -80,6 +85,7 @@ def test_morel_has_mopos_critic_loss():
 def make_learner(script, observation_dim=3, action_dim=2, **arguments):
     small = {"num_models": 3, "num_elites": 2, "dynamics_hidden_dims": (5, 4)}
     small |= {"rollout_batch_size": 100} if script.__name__ in ROLLING else {}
+    small |= {"imagined_ratio": 0.5} if script.__name__ == "naf" else {}
     args = script.Args(**(small | arguments))
     torch.manual_seed(0)
     return script.build(observation_dim, action_dim, args, CPU, Adam), args
@@ -501,7 +507,8 @@ def test_the_temperature_holds_the_entropy_to_its_target(script, target_entropy,
 FEW = ["--dynamics-hidden-dims", "8", "8", "--num-models", "3", "--num-elites", "2", "--dynamics-batch-size", "512"]
 FEW += ["--hidden-dims", "16", "--eval-episodes", "1", "--final-eval-episodes", "1"]
 ROLLOUTS = ["--rollout-batch-size", "50", "--rollout-every", "10"]
-SMALL = {algorithm: [*FEW, *(ROLLOUTS if algorithm in ROLLING else [])] for algorithm in SCRIPTS}
+SMALL = {algorithm: [*FEW, *(ROLLOUTS if algorithm != "mve" else [])] for algorithm in SCRIPTS}
+SMALL["naf"] += ["--imagined-ratio", "0.5"]
 
 
 def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
@@ -569,7 +576,7 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
 # the others fit their models with MOPO's very text, as a test says
 @pytest.mark.parametrize(
     "algorithm",
-    [pytest.param(name, marks=() if name in ("mopo", "mve") else pytest.mark.slow) for name in SCRIPTS],
+    [pytest.param(name, marks=() if name in ("mopo", "mve", "naf") else pytest.mark.slow) for name in SCRIPTS],
     indirect=True,
 )
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
@@ -682,4 +689,6 @@ def test_a_run_on_data_that_contradict_the_rule_says_so(algorithm, termination, 
 
 def test_a_rule_that_is_not_known_is_refused(algorithm, tmp_path, make_dataset):
     words = ["--dataset-id", make_dataset(), "--termination", "rule", "--run-dir", str(tmp_path / "run")]
-    assert_one_line(run_script(algorithm, *words), "--termination rule: none is known; take learned or never")
+    assert_one_line(
+        run_script(algorithm, *SMALL[algorithm], *words), "--termination rule: none is known; take learned or never"
+    )

@@ -416,6 +416,7 @@ def arguments_of(script):
     plumbing = {field.name for field in dataclasses.fields(ExperimentArgs)}
     costly = {"num_updates", "eval_episodes", "run_dir", "compile", "track", "device", "resume", "hidden_dims"}
     costly |= {"batch_size", "num_samples", "num_target_actions", "num_acting_actions", "vae_hidden_dims"}  # of memory
+    costly |= {"imagined_ratio"}  # NAF's, of a model
     names = sorted(set(fields) - costly - (plumbing - {"dataset_id", "env_id", "seed", "eval_every", "log_every"}))
     value = st.one_of(
         st.integers(-(2**70), 2**70).map(str),

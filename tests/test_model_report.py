@@ -306,7 +306,7 @@ def refuse(*arguments):
     return run.stderr
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel", "mve"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel", "mve", "naf"])
 def test_all_scripts(algorithm, runs, tmp_path):
     text = report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
     assert text.startswith(f"{algorithm} on {BUILT_IN_ID}, seed 3: ")
@@ -318,7 +318,7 @@ def test_all_scripts(algorithm, runs, tmp_path):
     assert text == report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
 
 
-@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel", "mve"])
+@pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel", "mve", "naf"])
 def test_rows_left_out_are_those_of_the_training(algorithm, monkeypatch, tmp_path, pendulum):
     module, asked = importlib.import_module(algorithm), []
     keep_better = module.keep_better
@@ -398,9 +398,9 @@ def test_a_users_own_script(tmp_path, pendulum, monkeypatch):
 
 def test_folders_that_hold_no_finished_run_with_a_model(runs, tmp_path):
     assert "no folder absent" in refuse("absent")
-    assert "is a run of td3_bc, which learns no model: give one of mopo, combo, mobile, morel, mve or pets" in refuse(
-        runs("td3_bc")
-    )
+    known = "mopo, combo, mobile, morel, mve, pets or naf --imagined-ratio"
+    for other in (runs("td3_bc"), runs("naf", "--imagined-ratio", "0")):
+        assert f"which learns no model: give one of {known}" in refuse(other)
     folder = shutil.copytree(runs("mopo"), tmp_path / "run")
     (folder / "result.json").unlink()
     assert "has not finished: it lacks result.json" in refuse(folder)

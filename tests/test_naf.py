@@ -1,10 +1,26 @@
-"""NAF's parabola and loss against NumPy on small numbers, and how it acts online; test_behaviour.py has its failure."""
+"""NAF's parabola and loss against NumPy on small numbers, its rollouts, and how it acts online.
+
+test_behaviour.py has its failure, test_dynamics.py the model.
+"""
+
+import csv
 
 import naf
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, checkpoint, numpy_mlp, random_batch, run_script
+from conftest import (
+    SHORT,
+    SHORTER,
+    assert_one_line,
+    assert_same,
+    assert_same_runs,
+    checkpoint,
+    numpy_mlp,
+    random_batch,
+    random_episode,
+    run_script,
+)
 
 from common.optim import Adam
 
@@ -76,7 +92,169 @@ def test_update_trains_the_critic_and_moves_the_target_by_tau(learner, args):
         torch.testing.assert_close(new, old + args.tau * (target - old))
 
 
+# --- Rollouts ---
+
+
+class Stairs:
+    """A model without noise: a step moves all of a state by the first number of the action; the reward is the state."""
+
+    @staticmethod
+    def predict(observations, actions):
+        mean = torch.cat([actions[:, :1].expand_as(observations), observations[:, :1]], dim=-1)
+        return mean.expand(2, -1, -1), torch.zeros(2, *mean.shape), torch.full((2, len(mean)), 50.0)
+
+
+def roll(learner, args, ending="Pendulum", batch_size=6):
+    starts = naf.Batch(*random_batch(batch_size))
+    scale = torch.tensor([[0.0] * 3, [1.0] * 3])
+    return starts, naf.rollout(learner.actor, Stairs, starts, scale, ending, args)
+
+
+@pytest.mark.parametrize(("ending", "steps"), [("Pendulum", 4), ("learned", 1)])
+def test_a_rollout_follows_the_policy_and_goes_on_where_its_last_step_led(learner, args, ending, steps):
+    args.rollout_length, args.exploration_noise = 4, 0.0
+    starts, rolled = roll(learner, args, ending)
+    state = starts.observations.double().numpy()
+    for step in range(steps):
+        observations, actions, rewards, following, ends = (column.view(steps, 6, -1)[step].numpy() for column in rolled)
+        mu = np.array([mean for _, mean, _ in numpy_terms(learner.actor.critic, state)])
+        for found, expected in ((observations, state), (actions, mu), (rewards[:, 0], state[:, 0])):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+        state = state + mu[:, :1]
+        np.testing.assert_allclose(following, state, atol=1e-4)
+        assert (ends == (ending == "learned")).all()
+
+
+def test_its_actions_have_noise_of_that_size_and_stay_within_their_bounds(learner, args):
+    args.rollout_length, args.exploration_noise = 1, 0.01
+    _, rolled = roll(learner, args, batch_size=5_000)
+    mu = learner.actor(rolled.observations).detach()
+    away = (rolled.actions - mu)[mu.abs() < 0.9]
+    assert away.std().item() == pytest.approx(0.01, rel=0.05) and abs(away.mean()) < 1e-3
+    args.exploration_noise = 5.0
+    _, rolled = roll(learner, args)
+    assert rolled.actions.min() == -1 and rolled.actions.max() == 1
+
+
 # --- Runs ---
+
+
+def test_without_rollouts_no_model_is_made_and_nothing_else_is_drawn(tmp_path, pendulum):
+    run = run_script("naf", *SHORT, "--num-updates", "5", "--seed", "3", "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0 and "terminations" not in run.stdout, run.stderr
+    torch.manual_seed(3)
+    plain = naf.Args(hidden_dims=(16, 16))
+    learner = naf.build(3, 1, plain, CPU, Adam)
+    for step in range(1, 6):
+        naf.update(learner, naf.Batch(*pendulum.sample(256)), step, plain)
+    assert_same(
+        checkpoint(tmp_path / "run")["learner"], {n: part.state_dict() for n, part in learner._asdict().items()}
+    )
+    assert learner._fields == ("actor", "target_critic", "optimizer")
+
+
+MODEL = [*SHORT, *SHORTER["naf"], "--rollout-every", "10"]
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What a run did: rows that each model was fitted to, rollouts (starts, result), and batches of its updates."""
+    fitted, rolled, batches = [], [], []
+    fit_dynamics, rollout, critic_loss = naf.fit_dynamics, naf.rollout, naf.critic_loss
+
+    def fit(learner, data, *rest):
+        assert learner.dynamics.epoch == 0
+        fitted.append(naf.Batch(*(column.clone() for column in data)))
+        yield from fit_dynamics(learner, data, *rest)
+
+    def roll(actor, elites, starts, *rest):
+        rolled.append((starts, rollout(actor, elites, starts, *rest)))
+        return rolled[-1][1]
+
+    def loss(learner, batch, args):
+        batches.append(batch)
+        return critic_loss(learner, batch, args)
+
+    for name, spy in {"fit_dynamics": fit, "rollout": roll, "critic_loss": loss}.items():
+        monkeypatch.setattr(naf, name, spy)
+    return fitted, rolled, batches
+
+
+def test_the_course_of_a_run(spied, tmp_path, make_dataset):
+    """Rollouts before updates 1, 11, 21 and 31, from 27 on it acts: the last are of a new model. None after 33."""
+    fitted, rolled, batches = spied
+    data = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Pendulum-v1")
+    words = ["--dataset-id", data, "--num-updates", "26", "--online-steps", "20", "--imagined-until", "33"]
+    words += ["--batch-size", "16", "--imagined-ratio", "0.75", "--rollouts-kept", "2", "--eval-every", "50"]
+    run = run_script("naf", *MODEL, *words, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert "terminations in the model: Pendulum\n" in run.stdout
+    learner = checkpoint(tmp_path / "run")["learner"]
+    played = naf.ModelBuffer.fromkeys(naf.Batch._fields)
+    played = dict(zip(played, learner["player"]["added"].split([3, 1, 1, 3, 1], dim=1), strict=True))
+    assert [len(data.rewards) for data in fitted] == [120, 124]
+    for first, second, more in zip(*fitted, played.values(), strict=True):
+        torch.testing.assert_close(second, torch.cat([first, more[:4].view(4, *first.shape[1:])]), rtol=0, atol=0)
+    assert [len(result.rewards) for _, result in rolled] == [500] * 4
+    for starts, result in rolled:
+        assert torch.isin(starts.observations, fitted[-1].observations).all()
+        assert torch.equal(result.observations[:100], starts.observations)
+    assert learner["model_buffer"]["added"] == 2000 and len(learner["model_buffer"]["rewards"]) == 1000
+
+    assert len(batches) == 46
+    seen = torch.cat([fitted[0].rewards, played["rewards"][:, 0]])
+    for number, batch in enumerate(batches):
+        real = torch.isin(batch.rewards, seen)
+        if number >= 33:
+            assert real.all()
+        else:
+            assert real[:4].all() and not real[4:].any()
+            newest = [result.rewards for _, result in rolled[max(number // 10 - 1, 0) : number // 10 + 1]]
+            assert torch.isin(batch.rewards[4:], torch.cat(newest)).all()
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["model/rewards"]]
+    assert [(row["step"], bool(row["dynamics/epoch"])) for row in rows] == [
+        ("1", False),
+        ("11", False),
+        ("21", False),
+        ("31", True),
+    ]
+
+
+def test_a_resumed_run_keeps_the_model_of_what_was_played(tmp_path, make_dataset):
+    """Where none is due any more: of updates 1, 11 and 21 the last had a new one."""
+    data = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Pendulum-v1")
+    words = [*MODEL, "--dataset-id", data, "--num-updates", "15", "--eval-every", "5", "--log-every", "5", "--run-dir"]
+    whole, later = tmp_path / "whole", tmp_path / "later"
+    for folder, more in ((whole, ["15"]), (later, ["10"]), (later, ["15", "--resume"])):
+        run = run_script("naf", *words, str(folder), "--online-steps", *more)
+        assert run.returncode == 0, run.stderr
+    assert_same_runs(whole, later)
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--imagined-ratio", "-0.1"], r"must be in \[0, 1\]"),
+        (["--imagined-ratio", "1.1"], r"must be in \[0, 1\]"),
+        (["--imagined-until", "0"], "must be at least 1"),
+        (["--rollout-length", "0"], "must be at least 1"),
+        (["--exploration-noise", "-0.1"], "must not be negative"),
+        (["--num-elites", "8"], r"must be in \[1, --num-models\]"),
+        (["--dynamics", "runs/mopo"], "a model is used with an --imagined-ratio above 0 alone"),
+    ],
+)
+def test_bad_arguments(words, rule, tmp_path):
+    assert_one_line(run_script("naf", *words, "--run-dir", str(tmp_path / "run")), f"error: {' '.join(words)}: {rule}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_transition_is_too_few_for_a_model_alone(tmp_path, make_dataset):
+    data = make_dataset(episodes=[random_episode(0, 1)])
+    words = ["--dataset-id", data, "--num-updates", "1", "--run-dir", str(tmp_path / "run")]
+    run = run_script("naf", *MODEL, *words)
+    assert_one_line(run, f"error: {data}: one transition is too few to train a model and test it")
+    assert run_script("naf", *SHORT, *words).returncode == 0
 
 
 def test_online_it_plays_with_noise(tmp_path, pendulum):

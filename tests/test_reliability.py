@@ -106,7 +106,11 @@ def test_a_run_killed_seven_times_at_random_resumes_to_the_same_bits(algorithm, 
     arguments = ["--num-updates", "300", "--checkpoint-every", "3", "--log-every", "2", "--eval-every", "10", *SHORT]
     arguments += [
         *what_it_needs(algorithm, tmp_path),
-        *(["--max-dynamics-epochs", "10"] if algorithm in ("mopo", "combo", "mobile", "morel", "mve", "mbpo") else []),
+        *(
+            ["--max-dynamics-epochs", "10"]
+            if algorithm in ("mopo", "combo", "mobile", "morel", "mve", "naf", "mbpo")
+            else []
+        ),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
@@ -327,7 +331,9 @@ def test_threads_that_are_chosen_stay_and_where_sums_would_differ(changes, tmp_p
 @pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name not in ("fqe", "decision_transformer")])
 def test_the_number_of_threads_does_not_change_a_bit(algorithm, tmp_path, pendulum):
     words = "--num-updates", "10", "--eval-episodes", "1", "--final-eval-episodes", "1"
-    words += tuple(SHORTER[algorithm]) if algorithm in ("mopo", "combo", "mobile", "morel", "mve", "mbpo") else ()
+    words += (
+        tuple(SHORTER[algorithm]) if algorithm in ("mopo", "combo", "mobile", "morel", "mve", "naf", "mbpo") else ()
+    )
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
