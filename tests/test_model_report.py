@@ -362,6 +362,11 @@ def test_a_model_that_was_taken_over_was_tested_by_the_seed_of_its_own_run(runs,
     assert "which rows the model was tested on is not known" in report(third)
 
 
+def test_a_model_of_what_was_played_was_tested_on_other_rows(runs):
+    folder = runs("naf", "--online-steps", "3", "--rollout-every", "1")
+    assert "which rows the model was tested on is not known" in report(folder)
+
+
 def test_rewards_are_in_the_environments_units(runs):
     """The model is of normalised rewards, and so the same whatever their scale and shift."""
     scaled = "--reward-scale", "0.1", "--reward-shift", "2"
