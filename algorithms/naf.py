@@ -24,12 +24,12 @@ states that were seen. Once the policy acts, a new model is fitted before all ro
 Paper: Gu, Lillicrap, Sutskever, Levine, "Continuous Deep Q-Learning with Model-based Acceleration", 2016,
 arXiv 1603.00748; the model is that of MBPO, arXiv 1906.08253.
 Differences: it begins with data, where the paper's agent begins with none. mu is sent through tanh, so that it is an
-action. No code of the authors is known to us: rates are usual ones. Observations are normalised. The model is the
-ensemble of mbpo.py and its kin: the paper fits linear ones, a step of the episode each, to its last five episodes
-alone, and found that one network in their place negates the gain. Rollouts start anywhere in the data, where its start
-in the newest; nothing is planned (its iLQG). It has l rollouts to one real batch, each of l steps: a ratio of 0.83 or
-more. It stops imagining after 20,000 steps of one task, because the gain is early and the model's error stays: so does
---imagined-until. It names no rule for when, so there is none here, and no schedule of ratio or length.
+action. No code of the authors is known to us: rates are usual ones. Observations are normalised. A step has one update,
+the paper's five. The model is the ensemble of mbpo.py and its kin. The paper's is linear, another one at each step of
+an episode, and fitted to the last five episodes alone; one network in its place took the gain away there. Rollouts
+start at any state that was seen, the paper's at the newest, and iLQG, an option there, plans nothing here. Of its
+batches l in l + 1 are imagined, a ratio of 0.83 or more. On one task it stops imagining after 20,000 steps, as the gain
+is early and a model's error stays: --imagined-until does that, and no more, since the paper has no rule for when.
 
 Run: python algorithms/naf.py --dataset-id anchorl/pendulum/mixed-v0
 """

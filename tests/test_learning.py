@@ -93,6 +93,12 @@ def test_combo_with_logsumexp_passes_behaviour_cloning(tmp_path, pendulum):
     assert train("combo", tmp_path, "--regularizer", "logsumexp", *few) > 48
 
 
+@pytest.mark.slow
+def test_naf_with_rollouts_passes_behaviour_cloning_offline(tmp_path, pendulum):
+    half = ["--imagined-ratio", "0.5", *MODEL, "--batch-size", "128"]
+    assert train("naf", tmp_path, *half, "--num-updates", "2500", "--online-steps", "0") > 48
+
+
 def test_behaviour_cloning_learns_the_average_of_the_data(tmp_path, pendulum):
     assert 10 < train("bc", tmp_path) < 38
 
