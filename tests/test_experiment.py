@@ -449,6 +449,8 @@ NONSENSE = {
     "cem_alpha": "1",
     "num_particles": "0",
     "real_ratio": "1.5",
+    "imagined_ratio": "1.5",
+    "imagined_until": "0",
     "rollout_length": "0",
     "rollout_batch_size": "0",
     "rollout_every": "0",
