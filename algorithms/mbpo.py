@@ -1,8 +1,8 @@
 """Model-based policy optimization (MBPO): SAC that plays in the environment, and practises in a model of it meanwhile.
 
-Every --model-every steps an ensemble is fitted to all that was seen. SAC then learns from short rollouts in it, from
-states that were seen, in many updates a step: as many on real ones alone may learn these by heart. Where the model
-errs, the policy goes, and is corrected by what comes. With x = (s, a), z = (s' - s, r) and SAC's `temperature`:
+Every --model-every steps an ensemble is fitted to all that was seen. SAC learns from short rollouts of the policy in
+it, from states that were seen, in many updates a step: as many on real ones alone may learn these by heart. Where the
+model errs, the policy goes, and is corrected by what comes. With x = (s, a), z = (s' - s, r), SAC's `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]

@@ -1,8 +1,8 @@
 """Model-based offline reinforcement learning (MOReL): practise in a learned model that stops where it is not known.
 
-An ensemble learns the dynamics from the data. SAC learns from short rollouts in it, from states of the data. Where two
-members foretell too different states, (s, a) is unknown: after its reward comes HALT, which is never left and pays
--kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
+An ensemble learns the dynamics from the data. SAC learns from short rollouts of the policy in it, from states of the
+data. Where two members foretell too different states, (s, a) is unknown: after its reward comes HALT, never left, which
+pays -kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' - s, r), SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
     disc(s, a) = max_ij |f_i(s, a) - f_j(s, a)|,  f_k: mean_k(x)'s part of s';  unknown: > threshold max_data disc
