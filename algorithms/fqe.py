@@ -247,7 +247,7 @@ def load(args: Args, dataset: Dataset) -> Policy:
     try:
         policy = load_policy(folder, args.policy_script)
     except BadInput as error:
-        raise BadInput(f"{where}: {error}".replace("(script=)", "(--policy-script)")) from None
+        raise BadInput(f"{where}: {error}".replace("(--script)", "(--policy-script)")) from None
     history = f"{where}: its Actor needs its episode's history (`follow`), which only playing gives it"
     check(not getattr(policy.actor, "needs_history", False), history)
     kinds = [f"{'discrete' if discrete else 'continuous'} actions" for discrete in (policy.discrete, dataset.discrete)]

@@ -1,9 +1,8 @@
 """Model-based policy optimization (MBPO): SAC that plays in the environment, and practises in a model of it meanwhile.
 
-Every --model-every steps in the environment an ensemble of networks is fitted to all that was seen. SAC then learns
-from short rollouts of the current policy in it, which start at states that were seen, in many updates per step: on the
-few real transitions alone, as many may learn these by heart. Where the model errs, the policy goes, and is corrected by
-what comes. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
+Every --model-every steps an ensemble is fitted to all that was seen. SAC learns from short rollouts of the policy in
+it, from states that were seen, in many updates a step: as many on real ones alone may learn these by heart. Where the
+model errs, the policy goes, and is corrected by what comes. With x = (s, a), z = (s' - s, r), SAC's `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
@@ -18,11 +17,11 @@ With --rollout-schedule 1 15 20000 100000 they are of 1 step until step 20,000, 
 Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019, arXiv 1906.08253;
 SAC is arXiv 1812.05905.
 Differences: by default as many updates and random steps as the authors' code has for a pendulum. z is normalised. Each
-member draws every batch anew, stops on its own and has its own bounds of variance; theirs keep one bootstrap each and
-share the rest, and up to 5,000 rows are held out (1,000). Lengths change with each model (theirs: every 1,000 steps),
-and then the model's buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor
-1/2; one step trains pi, Q and the temperature. Layers start as PyTorch's do; theirs as Glorot's in SAC, truncated
-normal in the model. The first --random-steps are the dataset, as in sac.py. All data are kept (the newest million).
+member draws every batch anew, stops on its own and has its own bounds of variance (theirs: one bootstrap each, the rest
+shared); up to 1,000 rows are held out (5,000). Lengths change with each model (every 1,000 steps), and then the model's
+buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor 1/2; one step trains
+pi, Q and the temperature. Layers start as PyTorch's do (Glorot's in SAC, truncated normal in the model). The first
+--random-steps are the dataset, as in sac.py. All data are kept (the newest million).
 
 Run: python algorithms/mbpo.py --env-id Pendulum-v1
 """
@@ -186,10 +185,9 @@ class ModelBuffer(dict[str, Tensor]):
             self.setdefault(name, new.new_zeros(capacity, *new.shape[1:]))[rows] = new
         self["added"] = torch.tensor(added + len(rows))
 
-    def sample(self, batch_size: int) -> Batch:
-        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
-        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
-        return Batch(*(self[name][rows] for name in Batch._fields))
+    def sample(self, count: int) -> Batch:
+        rows = torch.randint(min(int(self["added"]), len(self["rewards"])), (count,), device=self["rewards"].device)
+        return Batch(*(self[name][rows] for name in Batch._fields))  # uniformly, with replacement
 
     state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
@@ -211,19 +209,15 @@ def build(
     observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
-    actor = Actor(observation_dim, action_dim, args).to(device)
-    critic = Critic(observation_dim, action_dim, args).to(device)
-    groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    dynamics = Dynamics(observation_dim, action_dim, args).to(device)
+    sizes = observation_dim, action_dim, args
+    actor, critic, dynamics = Actor(*sizes).to(device), Critic(*sizes).to(device), Dynamics(*sizes).to(device)
+    groups = [{"params": actor.parameters(), "lr": args.actor_learning_rate}]
+    groups.append({"params": critic.parameters(), "lr": args.critic_learning_rate})
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
-    best = copy.deepcopy(dynamics).requires_grad_(False)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    best, target_critic = copy.deepcopy(dynamics).requires_grad_(False), copy.deepcopy(critic).requires_grad_(False)
     optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
     return Learner(actor, critic, target_critic, best, dynamics, ModelBuffer(), *optimizers)
 
@@ -266,7 +260,7 @@ def begin_again(best: Dynamics, training: Dynamics) -> None:
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
@@ -274,9 +268,18 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
-    best.holdout_error[better] = error[better]
-    best.best_epoch[better] = best.epoch
-    return error
+    best.holdout_error[better], best.best_epoch[better] = error[better], best.epoch
+    return {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+def forecast_errors(elites: Dynamics, data: Batch, rows: Tensor) -> Metrics:
+    """Root mean squared errors at `rows`, of s' in standard deviations of the data and of r; and of naive forecasts."""
+    known = (data.terminations[rows] == 0) | (data.next_observations[rows] != data.observations[rows]).any(dim=1)
+    s, a, r, next_s, _ = (column[rows[known]] for column in data)
+    mean, scale = elites.predict(s, a)[0].mean(dim=0), data.observations.std(dim=0) + 1e-3
+    errors = {"error": (s + mean[:, :-1] - next_s) / scale, "error_nothing_changes": (s - next_s) / scale}
+    errors |= {"reward_error": mean[:, -1] - r, "reward_error_mean": data.rewards.mean() - r}
+    return {f"dynamics/{name}": (error.square().sum() / max(1, error.numel())).sqrt() for name, error in errors.items()}
 
 
 def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
@@ -284,9 +287,8 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for dynamics in (best, training):
-        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
-        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
+        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
@@ -295,9 +297,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
             metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
             losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
-        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        errors = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
-        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        yield means | errors | forecast_errors(best.elites(args.num_elites), data, held_out)
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -355,12 +357,9 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParame
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(
-    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
-) -> tuple[Tensor, Metrics]:
+def actor_loss(critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor) -> tuple:
     """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
-    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
-    # functional_call runs a network with the weights it is given in place of its own.
+    # functional_call runs Q with constant weights: the gradient passes through Q to the actions, and changes no weight
     constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     loss = (temperature.detach() * log_prob - q).mean()
@@ -484,7 +483,8 @@ def main(args: Args) -> None:
             if length > rollout_length(steps - args.model_every, args.rollout_schedule):
                 learner.model_buffer.clear()  # which has room for shorter ones
             learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * length)
-            found |= {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")}
+            for source, rows in (("model", transitions), ("data", data)):
+                found |= {f"{source}/{name}": getattr(rows, name).mean() for name in ("rewards", "terminations")}
             run.log(step, found | {"dynamics/epoch": learner.dynamics.epoch, "model/rollout_length": length})
         if of_this_step == 0:
             buffer.add(player.step(run.policy(player.observation[None], explore)[0]))

@@ -4,8 +4,7 @@ An ensemble of networks learns the dynamics from the data. SAC then learns from 
 that model, which start at states of the data. Each member says where a step of them leads, and the target critic what
 that is worth: the further these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' - s, r):
 
-    p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    p_k(z | x) = Normal(mean_k(x), std_k(x)),  L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
     u(s, a) = std_k(T_k) over the elites k,  T_k = E[ min_i Q'_i(s', a') ],  s' ~ p_k(.|s, a), a' ~ pi(.|s')
     y       = r + gamma (1 - termination) min_i Q'_i(s', a') - penalty_coefficient u(s, a)  (of data: without u)
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
@@ -16,8 +15,8 @@ Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-base
 2023; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is as the authors' code has it: of Q' without gamma, r and ends, over num_elites - 1. So is y in their
 OfflineRL-Kit; the paper's own code adds entropy. Both keep y >= 0 (here --min-target 0) and the temperature <= 1.
-Observations and z are normalised. Members of the model draw every batch anew (theirs: one bootstrap each), and stop one
-by one. One step trains actor, critic and temperature. Layers start as PyTorch's do, theirs from a truncated normal.
+Observations and z are normalised. Members of the model draw every batch anew (theirs: one bootstrap each), stop one by
+one, and start as PyTorch's layers do (truncated normal). One step trains actor, critic and temperature.
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -183,10 +182,9 @@ class ModelBuffer(dict[str, Tensor]):
             self.setdefault(name, new.new_zeros(capacity, *new.shape[1:]))[rows] = new
         self["added"] = torch.tensor(added + len(rows))
 
-    def sample(self, batch_size: int) -> Batch:
-        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
-        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
-        return Batch(*(self[name][rows] for name in Batch._fields))
+    def sample(self, count: int) -> Batch:
+        rows = torch.randint(min(int(self["added"]), len(self["rewards"])), (count,), device=self["rewards"].device)
+        return Batch(*(self[name][rows] for name in Batch._fields))  # uniformly, with replacement
 
     state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
@@ -208,19 +206,15 @@ def build(
     observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
-    actor = Actor(observation_dim, action_dim, args).to(device)
-    critic = Critic(observation_dim, action_dim, args).to(device)
-    groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    dynamics = Dynamics(observation_dim, action_dim, args).to(device)
+    sizes = observation_dim, action_dim, args
+    actor, critic, dynamics = Actor(*sizes).to(device), Critic(*sizes).to(device), Dynamics(*sizes).to(device)
+    groups = [{"params": actor.parameters(), "lr": args.actor_learning_rate}]
+    groups.append({"params": critic.parameters(), "lr": args.critic_learning_rate})
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
-    best = copy.deepcopy(dynamics).requires_grad_(False)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    best, target_critic = copy.deepcopy(dynamics).requires_grad_(False), copy.deepcopy(critic).requires_grad_(False)
     optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
     return Learner(actor, critic, target_critic, best, dynamics, ModelBuffer(), *optimizers)
 
@@ -253,7 +247,7 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
@@ -261,9 +255,18 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
-    best.holdout_error[better] = error[better]
-    best.best_epoch[better] = best.epoch
-    return error
+    best.holdout_error[better], best.best_epoch[better] = error[better], best.epoch
+    return {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+def forecast_errors(elites: Dynamics, data: Batch, rows: Tensor) -> Metrics:
+    """Root mean squared errors at `rows`, of s' in standard deviations of the data and of r; and of naive forecasts."""
+    known = (data.terminations[rows] == 0) | (data.next_observations[rows] != data.observations[rows]).any(dim=1)
+    s, a, r, next_s, _ = (column[rows[known]] for column in data)
+    mean, scale = elites.predict(s, a)[0].mean(dim=0), data.observations.std(dim=0) + 1e-3
+    errors = {"error": (s + mean[:, :-1] - next_s) / scale, "error_nothing_changes": (s - next_s) / scale}
+    errors |= {"reward_error": mean[:, -1] - r, "reward_error_mean": data.rewards.mean() - r}
+    return {f"dynamics/{name}": (error.square().sum() / max(1, error.numel())).sqrt() for name, error in errors.items()}
 
 
 def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
@@ -271,9 +274,8 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for dynamics in (best, training):
-        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
-        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
+        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
@@ -282,9 +284,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
             metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
             losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
-        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        errors = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
-        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        yield means | errors | forecast_errors(best.elites(args.num_elites), data, held_out)
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -349,15 +351,13 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParame
     q = learner.critic(batch.observations, batch.actions)  # [2, batch]
     loss = (target - q).square().mean(dim=1).sum()  # the mean over the batch, the sum over the twins
     metrics = {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
-    return loss, metrics | {"critic/u_data": u[:num_real].mean(), "critic/u_model": u[num_real:].mean()}
+    metrics |= {"critic/u_data": u[:num_real].mean(), "critic/u_model": u[num_real:].mean()}
+    return loss, metrics | {"model/penalised_rewards": (batch.rewards - args.penalty_coefficient * u)[num_real:].mean()}
 
 
-def actor_loss(
-    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
-) -> tuple[Tensor, Metrics]:
+def actor_loss(critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor) -> tuple:
     """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
-    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
-    # functional_call runs a network with the weights it is given in place of its own.
+    # functional_call runs Q with constant weights: the gradient passes through Q to the actions, and changes no weight
     constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     loss = (temperature.detach() * log_prob - q).mean()
@@ -465,9 +465,8 @@ def main(args: Args) -> None:
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
     def make_batch(data: ReplayBuffer, rows: Tensor) -> Batch:  # of some of the rows and, in place of others, rollouts
-        num_real = round(args.real_ratio * len(rows))
-        rollouts = learner.model_buffer.sample(len(rows) - num_real)
-        return Batch(*map(torch.cat, zip(data.take(rows[:num_real]), rollouts, strict=True)))
+        n = round(args.real_ratio * len(rows))
+        return Batch(*map(torch.cat, zip(data.take(rows[:n]), learner.model_buffer.sample(len(rows) - n), strict=True)))
 
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
@@ -481,15 +480,16 @@ def main(args: Args) -> None:
             run.save_checkpoint()
             run.progress.set_postfix_str(f"dynamics epoch {int(learner.dynamics.epoch)}")
     elites = learner.dynamics.elites(args.num_elites)
+    data = {f"data/{name}": getattr(buffer.transitions, name).mean() for name in ("rewards", "terminations")}
     for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:  # half a cosine, from 1 at the first update to 0 after the last
             decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
             learner.optimizer.param_groups[0]["lr"].fill_(args.actor_learning_rate * decay)
         if (step - 1) % args.rollout_every == 0:
             starts = Batch(*buffer.sample(args.rollout_batch_size))
-            transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
-            learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
-            run.log(step, {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")})
+            rolled = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
+            learner.model_buffer.add(rolled, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
+            run.log(step, data | {f"model/{key}": getattr(rolled, key).mean() for key in ("rewards", "terminations")})
         metrics = train(learner, make_batch(buffer, buffer.draw(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

@@ -12,9 +12,8 @@ there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) a
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-The share --real-ratio of a batch is data, without penalty; the others are rollouts. The uncertainty u is the --penalty,
-over the elites k and in the units of (s' - s, r) as the policy sees them: max_std, max_k |std_k| (section 4.3), or
-ensemble_std, the elites' mixture's standard deviation |sqrt(E_k[std_k^2] + Var_k[mean_k])|.
+Of a batch the share --real-ratio is data, without penalty. u is the --penalty, of the elites k in standard deviations
+of the data: max_k |std_k| (max_std, section 4.3) or |sqrt(E_k[std_k^2] + Var_k[mean_k])| (ensemble_std).
 
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
@@ -186,10 +185,9 @@ class ModelBuffer(dict[str, Tensor]):
             self.setdefault(name, new.new_zeros(capacity, *new.shape[1:]))[rows] = new
         self["added"] = torch.tensor(added + len(rows))
 
-    def sample(self, batch_size: int) -> Batch:
-        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
-        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
-        return Batch(*(self[name][rows] for name in Batch._fields))
+    def sample(self, count: int) -> Batch:
+        rows = torch.randint(min(int(self["added"]), len(self["rewards"])), (count,), device=self["rewards"].device)
+        return Batch(*(self[name][rows] for name in Batch._fields))  # uniformly, with replacement
 
     state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
@@ -211,19 +209,15 @@ def build(
     observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
-    actor = Actor(observation_dim, action_dim, args).to(device)
-    critic = Critic(observation_dim, action_dim, args).to(device)
-    groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    dynamics = Dynamics(observation_dim, action_dim, args).to(device)
+    sizes = observation_dim, action_dim, args
+    actor, critic, dynamics = Actor(*sizes).to(device), Critic(*sizes).to(device), Dynamics(*sizes).to(device)
+    groups = [{"params": actor.parameters(), "lr": args.actor_learning_rate}]
+    groups.append({"params": critic.parameters(), "lr": args.critic_learning_rate})
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
-    best = copy.deepcopy(dynamics).requires_grad_(False)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    best, target_critic = copy.deepcopy(dynamics).requires_grad_(False), copy.deepcopy(critic).requires_grad_(False)
     optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
     return Learner(actor, critic, target_critic, best, dynamics, ModelBuffer(), *optimizers)
 
@@ -256,7 +250,7 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
@@ -264,9 +258,18 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
-    best.holdout_error[better] = error[better]
-    best.best_epoch[better] = best.epoch
-    return error
+    best.holdout_error[better], best.best_epoch[better] = error[better], best.epoch
+    return {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+def forecast_errors(elites: Dynamics, data: Batch, rows: Tensor) -> Metrics:
+    """Root mean squared errors at `rows`, of s' in standard deviations of the data and of r; and of naive forecasts."""
+    known = (data.terminations[rows] == 0) | (data.next_observations[rows] != data.observations[rows]).any(dim=1)
+    s, a, r, next_s, _ = (column[rows[known]] for column in data)
+    mean, scale = elites.predict(s, a)[0].mean(dim=0), data.observations.std(dim=0) + 1e-3
+    errors = {"error": (s + mean[:, :-1] - next_s) / scale, "error_nothing_changes": (s - next_s) / scale}
+    errors |= {"reward_error": mean[:, -1] - r, "reward_error_mean": data.rewards.mean() - r}
+    return {f"dynamics/{name}": (error.square().sum() / max(1, error.numel())).sqrt() for name, error in errors.items()}
 
 
 def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
@@ -274,9 +277,8 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for dynamics in (best, training):
-        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
-        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
+        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
@@ -285,9 +287,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
             metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
             losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
-        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        errors = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
-        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        yield means | errors | forecast_errors(best.elites(args.num_elites), data, held_out)
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -331,8 +333,7 @@ def rollout(
     for observations in starts.observations.split(2_000):  # pieces for a cache
         for _ in range(args.rollout_length):
             noise = torch.randn(len(observations), starts.actions.shape[1], device=observations.device)
-            actions, _ = actor.sample(observations, noise)
-            transitions, u = model_step(elites, observations, actions, scale, ending, args)
+            transitions, u = model_step(elites, observations, actor.sample(observations, noise)[0], scale, ending, args)
             observations = transitions.next_observations[transitions.terminations == 0]  # the others go on
             rolled.append((*transitions, u))
     *columns, us = map(torch.cat, zip(*rolled, strict=True))
@@ -354,12 +355,9 @@ def critic_loss(learner: Learner, batch: Batch, noise: Tensor, args: HyperParame
     return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean(), "critic/target": target.mean()}
 
 
-def actor_loss(
-    critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor
-) -> tuple[Tensor, Metrics]:
+def actor_loss(critic: Critic, temperature: Tensor, observations: Tensor, actions: Tensor, log_prob: Tensor) -> tuple:
     """L_pi = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ], `actions` a_pi differentiable in the actor"""
-    # Q with its weights held constant: the gradient passes through Q to the actions and changes no weight of Q itself.
-    # functional_call runs a network with the weights it is given in place of its own.
+    # functional_call runs Q with constant weights: the gradient passes through Q to the actions, and changes no weight
     constants = {name: weight.detach() for name, weight in critic.named_parameters()}
     q = functional_call(critic, constants, (observations, actions)).min(dim=0).values  # [batch]
     loss = (temperature.detach() * log_prob - q).mean()
@@ -478,16 +476,18 @@ def main(args: Args) -> None:
             run.progress.set_postfix_str(f"dynamics epoch {int(learner.dynamics.epoch)}")
     elites = learner.dynamics.elites(args.num_elites)
     num_real = round(args.real_ratio * args.batch_size)
+    data = {f"data/{name}": getattr(buffer.transitions, name).mean() for name in ("rewards", "terminations")}
     for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:  # half a cosine, from 1 at the first update to 0 after the last
             decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.num_updates))
             learner.optimizer.param_groups[0]["lr"].fill_(args.actor_learning_rate * decay)
         if (step - 1) % args.rollout_every == 0:
             starts = Batch(*buffer.sample(args.rollout_batch_size))
-            transitions, u = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
-            learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
+            rolled, u = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
+            learner.model_buffer.add(rolled, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
             u_data = uncertainty(*elites.predict(*buffer.sample(10_000)[:2])[:2], args.penalty)
-            found = {"model/rewards": transitions.rewards.mean(), "model/terminations": transitions.terminations.mean()}
+            found = {f"model/{name}": getattr(rolled, name).mean() for name in ("rewards", "terminations")} | data
+            found["model/raw_rewards"] = (rolled.rewards + args.penalty_coefficient * u).mean()
             run.log(step, found | {"u/data_mean": u_data.mean(), "u/rollouts_mean": u.mean()})
         parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
         metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)

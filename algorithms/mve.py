@@ -202,13 +202,10 @@ def build(
     observation_dim: int, action_dim: int, args: HyperParameters, device: Any = "cpu", adam: Any = torch.optim.Adam
 ) -> Learner:
     """Fresh networks and their optimisers, with a parameter group per network, the actor's first, or per layer."""
-    actor = Actor(observation_dim, action_dim, args).to(device)
-    critic = Critic(observation_dim, action_dim, args).to(device)
-    groups = [
-        {"params": actor.parameters(), "lr": args.actor_learning_rate},
-        {"params": critic.parameters(), "lr": args.critic_learning_rate},
-    ]
-    dynamics = Dynamics(observation_dim, action_dim, args).to(device)
+    sizes = observation_dim, action_dim, args
+    actor, critic, dynamics = Actor(*sizes).to(device), Critic(*sizes).to(device), Dynamics(*sizes).to(device)
+    groups = [{"params": actor.parameters(), "lr": args.actor_learning_rate}]
+    groups.append({"params": critic.parameters(), "lr": args.critic_learning_rate})
     layers, bounds = dynamics.layers, [dynamics.max_log_variance, dynamics.min_log_variance]
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
@@ -249,7 +246,7 @@ def dynamics_update(learner: Learner, x: Tensor, z: Tensor, terminations: Tensor
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
@@ -257,9 +254,18 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
-    best.holdout_error[better] = error[better]
-    best.best_epoch[better] = best.epoch
-    return error
+    best.holdout_error[better], best.best_epoch[better] = error[better], best.epoch
+    return {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+def forecast_errors(elites: Dynamics, data: Batch, rows: Tensor) -> Metrics:
+    """Root mean squared errors at `rows`, of s' in standard deviations of the data and of r; and of naive forecasts."""
+    known = (data.terminations[rows] == 0) | (data.next_observations[rows] != data.observations[rows]).any(dim=1)
+    s, a, r, next_s, _ = (column[rows[known]] for column in data)
+    mean, scale = elites.predict(s, a)[0].mean(dim=0), data.observations.std(dim=0) + 1e-3
+    errors = {"error": (s + mean[:, :-1] - next_s) / scale, "error_nothing_changes": (s - next_s) / scale}
+    errors |= {"reward_error": mean[:, -1] - r, "reward_error_mean": data.rewards.mean() - r}
+    return {f"dynamics/{name}": (error.square().sum() / max(1, error.numel())).sqrt() for name, error in errors.items()}
 
 
 def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
@@ -267,9 +273,8 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for dynamics in (best, training):
-        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
-        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
+        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
@@ -278,9 +283,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
             metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
             losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
-        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        errors = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
-        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        yield means | errors | forecast_errors(best.elites(args.num_elites), data, held_out)
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -358,13 +363,8 @@ def expand(learner: Learner, batch: Batch, noise: Tensor, member: Tensor | None,
     return steps[:count], back_up(steps, value, args.gamma)[:count], {}
 
 
-def critic_loss(
-    learner: Learner, batch: Batch, noise: Tensor, member: Tensor | None, args: HyperParameters
-) -> tuple[Tensor, Metrics]:
-    """L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1, or of t = -1 alone
-
-    `noise` [batch, action_dim] is standard normal, `member` [batch] a number of the elites for each row, or None.
-    """
+def critic_loss(learner: Learner, batch: Batch, noise: Tensor, member: Tensor | None, args: HyperParameters) -> tuple:
+    """L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1, or of t = -1 alone"""
     steps, targets, metrics = expand(learner, batch, noise, member, args)
     reach = [torch.ones_like(batch.rewards)]  # the probability that the episode has not ended before the step
     reach += [torch.stack([1 - step.terminations for step in steps[:t]]).prod(dim=0) for t in range(1, len(steps))]
@@ -391,7 +391,7 @@ def actor_loss(learner: Learner, batch: Batch, args: HyperParameters) -> tuple[T
 def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the critic; every `policy_every`-th, also of actor and targets. `step` counts from 1."""
     actor, critic, target_actor, target_critic, *_, optimizer = learner
-    noise, member = torch.randn_like(batch.actions), None
+    noise, member = torch.randn_like(batch.actions), None  # [batch, action_dim]; [batch], a number of the elites
     if args.horizon > 0 and args.expansion != "steve":  # each row follows one elite, of STEVE all
         member = torch.randint(args.num_elites, batch.rewards.shape, device=noise.device)
     loss, metrics = critic_loss(learner, batch, noise, member, args)

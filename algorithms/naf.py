@@ -192,10 +192,9 @@ class ModelBuffer(dict[str, Tensor]):
             self.setdefault(name, new.new_zeros(capacity, *new.shape[1:]))[rows] = new
         self["added"] = torch.tensor(added + len(rows))
 
-    def sample(self, batch_size: int) -> Batch:
-        held, device = min(int(self["added"]), len(self["rewards"])), self["rewards"].device
-        rows = torch.randint(held, (batch_size,), device=device)  # uniformly, with replacement
-        return Batch(*(self[name][rows] for name in Batch._fields))
+    def sample(self, count: int) -> Batch:
+        rows = torch.randint(min(int(self["added"]), len(self["rewards"])), (count,), device=self["rewards"].device)
+        return Batch(*(self[name][rows] for name in Batch._fields))  # uniformly, with replacement
 
     state_dict, load_state_dict = dict.copy, dict.update  # for checkpoints
 
@@ -276,7 +275,7 @@ def begin_again(best: Dynamics, training: Dynamics) -> None:
 
 
 @torch.no_grad()
-def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Tensor:
+def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
     error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
@@ -284,9 +283,18 @@ def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patien
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
         kept[better] = new[better]
-    best.holdout_error[better] = error[better]
-    best.best_epoch[better] = best.epoch
-    return error
+    best.holdout_error[better], best.best_epoch[better] = error[better], best.epoch
+    return {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+
+
+def forecast_errors(elites: Dynamics, data: Batch, rows: Tensor) -> Metrics:
+    """Root mean squared errors at `rows`, of s' in standard deviations of the data and of r; and of naive forecasts."""
+    known = (data.terminations[rows] == 0) | (data.next_observations[rows] != data.observations[rows]).any(dim=1)
+    s, a, r, next_s, _ = (column[rows[known]] for column in data)
+    mean, scale = elites.predict(s, a)[0].mean(dim=0), data.observations.std(dim=0) + 1e-3
+    errors = {"error": (s + mean[:, :-1] - next_s) / scale, "error_nothing_changes": (s - next_s) / scale}
+    errors |= {"reward_error": mean[:, -1] - r, "reward_error_mean": data.rewards.mean() - r}
+    return {f"dynamics/{name}": (error.square().sum() / max(1, error.numel())).sqrt() for name, error in errors.items()}
 
 
 def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: Any = dynamics_update) -> Iterator:
@@ -294,9 +302,8 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for dynamics in (best, training):
-        dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
-        dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
+        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):
@@ -305,9 +312,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
             chosen = rows[torch.randint(len(rows), (args.num_models, args.dynamics_batch_size), device=x.device)]
             metrics = train(learner, x[chosen], z[chosen], data.terminations[chosen])
             losses.append(torch.stack(list(metrics.values())))  # a copy: the next update may overwrite its metrics
-        error = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
+        errors = keep_better(best, training, x[held_out], z[held_out], args.dynamics_patience)
         means = dict(zip(metrics, torch.stack(losses).mean(dim=0), strict=True))
-        yield means | {f"dynamics/holdout_mse_{member}": value for member, value in enumerate(error)}
+        yield means | errors | forecast_errors(best.elites(args.num_elites), data, held_out)
 
 
 # which states s [N, observation_dim], as the environment has them, end an episode: by the environment's documentation
@@ -440,8 +447,8 @@ def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
     buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
-    enough = len(buffer.storage) > 1 or args.imagined_ratio == 0
-    check(enough, f"{args.dataset_id}: one transition is too few to train a model and test it")
+    if args.imagined_ratio > 0:
+        check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer) if args.imagined_ratio > 0 else ""
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
 
@@ -465,16 +472,16 @@ def main(args: Args) -> None:
     until = args.imagined_until or run.last_step
     for step in range(run.first_step, run.last_step + 1):
         if isinstance(learner, Learner) and step <= until and (step - 1) % args.rollout_every == 0:
-            found: Metrics = {}
+            data, found = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device))), Metrics()
             if len(buffer.storage) > buffer.num_loaded:  # it has acted: a new model
                 begin_again(learner.dynamics, learner.training_dynamics)
-                data = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device)))
                 *_, found = fit_dynamics(learner, data, args, train_dynamics)  # of the last epoch
                 found |= {"dynamics/epoch": learner.dynamics.epoch}
             starts, elites = Batch(*buffer.sample(args.rollout_batch_size)), learner.dynamics.elites(args.num_elites)
             transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, args)
             learner.model_buffer.add(transitions, args.rollouts_kept * args.rollout_batch_size * args.rollout_length)
-            found |= {f"model/{name}": getattr(transitions, name).mean() for name in ("rewards", "terminations")}
+            for source, rows in (("model", transitions), ("data", data)):
+                found |= {f"{source}/{name}": getattr(rows, name).mean() for name in ("rewards", "terminations")}
             run.log(step, found)
         if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
             buffer.add(player.step(run.policy(player.observation[None], explore)[0]))

@@ -15,8 +15,9 @@ zeros, together and one by one. With f what a file makes of a row x and pi what 
                                                                  u drawn from [-1, 1]
 
 scale is half the range of an action, or the largest preference of x. The eight pi_k tell float error from a fault:
-where BCQ's or BEAR's two best candidates are as good as equal, either may be chosen. An Actor that draws random numbers
-is refused; those of BCQ and BEAR drew their candidates' noise once, in training, and it is a part of the file.
+where the two best candidates of an Actor that chooses, as BCQ's does, are as good as equal, either may be taken. An
+Actor that draws random numbers is refused; those that choose drew their candidates' noise once, before training, and it
+is a part of the file.
 
 The file's metadata tells names, ranges, normalization, the script with its hyper-parameters, the data and versions,
 each as JSON.

@@ -60,7 +60,7 @@ def main(args: Args) -> None:
     try:
         policy = load_policy(path, args.policy_script)
     except BadInput as error:
-        raise BadInput(f"{where}: {error}".replace("(script=)", "(--policy-script)")) from None
+        raise BadInput(f"{where}: {error}".replace("(--script)", "(--policy-script)")) from None
     check(not policy.discrete, f"{where}: the policy's actions are numbers, and must be vectors")
     samples = hasattr(policy.actor, "sample")
     check(samples or not args.sample, f"--sample: the actor of {policy.origin['script']}.py has no sample: go without")

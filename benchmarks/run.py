@@ -130,9 +130,13 @@ class Cell(NamedTuple):
         return [*command, "--resume"] if (self.folder / "checkpoint.pt").exists() else command
 
     def num_updates(self, script_arguments: tuple[str, ...]) -> int:
+        """In all, with those online."""
         words = " ".join([*script_arguments, self.algorithm])
-        found = re.findall(r"--num[-_]updates[ =]\+?(\d+(?:_\d+)*)", words)  # 5_000 is a number
-        return int(found[-1]) if found else ExperimentArgs.num_updates
+        total = 0
+        for name, default in (("num[-_]updates", ExperimentArgs.num_updates), ("online[-_]steps", 0)):
+            found = re.findall(rf"--{name}[ =]\+?(\d+(?:_\d+)*)", words)  # 5_000 is a number
+            total += int(found[-1]) if found else default
+        return total
 
     def updates_done(self) -> int:
         """The newest row's update."""

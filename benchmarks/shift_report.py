@@ -34,9 +34,10 @@ deviation.
 Limits. An alarm says that the data cannot vouch for the policy, not that it is bad. A report without alarms has found
 nothing, which means little where `random` passes, too: the data cover every action. Distances mean less the more
 dimensions there are, `taken` the fewer actions. beta takes the action's entries for independent. For actors without a
-distribution (BC, TD3+BC, BCQ, of discrete actions all but IQL's) p is 1 in one bin. This makes KL and TV large even for
-a good clone of noisy data, so they have no verdict. Nor has accuracy: the best policy is far from mixed data. A Q above
-G is no error where rewards grow beyond what D has seen. Q may be of another policy than pi: IQL's is of a better one,
+distribution (BC, TD3+BC, those that choose among candidates, as BCQ's, of discrete actions all but IQL's) p is 1 in one
+bin. This makes KL and TV large even for a good clone of noisy data, so they have no verdict. Nor has accuracy: the best
+policy is far from mixed data. A Q above G is no error where rewards grow beyond what D has seen. Q may be of another
+policy than pi: those of IQL, SQL, XQL and IDQL are of a better one,
 CQL's and COMBO's of the actor with its noise, MOPO's has penalties and entropies in it, MOBILE's penalties. S is small
 where episodes are short pieces. The picture's Q over training is what the script logged: CQL of all three kinds of
 action, TD3+BC of data and policy, IQL, BCQ and scripts for discrete actions of data. BC and AWR have no Q. Without an

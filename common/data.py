@@ -176,17 +176,21 @@ class ReplayBuffer:
             storage = torch.empty(dataset.num_steps + room, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None
         self.origin = np.zeros(self.observation_dim) if given is None else given[0].cpu().numpy()  # subtracted first
-        lengths, returns = self._fill(storage, normalize_observations is True)
-        self.episode_lengths = torch.tensor(lengths, dtype=torch.long)
+        self.episode_lengths, self.episode_returns = self._fill(storage, normalize_observations is True)
         self.episode_starts = self.episode_lengths.cumsum(0) - self.episode_lengths
-        self.episode_returns = torch.tensor(returns, dtype=torch.float64)
+        self.num_loaded = int(self.episode_lengths.sum())
         with explain(no_room):
-            self.with_room = storage[: sum(lengths) + room].to(device)
-        self.storage, self.num_loaded = self.with_room[: sum(lengths)], sum(lengths)
+            self.with_room = storage[: self.num_loaded + room].to(device)
+        self.storage = self.with_room[: self.num_loaded]
         self.transitions = self._columns(self.storage)
         if self.num_legal:
-            forbidden = int((self.transitions.observations.gather(1, self.transitions.actions[:, None]) != 1).sum())
-            check(not forbidden, f"{dataset.dataset_id}: {MASK} forbids {forbidden} of the actions that were taken")
+            observations, actions, _, next_observations, ends = self.transitions
+            forbidden = int((observations.gather(1, actions[:, None]) != 1).sum())
+            stuck = int(((next_observations[:, : self.num_legal] != 1).all(dim=1) & (ends == 0)).sum())
+            found = (
+                f"{forbidden} of the actions that were taken" if forbidden else f"all after {stuck} that are no ends"
+            )
+            check(forbidden + stuck == 0, f"{dataset.dataset_id}: {MASK} forbids {found}")
         self.std = torch.ones(self.observation_dim, device=device) if given is None else given[1].float()
         self.mean, self.reward_scale, self.reward_shift = torch.zeros_like(self.std), 1.0, 0.0
         if normalize_observations is True:
@@ -197,10 +201,9 @@ class ReplayBuffer:
             observations.sub_(self.mean).div_(self.std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + self.mean, self.std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
-        taken = self.transitions.actions.unique().tolist() if self.num_actions and given is None else []
-        if taken and (unseen := sorted({*range(self.num_actions)} - {*taken})[:10]):
-            numbers = ", ".join(str(dataset.action_low[0] + number) for number in unseen)
-            warn(f"the data never take action {numbers}: what these are worth is a guess")
+        taken = {*self.transitions.actions.unique().tolist()} if self.num_actions and given is None else {}
+        if taken and (unseen := [dataset.action_low[0] + n for n in range(self.num_actions) if n not in taken][:10]):
+            warn(f"the data never take action {', '.join(map(str, unseen))}: what these are worth is a guess")
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -238,7 +241,7 @@ class ReplayBuffer:
         actions = actions.long() if self.num_actions and integers else actions
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
-    def _fill(self, storage: Tensor, relative: bool) -> tuple[list[int], list[float]]:  # the episodes' lengths, returns
+    def _fill(self, storage: Tensor, relative: bool) -> tuple[Tensor, Tensor]:  # the episodes' lengths, returns
         dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
@@ -262,7 +265,7 @@ class ReplayBuffer:
         self.fingerprint = digest.hexdigest()
         if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
             warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
-        return lengths, returns
+        return torch.tensor(lengths, dtype=torch.long), torch.tensor(returns, dtype=torch.float64)
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0
         low, high, numbered = self.dataset.action_low, self.dataset.action_high, name == "actions" and self.num_actions

@@ -82,7 +82,7 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
     module = load_script(str(origin["script"]), script)
-    with explain(f"{path} does not fit {module.__file__}: name the script that trained it (script=)"):
+    with explain(f"{path} does not fit {module.__file__}: name the script that trained it (--script)"):
         known = module.HyperParameters.__dataclass_fields__.keys() & origin["hyper_parameters"].keys()
         args = module.HyperParameters(**{name: origin["hyper_parameters"][name] for name in known})
         actor = module.Actor(normalization.shape[1], int(high[0] - low[0]) + 1 if discrete else len(low), args)
@@ -108,7 +108,7 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def load_script(name: str, path: str | Path | None = None) -> ModuleType:
     """The script of that name as a module, or the one at `path`, which no file may name, as it is run."""
     place = Path(path or Path(__file__).resolve().parents[1] / "algorithms" / f"{name}.py")
-    check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (script=)")
+    check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (--script)")
     spec: Any = importlib.util.spec_from_file_location(f"script_{name}", place)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

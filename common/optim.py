@@ -11,8 +11,6 @@ from torch.optim.adam import adam
 
 from common.command_line import ExperimentArgs, check
 
-OPTIONS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
-
 
 class Adam(nn.Module):
     """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: its fused kernel or, while an update is
@@ -41,7 +39,8 @@ class Adam(nn.Module):
             if not rows:
                 continue
             weights, gradients, means, squares = map(list, zip(*rows, strict=True))
-            options = OPTIONS | {name: group[name] for name in ("lr", "weight_decay")}
+            options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay")}
+            options |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
             if torch.compiler.is_compiling():
                 steps = [group["step"].double() for _ in rows]  # it adds 1 to each
                 adam(weights, gradients, means, squares, [], steps, foreach=True, capturable=True, **options)

@@ -363,6 +363,17 @@ def assert_each_trains_its_own(losses: dict[str, torch.Tensor], networks: dict[s
             assert touched == (other in name.split()), f"{name} loss and {other}"
 
 
+def assert_model_beats_naive_forecasts(folder: Path) -> None:
+    """That each model which a run has fitted is better than none on what was held out."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["dynamics/error"]]
+    if rows[-1]["step"] == "0":  # a row for each epoch of one model
+        rows = rows[-1:]
+    for row in rows:
+        assert 0 < float(row["dynamics/error"]) < float(row["dynamics/error_nothing_changes"]) < math.inf
+        assert 0 < float(row["dynamics/reward_error"]) < float(row["dynamics/reward_error_mean"]) < math.inf
+
+
 def assert_one_line(run: Outcome, pattern: str) -> None:
     """That bad input ended the run with one line."""
     assert run.returncode == 2, run.stderr

@@ -49,7 +49,7 @@ def script(algorithm):
 ONLINE = "mbpo"  # whose text alone is looked at here
 EVERYWHERE = "Dynamics dynamics_loss"
 OF_A_DATASET = "load_dynamics ending_of"
-SHARED = "dynamics_update keep_better fit_dynamics"
+SHARED = "dynamics_update keep_better forecast_errors fit_dynamics"
 ON_ROLLOUTS = "Actor EnsembleLinear Critic ModelBuffer Learner build actor_loss temperature_loss total_loss update"
 
 
@@ -291,7 +291,8 @@ def test_the_better_members_are_kept(script):
     best.epoch.fill_(3)
     best.best_epoch.copy_(torch.tensor([0, 3, 3]))
     error = script.keep_better(best, training, x, z, patience=4)
-    np.testing.assert_allclose(error, expected, rtol=1e-4)
+    assert list(error) == [f"dynamics/holdout_mse_{member}" for member in range(3)]
+    np.testing.assert_allclose(list(error.values()), expected, rtol=1e-4)
     for old, kept, new in zip(before, best.parameters(), training.parameters(), strict=True):
         assert torch.equal(kept[0], new[0]) and torch.equal(kept[1], old[1]) and torch.equal(kept[2], new[2])
     np.testing.assert_allclose(best.holdout_error, [expected[0], expected[1] * 1.005, expected[2]], rtol=1e-4)
@@ -321,6 +322,52 @@ def test_elites_are_the_best_on_held_out_data(script):
         strict=True,
     ):
         torch.testing.assert_close(ours, everyone[[2, 0]].detach())
+
+
+def test_errors_of_a_forecast_beside_naive_ones(script):
+    """Of the elites' mean, on rows that say what came: in standard deviations of all the data, rewards as they are."""
+    learner, _ = make_learner(script)
+    randomise(learner.dynamics)
+    learner.dynamics.holdout_error.copy_(torch.tensor([0.5, 0.9, 0.1]))
+    batch = random_batch(40)
+    s, a, r, next_s, ended = (column.numpy() for column in batch)
+    next_s[3], ended[3] = s[3], 1.0  # an end of which nothing is known
+    next_s[4], ended[4] = s[4], 0.0  # one that stood still
+    known = [0, 4, 20, 39]
+    change, reward = np.zeros((40, 3)), np.zeros(40)
+    scale = learner.dynamics.z_scale.numpy()
+    for member in (0, 2):
+        z = scale[0] + scale[1] * numpy_prediction(learner.dynamics, member, np.concatenate([s, a], axis=1))[0]
+        change, reward = change + z[:, :-1] / 2, reward + z[:, -1] / 2
+    size = s.std(axis=0, ddof=1) + 1e-3
+    expected = {
+        "dynamics/error": ((s + change - next_s) / size)[known],
+        "dynamics/error_nothing_changes": ((s - next_s) / size)[known],
+        "dynamics/reward_error": (reward - r)[known],
+        "dynamics/reward_error_mean": (r.mean() - r)[known],
+    }
+    errors = script.forecast_errors(learner.dynamics.elites(2), batch, torch.tensor([0, 3, 4, 20, 39]))
+    assert list(errors) == list(expected)
+    for name, wrong in expected.items():
+        assert errors[name].item() == pytest.approx(np.sqrt(np.mean(wrong**2)), rel=1e-4)
+
+
+def test_rows_of_which_nothing_is_known_have_no_error(script):
+    """As where all that was held out are ends without a next state: a number, for a log that takes no other."""
+    learner, _ = make_learner(script)
+    batch = random_batch()
+    batch = batch._replace(next_observations=batch.observations, terminations=torch.ones(8))
+    errors = script.forecast_errors(learner.dynamics.elites(2), batch, torch.arange(8))
+    assert [float(error) for error in errors.values()] == [0.0] * 4
+
+
+def test_each_epoch_tells_the_errors_of_the_kept_members_on_what_is_held_out(script):
+    learner, args = make_learner(script, dynamics_batch_size=8, max_dynamics_epochs=3, dynamics_learning_rate=0.03)
+    batch = random_batch(50)._replace(terminations=torch.zeros(50))
+    held_out = torch.randperm(50, generator=torch.Generator().manual_seed(torch.initial_seed()))[:10]
+    for metrics in script.fit_dynamics(learner, batch, args):
+        expected = script.forecast_errors(learner.dynamics.elites(2), batch, held_out)
+        assert {name: metrics[name] for name in expected} == expected
 
 
 # --- Rollouts ---

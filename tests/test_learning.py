@@ -7,7 +7,7 @@ import csv
 import json
 
 import pytest
-from conftest import run_script
+from conftest import assert_model_beats_naive_forecasts, run_script
 
 SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
 FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
@@ -85,6 +85,23 @@ def train(algorithm, tmp_path, *arguments):
 @pytest.mark.parametrize("algorithm", [name for name in RUNS if name != "bc"])
 def test_offline_rl_passes_behaviour_cloning(algorithm, tmp_path, pendulum):
     assert train(algorithm, tmp_path) > 48  # ten points above what cloning is held below
+    if algorithm in ("mopo", "combo", "mobile", "morel", "mve"):
+        assert_model_beats_naive_forecasts(tmp_path / "run")
+    if algorithm in ("mopo", "combo", "mobile", "morel"):
+        assert_rollouts_are_like_the_data(tmp_path / "run", pendulum.transitions)
+
+
+def assert_rollouts_are_like_the_data(folder, data):
+    with (folder / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["model/rewards"]]
+    raw = {"mopo": "model/raw_rewards", "morel": "model/raw_rewards"}
+    name = raw.get(json.loads((folder / "result.json").read_text())["algorithm"], "model/rewards")
+    assert len(logged) >= 8
+    for row in logged:
+        assert float(row["data/rewards"]) == pytest.approx(data.rewards.mean().item(), rel=1e-4)
+        assert -16.3 < float(row[name]) < 0.1  # a pendulum's are from -16.3 to 0
+        assert float(row["data/terminations"]) == 0  # and what morel's rollouts have besides, its detector stopped
+        assert float(row["model/terminations"]) == float(row.get("halt/share", 0))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """MBPO's course: when models are fitted, and to what; test_sac_family.py has its losses against NumPy."""
 
+import csv
 import inspect
 
 import mbpo
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import SHORT, SHORTER, assert_one_line, checkpoint, random_batch, run_script
+from conftest import (
+    SHORT,
+    SHORTER,
+    assert_model_beats_naive_forecasts,
+    assert_one_line,
+    checkpoint,
+    random_batch,
+    run_script,
+)
 
 from common.data import ReplayBuffer
 from common.evaluation import make_environment
@@ -124,6 +133,14 @@ def test_the_course_of_a_run(spied, tmp_path):
     for (starts, *_), data in zip(rolled, fitted, strict=True):
         assert torch.isin(starts.observations[:, 2], data.observations[:, 2]).all()
 
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["dynamics/error"]]
+    assert [row["step"] for row in logged] == ["1", "21", "41", "61"]  # with each model
+    for row, data, (*_, result) in zip(logged, fitted, rolled, strict=True):
+        expected = {"data/rewards": data.rewards.mean().item(), "model/rewards": result.rewards.mean().item()}
+        expected |= {"data/terminations": 0.0, "model/terminations": 0.0}
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+
     learner = checkpoint(tmp_path / "run")["learner"]
     assert len(learner["player"]["added"]) == 13 and len(batches) == 62  # the last step is followed by two updates
     assert len(learner["model_buffer"]["rewards"]) == 4 * 100 * 3 and learner["model_buffer"]["added"] == 300
@@ -156,6 +173,7 @@ def test_mbpo_swings_the_pendulum_up_in_800_steps(tmp_path):
     header, *_, last = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     assert float(last[header.index("player/steps")]) == 780  # with the random ones
     assert float(last[header.index("eval/return_mean")]) > -300
+    assert_model_beats_naive_forecasts(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

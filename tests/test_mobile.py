@@ -148,6 +148,8 @@ def test_critic_loss(min_target, bound, learner, args):
     assert metrics["critic/target"].item() == pytest.approx(target.mean(), rel=1e-4)
     assert metrics["critic/u_data"].item() == pytest.approx(u[:3].mean(), rel=1e-4)
     assert metrics["critic/u_model"].item() == pytest.approx(u[3:].mean(), rel=1e-4)
+    penalised = (batch.rewards.numpy() - 2.0 * u)[3:].mean()
+    assert metrics["model/penalised_rewards"].item() == pytest.approx(penalised, rel=1e-4)
     assert (numpy_target(learner, batch, noise, u) < 0).any()  # so that the bounds do something
     assert_each_trains_its_own({"critic": loss}, sac_networks(learner))
 

@@ -1,5 +1,6 @@
 """The report on a learned model: linear systems, whose errors and spread NumPy can say, and runs of both scripts."""
 
+import csv
 import importlib
 import math
 import re
@@ -316,6 +317,23 @@ def test_all_scripts(algorithm, runs, tmp_path):
     pixels = imread(tmp_path / "page.png")
     assert min(pixels.shape[:2]) > 500 and pixels[..., :3].std() > 0.05
     assert text == report(runs(algorithm, "--seed", "3"), "--out", str(tmp_path / "page.png"))
+
+
+@pytest.mark.parametrize("scale", ["1", "0.1"])
+def test_a_run_has_logged_the_same_errors_of_one_step(scale, runs):
+    """But for the noise of the samples here; a run's rewards are those that it learns from."""
+    folder = runs("mopo", "--seed", "3", "--reward-scale", scale)
+    text = run_script("benchmarks.model_report", str(folder), "--steps", "1").stdout
+    header, _, row = (line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|"))
+    table = dict(zip(map(str.strip, header), row, strict=True))
+    assert int(table["starts"].replace(",", "")) == 1_000  # all that was left out
+    with (folder / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["dynamics/error"]][-1]
+    logged = {name: float(value) for name, value in logged.items() if value}
+    assert logged["dynamics/error"] == pytest.approx(float(table["error"]), rel=0.05)
+    assert logged["dynamics/error_nothing_changes"] == pytest.approx(float(table["nothing changes"]), rel=5e-3)
+    assert logged["dynamics/reward_error"] / float(scale) == pytest.approx(float(table["reward"]), rel=0.05)
+    assert logged["dynamics/reward_error_mean"] / float(scale) == pytest.approx(float(table["mean reward"]), rel=5e-3)
 
 
 @pytest.mark.parametrize("algorithm", ["mopo", "combo", "mobile", "morel", "mve", "naf"])

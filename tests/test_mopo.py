@@ -98,9 +98,13 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
         assert real[:num_real].all() and not real[num_real:].any()
 
 
-def test_uncertainty_is_logged_on_data_and_on_rollouts(tmp_path, pendulum):
+def test_rollouts_are_logged_beside_the_data(monkeypatch, tmp_path, pendulum):
+    """Their uncertainty, their rewards with and without its price, and their ends."""
+    rolled, rollout = [], mopo.rollout
+    monkeypatch.setattr(mopo, "rollout", lambda *given: (rolled.append(rollout(*given)), rolled[-1])[1])
     arguments = ["--num-updates", "4", "--dynamics-hidden-dims", "8", "--rollout-batch-size", "50"]
     arguments += ["--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048", "--rollout-every", "3"]
+    arguments += ["--penalty-coefficient", "2.5"]
     run = run_script(
         "mopo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
     )
@@ -109,4 +113,11 @@ def test_uncertainty_is_logged_on_data_and_on_rollouts(tmp_path, pendulum):
     for name in ("u/data_mean", "u/rollouts_mean"):
         values = [float(row[header.index(name)]) for row in rows if row[header.index(name)]]
         assert len(values) == 2 and min(values) > 0
-    assert [row[header.index("step")] for row in rows if row[header.index("u/data_mean")]] == ["1", "4"]
+    logged = [dict(zip(header, row, strict=True)) for row in rows if row[header.index("u/data_mean")]]
+    assert [row["step"] for row in logged] == ["1", "4"]
+    data = pendulum.transitions
+    for row, (transitions, u) in zip(logged, rolled, strict=True):
+        rewards, u = transitions.rewards.numpy().astype(float), u.numpy().astype(float)
+        expected = {"model/rewards": rewards.mean(), "model/raw_rewards": (rewards + 2.5 * u).mean()}
+        expected |= {"data/rewards": data.rewards.numpy().mean(), "data/terminations": 0.0, "model/terminations": 0.0}
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)

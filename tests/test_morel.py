@@ -187,6 +187,13 @@ def test_the_share_of_steps_that_the_detector_stops_is_logged(threshold, shares,
     assert {float(row["halt/share"]) for row in logged} == shares
     assert {float(row["model/terminations"]) for row in logged} == shares  # as nothing else ends a pendulum
     assert all((float(row["halt/disc"]) > 1) == (shares == {1.0}) for row in logged)
+    halt = 0.99 * pendulum.transitions.rewards.min().item() / (1 - 0.99)  # gamma V(HALT)
+    for row in logged:
+        paid = float(row["model/rewards"]) - float(row["model/raw_rewards"])
+        assert paid == pytest.approx(halt * max(shares), rel=1e-4, abs=1e-6)
+        assert -20 < float(row["model/raw_rewards"]) < 2  # a pendulum's are from -16.3 to 0
+        assert float(row["data/rewards"]) == pytest.approx(pendulum.transitions.rewards.mean().item(), rel=1e-4)
+        assert float(row["data/terminations"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,7 @@ def test_folders_are_named_as_ever_but_for_minus_signs():
         (("--num_updates=+7",), "bc", 7),
         (("--num-updates", "600"), "bc --num-updates 1_000", 1000),
         ((), "bc", 10_000),
+        (("--num-updates", "600"), "iql --online_steps 50", 650),
     ],
 )
 def test_the_number_of_updates_is_read_as_the_scripts_read_it(script, algorithm, number):

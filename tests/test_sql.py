@@ -48,6 +48,21 @@ def test_exponential_value_loss(highest):
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("lambda_", [0.55, 0.7, 0.9])
+def test_the_dual_form_has_the_same_values(lambda_):
+    """The lowest of f-DVL's (1 - lambda) V + lambda f*(Q - V): of the chi-square divergence, where f*(y) is
+    (1 + y / 2)^2 - 1, at least -1, and of total variation as its authors have it, where f*(y) is max(y, 0)."""
+    q = np.random.default_rng(0).normal(scale=3, size=501)
+    v, c = np.linspace(-15, 15, 3_001), (1 - lambda_) / lambda_
+    away = q[:, None] - v
+    chi_square = (1 - lambda_) * v + lambda_ * (np.maximum(1 + away / 2, 0) ** 2 - 1).mean(axis=0)
+    ours = torch.tensor(v[chi_square.argmin()] - 2 * (1 - c), requires_grad=True)
+    loss, _ = sql.value_loss(torch.tensor(q) - ours, ours.expand(len(q)), "sql", alpha=c)
+    assert torch.autograd.grad(loss, ours)[0].item() == pytest.approx(0, abs=0.01 / c)
+    total_variation = (1 - lambda_) * v + lambda_ * np.maximum(away, 0).mean(axis=0)
+    assert v[total_variation.argmin()] == pytest.approx(np.quantile(q, 1 - c), abs=0.05)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 20.0])
 def test_what_the_value_comes_to(alpha):
     """For Q of 0, 1 and 4. EQL: alpha log E[exp(Q / alpha)]. SQL: where E[max(0, 1 + (Q - v) / (2 alpha))] is 1."""

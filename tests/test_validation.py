@@ -292,3 +292,20 @@ def test_a_mask_that_forbids_a_held_out_action_is_refused(make_dataset):
         )
         with pytest.raises(BadInput, match="action_mask forbids 2"):
             ReplayBuffer(dataset, CPU)
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_state_in_which_nothing_is_legal_must_be_an_end(make_dataset, terminated):
+    """Else Q would be learned from the value of an action that there is not."""
+    space = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(2)})
+    masks = {"action_mask": np.array([[1, 0], [1, 1], [0, 0]], np.int8)}
+    episode = random_episode(
+        0, 2, actions=np.array([0, 1]), observations=masks, terminations=np.array([False, terminated])
+    )
+    dataset_id = make_dataset(episodes=[episode], observation_space=space, action_space=gym.spaces.Discrete(2))
+    dataset = load_dataset(dataset_id, discrete=True)
+    if terminated:
+        assert len(ReplayBuffer(dataset, CPU).storage) == 2
+    else:
+        with pytest.raises(BadInput, match="action_mask forbids all after 1 that are no ends"):
+            ReplayBuffer(dataset, CPU)

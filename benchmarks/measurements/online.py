@@ -1,0 +1,133 @@
+"""What acting a little gives: returns against steps in the environment, from scratch, with prior data, on from offline.
+
+A folder holds the runs of one environment: sac.py (from scratch), rlpd.py (with prior data), and scripts with
+--online-steps, whose steps count from the switch. Of it NAME.csv is written, a row per evaluation, from which table and
+picture can be made again without the runs. Over the seeds, of each script, in the data's scores or, where there are no
+reference scores, in returns:
+
+    switch   what the offline updates had made of the policy
+    lowest   the lowest of the evaluations in the first --dip steps after it
+    5,000 .. the mean of the evaluations in the tenth of the steps that ends there; of 5,000, from 4,501 to 5,000
+
+Below five seeds each one's value stands behind the mean, from five on the 95 % interval of the mean, as in report.py.
+
+Run: python -m benchmarks.measurements.online runs/pendulum --out benchmarks/results/online --at 1000 2000 5000
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import report
+
+from common.command_line import check, explain, launch
+from common.data import load_dataset
+
+COLUMNS = ["script", "seed", "steps", "value", "unit"]
+
+
+@dataclass
+class Args:
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, one per environment, or the NAME.csv of earlier ones"""
+    out: Path = Path("runs/online")
+    """folder for NAME.csv, table.md and online.png"""
+    at: tuple[int, ...] = (5_000, 20_000, 50_000)
+    """numbers of steps in the environment"""
+    dip: int = 5_000
+    """steps after the switch in which the lowest evaluation is looked for"""
+
+
+def steps_of(saved: dict[str, Any], update: int) -> int:
+    """Steps in the environment by then: from the switch on, or from the first random one."""
+    if saved["online_steps"]:
+        return update - saved["num_updates"]
+    return saved["random_steps"] + math.ceil(update / saved.get("updates_per_step", 1))
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """A row per evaluation of the finished runs in it. Raises BadInput where there is none, or one never acts."""
+    runs = [path.parent for path in sorted(folder.rglob("result.json"))]
+    check(bool(runs), f"{folder}: no finished run in it")
+    saved = {run: json.loads((run / "args.json").read_text()) for run in runs}
+    ids = {own["dataset_id"] for own in saved.values() if not own.get("random_steps") or "data_ratio" in own}
+    datasets = [load_dataset(dataset_id) for dataset_id in sorted(ids)]
+    check(len(datasets) == 1, f"{folder}: runs on {' and '.join(sorted(ids)) or 'no dataset'}; it must be one dataset")
+    scored = datasets[0].reference_returns is not None
+    parts = []
+    for run, own in saved.items():
+        acts = own["online_steps"] or own.get("random_steps")
+        check(bool(acts), f"{run}: a run that never acts; give it --online-steps, or take it away")
+        with explain(str(run / "metrics.csv")):
+            rows = pd.read_csv(run / "metrics.csv").dropna(subset="eval/return_mean")
+        returns = rows["eval/return_mean"].to_numpy()
+        values = datasets[0].score(returns) if scored else returns
+        steps = [steps_of(own, int(update)) for update in rows["step"]]
+        parts.append(pd.DataFrame({"script": own["algorithm"], "seed": own["seed"], "steps": steps, "value": values}))
+    found = pd.concat(parts).assign(unit="score" if scored else "return")
+    return found[found["steps"] >= 0].sort_values(["script", "seed", "steps"])[COLUMNS]
+
+
+def table(rows: pd.DataFrame, at: tuple[int, ...], dip: int) -> str:
+    """The highest at the end first."""
+    lines = [f"| script | seeds | switch | lowest | {' | '.join(f'{steps:,}' for steps in at)} |"]
+    lines += ["|" + "---|" * (4 + len(at))]
+    ends = {}
+    for script, own in rows.groupby("script"):
+        parts = [own[own["steps"] == 0], own[(own["steps"] > 0) & (own["steps"] <= dip)]]
+        parts = parts if len(parts[0]) else [parts[0], parts[0]]  # what was never offline has neither
+        parts += [own[(own["steps"] > 0.9 * steps) & (own["steps"] <= steps)] for steps in at]
+        cells = []
+        for i, part in enumerate(parts):
+            values = part.groupby("seed")["value"].agg("min" if i == 1 else "mean").to_numpy()
+            cells.append(report.words([values]) if len(values) else "-")
+        last = own[own["steps"] > 0.9 * max(at)]["value"].mean()
+        ends[str(script)] = (last, f"| `{script}` | {own['seed'].nunique()} | {' | '.join(cells)} |")
+    ordered = sorted(ends.values(), key=lambda end: -math.inf if math.isnan(end[0]) else end[0], reverse=True)
+    return "\n".join([*lines, *(line for _, line in ordered)]) + "\n"
+
+
+def draw(all_rows: dict[str, pd.DataFrame], end: int, path: Path) -> None:
+    """A panel per environment, the mean over seeds of each script, with the range of the seeds."""
+    figure = Figure(figsize=(5.4 * len(all_rows), 3.6), layout="constrained")
+    scripts = sorted(set().union(*(rows["script"] for rows in all_rows.values())))
+    for axes, (name, rows) in zip(figure.subplots(1, len(all_rows), squeeze=False)[0], all_rows.items(), strict=True):
+        for number, script in enumerate(scripts):
+            own = rows[(rows["script"] == script) & (rows["steps"] <= end)].groupby("steps")["value"]
+            axes.plot(own.mean(), color=f"C{number}", label=script, linewidth=1.4)
+            axes.fill_between(own.min().index, own.min(), own.max(), color=f"C{number}", alpha=0.12, linewidth=0)
+        axes.set(title=name, xlabel="steps in the environment", ylabel=rows["unit"].iloc[0])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def main(args: Args) -> None:
+    check(bool(args.sources), "give a folder of runs, or a .csv of earlier ones")
+    args.out.mkdir(parents=True, exist_ok=True)
+    all_rows, page = {}, ""
+    for source in args.sources:
+        if source.is_dir():
+            rows = read_runs(source)
+            rows.round({"value": 2}).to_csv(args.out / f"{source.name}.csv", index=False)
+        else:
+            with explain(str(source)):
+                rows = pd.read_csv(source)[COLUMNS]
+        all_rows[source.stem] = rows
+        page += f"{source.stem} ({rows['unit'].iloc[0]}s):\n\n{table(rows, args.at, args.dip)}\n"
+    (args.out / "table.md").write_text(page)
+    draw(all_rows, max(args.at), args.out / "online.png")
+    print(f"{page}{args.out / 'online.png'}")
+
+
+if __name__ == "__main__":
+    launch(main, Args)
