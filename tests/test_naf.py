@@ -213,6 +213,10 @@ def test_the_course_of_a_run(spied, tmp_path, make_dataset):
             assert torch.isin(batch.rewards[4:], torch.cat(newest)).all()
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["model/rewards"]]
+    data = [fitted[0].rewards] * 3 + [fitted[1].rewards]
+    for row, seen, (_, result) in zip(rows, data, rolled, strict=True):
+        assert float(row["data/rewards"]) == pytest.approx(seen.mean().item(), rel=1e-4)
+        assert float(row["model/rewards"]) == pytest.approx(result.rewards.mean().item(), rel=1e-4)
     assert [(row["step"], bool(row["dynamics/epoch"])) for row in rows] == [
         ("1", False),
         ("11", False),
