@@ -117,8 +117,8 @@ def main(args: Args) -> None:
     all_rows, page = {}, ""
     for source in args.sources:
         if source.is_dir():
-            rows = read_runs(source)
-            rows.round({"value": 2}).to_csv(args.out / f"{source.name}.csv", index=False)
+            rows = read_runs(source).round({"value": 3})  # as the file has them
+            rows.to_csv(args.out / f"{source.name}.csv", index=False)
         else:
             with explain(str(source)):
                 rows = pd.read_csv(source)[COLUMNS]
