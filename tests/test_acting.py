@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from conftest import assert_one_line, run_script
@@ -59,6 +60,17 @@ def test_steps_count_from_the_switch_or_from_the_first_random_one(runs, tmp_path
     assert (tmp_path / "out" / "online.png").stat().st_size > 10_000
     again = run_script(SCRIPT, str(tmp_path / "out" / "pendulum.csv"), *words[1:2], str(tmp_path / "b"), *words[3:])
     assert again.returncode == 0 and (tmp_path / "b" / "table.md").read_text() == table
+
+
+def test_scripts_of_earlier_commands_stay(runs, tmp_path):
+    words, last = ["--out", str(tmp_path / "out"), "--at", "100"], tmp_path / "out" / "table.md"
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    before = last.read_text()
+    shutil.rmtree(runs / "sac")
+    shutil.rmtree(runs / "iql" / "1")
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    pairs = list(zip(before.splitlines(), last.read_text().splitlines(), strict=True))
+    assert [line.split("`")[1] for line, after in pairs if line != after] == ["iql"]
 
 
 def test_a_run_that_never_acts_is_refused(runs, tmp_path):
