@@ -2,8 +2,8 @@
 
 A folder holds the runs of one environment: sac.py (from scratch), rlpd.py (with prior data), and scripts with
 --online-steps, whose steps count from the switch. Of it NAME.csv is written, a row per evaluation, from which table and
-picture can be made again without the runs; scripts that are in it already, and not in the folder, stay. Over the seeds, of each script, in the data's scores or, where there are no
-reference scores, in returns:
+picture can be made again without the runs; scripts that are in it already, and not in the folder, stay. Over the seeds,
+of each script, in the data's scores or, where there are no reference scores, in returns:
 
     switch   what the offline updates had made of the policy
     lowest   the lowest of the evaluations in the first --dip steps after it
