@@ -153,6 +153,7 @@ class Actor(nn.Module):
         self.rule = nn.Buffer(torch.tensor(-1))  # its place in TERMINATION_RULES; -1: learned
         self.plans: dict[int, Tensor] = {}  # where the search goes on, [horizon, action_dim], by episode
         self.episodes: list[int] | None = None  # of the next call's rows
+        self.played = nn.Buffer(torch.zeros(args.horizon, action_dim))  # likewise, of the episode that `play` is in
         generator = torch.Generator().manual_seed(0)
         cem_noise = torch.empty(args.cem_iterations, args.population, args.horizon, action_dim)
         nn.init.trunc_normal_(cem_noise, a=-2, b=2, generator=generator)
@@ -190,8 +191,15 @@ class Actor(nn.Module):
         pieces = zip(observations.split(rows), mean.split(rows), strict=True)
         plans = torch.cat([plan(self, *piece) for piece in pieces]) if len(mean) else mean
         for i, row in zip(episodes or [], plans, strict=False):
-            self.plans[i] = torch.cat([row[1:], torch.zeros_like(row[:1])])  # moved by one step
+            self.plans[i] = moved(row)
         return plans[:, 0]
+
+    @torch.no_grad()
+    def play(self, observations: Tensor, begins: bool) -> Tensor:
+        """As forward, of one episode, to learn from: [1, action_dim]. A checkpoint holds where the search goes on."""
+        (row,) = plan(self, observations, self.played.unsqueeze(0) * (not begins))
+        self.played.copy_(moved(row))
+        return row[:1]
 
 
 class Learner(NamedTuple):
@@ -271,6 +279,11 @@ def refit(
     return mean.lerp(best.mean(dim=1), share), variance.lerp(best.var(dim=1, correction=0), share)
 
 
+def moved(steps: Tensor) -> Tensor:
+    """A plan, [horizon, action_dim], after its first step is taken; the last one is to be found."""
+    return torch.cat([steps[1:], torch.zeros_like(steps[:1])])
+
+
 def plan(actor: Actor, observations: Tensor, mean: Tensor) -> Tensor:
     """The plans from `observations`, [batch, horizon, action_dim], of a search that begins at `mean`, of that shape."""
     variance = torch.full_like(mean, 0.25)  # (2 / 4)^2, of actions between -1 and 1 (authors' code)
@@ -318,11 +331,13 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 # === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, make_environments
 from common.experiment import Run, load_file, set_up
 from common.optim import Adam, compiled
 
@@ -334,6 +349,7 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    online_steps: int = 0  # after the other updates, steps that the planner takes, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -377,7 +393,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
@@ -387,14 +403,19 @@ def main(args: Args) -> None:
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
-    if args.dynamics is not None and run.first_step <= args.num_updates:
-        run.record(args.num_updates, {})  # the evaluation alone: nothing is left to learn
-    elif args.dynamics is None:
-        for step in range(run.first_step, args.num_updates + 1):
-            metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
-            run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+    first_step = run.first_step
+    if args.dynamics is not None and first_step <= args.num_updates:
+        run.record(args.num_updates, {})  # the evaluation alone: of the data, nothing is left to learn
+        first_step = args.num_updates + 1
+    for step in range(first_step, run.last_step + 1):
+        if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
+            act = partial(learner.actor.play, begins=not player.actions)
+            buffer.add(player.step(run.policy(player.observation[None], act)[0]))
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 
 
