@@ -91,7 +91,11 @@ def test_a_run_goes_on_online_to_the_same_bits(algorithm, arguments, tmp_path, m
         rows = list(csv.DictReader(file))
     names = {"critic/loss", "value/loss", "dynamics/nll"} & rows[0].keys()
     losses = [(int(row["step"]), all(row[name] for name in names)) for row in rows]
-    assert names and [step for step, _ in losses] == [*range(5, OFFLINE + ONLINE + 1, 5)] and all(loss for _, loss in losses)
+    assert (
+        names
+        and [step for step, _ in losses] == [*range(5, OFFLINE + ONLINE + 1, 5)]
+        and all(loss for _, loss in losses)
+    )
 
 
 @every_algorithm
