@@ -64,8 +64,8 @@ class HyperParameters:
     num_models: int = 5  # members of the ensemble (authors' code)
     hidden_dims: tuple[int, ...] = (128, 128)  # hidden layers of each member (authors' code: 3 or 4 of 200 or 500)
     learning_rate: float = 1e-3  # of Adam (authors' code)
-    value_run_dir: str | None = None  # folder of a finished run of fqe.py on the same data, whose V ends each plan
-    value_updates: int = 5_000  # gradient steps that fit V to it, of batches of 256, before all others (ours)
+    value_run_dir: str | None = None  # folder of a run of fqe.py on the same data, whose V follows a plan (PETS: none)
+    value_updates: int = 5_000  # gradient steps, of batches of 256, that fit V to it before all others (ours)
 
     @property
     def dynamics_hidden_dims(self) -> tuple[int, ...]:  # as scripts call it that have other networks, too
@@ -390,7 +390,9 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a plan; auto: a rule that holds
-    dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take, and learn nothing
+    dynamics: str | None = (
+        None  # folder of an earlier run on the same data, whose model to take, and learn nothing of them
+    )
     policy_script: str | None = None  # path of the script of the policy that FQE evaluated, if not in algorithms/
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
@@ -448,11 +450,12 @@ def load_value(args: Args, buffer: ReplayBuffer) -> tuple[Tensor, float]:
         other = f"was trained on other data than {args.dataset_id}, or some were held out of these"
         check(saved["dataset_fingerprint"] == buffer.fingerprint, other)
         check((folder / "result.json").is_file(), "has not finished; go on with that run first")
-        check(args.reward_shift == 0, "values rewards without a shift; leave out --reward-shift")
+        check(args.reward_shift == 0, "knows rewards without a shift alone; leave out --reward-shift")
         fqe = load_script("fqe")
         known = fqe.HyperParameters(**{name: saved["arguments"][name] for name in vars(fqe.HyperParameters())})
         critic = fqe.build(buffer.observation_dim, buffer.action_dim, known, device).target_critic
         critic.load_state_dict(saved["learner"]["target_critic"])
+    with explain(f"--value-run-dir {folder}, --policy-script {args.policy_script}"):
         policy = load_policy(folder, args.policy_script)
     mean, std = saved["normalization"]  # FQE's own
     inputs = ((buffer.normalization[0] + buffer.normalization[1] * states - mean) / std).float()

@@ -5,6 +5,7 @@ import re
 
 import gymnasium as gym
 import numpy as np
+import pets
 import pytest
 from conftest import assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
 
@@ -112,6 +113,16 @@ def test_what_is_played_is_within_the_bounds_and_in_the_buffer(algorithm, argume
     ends = np.isin(np.arange(ONLINE), lengths.cumsum()[lengths == 3] - 1)
     np.testing.assert_array_equal(state["added"][:, -1].numpy(), ends.astype(np.float32))
     np.testing.assert_allclose(state["added"][:, 3].numpy(), actions / 2, atol=1e-6)  # after observations of 3 numbers
+
+
+@pytest.mark.parametrize("algorithm", ["pets"])
+def test_a_plan_lasts_as_long_as_its_episode(algorithm, arguments, tmp_path, monkeypatch):
+    begun, play = [], pets.Actor.play
+    monkeypatch.setattr(pets.Actor, "play", lambda *words, begins: (begun.append(begins), play(*words, begins))[1])
+    run(algorithm, *arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run")
+    lengths = checkpoint(tmp_path / "run")["learner"]["player"]["lengths"]
+    expected = np.isin(np.arange(ONLINE), [0, *lengths.cumsum(0).tolist()])
+    np.testing.assert_array_equal(begun, expected)
 
 
 @every_algorithm
