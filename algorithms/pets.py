@@ -390,9 +390,7 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a plan; auto: a rule that holds
-    dynamics: str | None = (
-        None  # folder of an earlier run on the same data, whose model to take; it learns online alone
-    )
+    dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take, and learn nothing
     policy_script: str | None = None  # path of the script of the policy that FQE evaluated, if not in algorithms/
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
