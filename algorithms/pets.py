@@ -176,7 +176,7 @@ class Actor(nn.Module):
         self.rule = nn.Buffer(torch.tensor(-1))  # its place in TERMINATION_RULES; -1: learned
         self.plans: dict[int, Tensor] = {}  # where the search goes on, [horizon, action_dim], by episode
         self.episodes: list[int] | None = None  # of the next call's rows
-        self.played = nn.Buffer(torch.zeros(args.horizon, action_dim))  # likewise, of the episode that `play` is in
+        self.played = nn.Buffer(torch.zeros(1, args.horizon, action_dim))  # likewise, of the episode that `play` is in
         generator = torch.Generator().manual_seed(0)
         cem_noise = torch.empty(args.cem_iterations, args.population, args.horizon, action_dim)
         nn.init.trunc_normal_(cem_noise, a=-2, b=2, generator=generator)
@@ -220,9 +220,9 @@ class Actor(nn.Module):
     @torch.no_grad()
     def play(self, observations: Tensor, begins: bool) -> Tensor:
         """As forward, of one episode, to learn from: [1, action_dim]. A checkpoint holds where the search goes on."""
-        (row,) = plan(self, observations, self.played.unsqueeze(0) * (not begins))
-        self.played.copy_(moved(row))
-        return row[:1]
+        steps = plan(self, observations, self.played * (not begins))
+        self.played.copy_(moved(steps[0]))
+        return steps[:, 0]
 
 
 class Learner(NamedTuple):
