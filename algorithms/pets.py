@@ -1,14 +1,16 @@
 """Probabilistic ensembles with trajectory sampling (PETS): learn a model of the data, and plan in it at every step.
 
-An ensemble of networks learns the dynamics, and nothing else is learned: no policy, no value. To act, the cross-entropy
-method (CEM) looks for the sequence of actions whose return in the model is best. Its first action is taken; from the
-others, the search of the next step begins. With x = (s, a), z = (s' - s, r), members k and particles p:
+An ensemble of networks learns the dynamics, and nothing else need be learned: no policy, no value. To act, the
+cross-entropy method (CEM) looks for the sequence of actions whose return in the model is best. Its first action is
+taken; from the others, the search of the next step begins. With x = (s, a), z = (s' - s, r), members k, particles p:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
-    J(a_0 .. a_{H-1}) = E_p[ sum_t reach_t (r_t - penalty_coefficient u(s_t, a_t)) ],  reach_t = prod_{j<t} (1 - d_j)
+    J(a_0 .. a_{H-1}) = E_p[ sum_t reach_t (r_t - penalty_coefficient u(s_t, a_t)) + reach_H V(s_H) ]
+    reach_t = gamma^t prod_{j<t} (1 - d_j);  gamma = 1 and V = 0 without --value-run-dir
     (s_{t+1} - s_t, r_t) ~ p_k(. | s_t, a_t) in each p,  termination d_t by a rule, or its probability in k
     u(s, a) = |sqrt(Var_k[mean_k(s, a)])|
+    L_V = E[ (V(s) - mean_m Q_m(s, pi(s)))^2 ]
 
 A particle has one member k for the whole plan with --propagation TSinf, and one drawn anew at each step with TS1. CEM
 draws `population` candidates with each number a = m + min(sqrt(v), (m + 1) / 2, (1 - m) / 2) noise. The noise is normal
@@ -16,17 +18,21 @@ and cut off at -2 and 2, so that a is in [-1, 1]. Of the num_best candidates of 
 
     m <- cem_alpha m + (1 - cem_alpha) mean(best),  v <- cem_alpha v + (1 - cem_alpha) variance(best)
 
-It begins at v = 1/4 and m = 0, or at the last plan moved by one step; after cem_iterations, m is the plan. No value
-follows its last step: what pays later than H steps is not seen. Offline, most plans leave the data, and the best J may
-be an error of the model. There the members disagree: with the penalty, which PETS does not have, a plan pays for that.
+It begins at v = 1/4 and m = 0, or at the last plan moved by one step; after cem_iterations, m is the plan. What pays
+later than H steps is not seen, unless V says it. --value-run-dir names a run of fqe.py, which has critics Q_m of a
+policy pi, and gamma; V is fitted to them before all else. Offline, most plans leave the data, and the best J may be an
+error of the model. There the members disagree: with the penalty, which PETS does not have, a plan pays for that.
 
 Paper: Chua, Calandra, McAllister, Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic
-Dynamics Models", 2018, arXiv 1805.12114; a penalty in a model's rewards is MOPO's idea, arXiv 2005.13239.
-Differences: theirs plays, and learns again after each episode; here the data are all there is. r is learned, theirs is
-known. Fewer candidates, particles and steps and smaller networks, so that an evaluation takes minutes on a CPU. Members
-draw rows anew from each batch, theirs keep one bootstrap each. z is normalised, and each member has its own bounds of
-variance. All plans share the random numbers of CEM, all candidates those of the model; theirs are drawn anew. CEM makes
-all its iterations, theirs stops at a small v. Layers start as PyTorch's do, the authors' as truncated normal.
+Dynamics Models", 2018, arXiv 1805.12114; a penalty in a model's rewards is MOPO's idea, arXiv 2005.13239, a value after
+a plan's end that of Lowrey et al., 2019, arXiv 1811.01848.
+Differences: theirs plays from the start, and learns again after each episode; here data come first. --online-steps adds
+steps of the planner, with an update after each; the scales of s, a and z, the rule of d and V stay as the data alone
+made them. r is learned, theirs is known. Fewer candidates, particles and steps and smaller networks, so that an
+evaluation takes minutes on a CPU. Members draw rows anew from each batch, theirs keep one bootstrap each. z is
+normalised, and each member has its own bounds of variance. All plans share the random numbers of CEM, all candidates
+those of the model; theirs are drawn anew. CEM makes all its iterations, theirs stops at a small v. Layers start as
+PyTorch's do, the authors' as truncated normal.
 
 Run: python algorithms/pets.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -58,6 +64,8 @@ class HyperParameters:
     num_models: int = 5  # members of the ensemble (authors' code)
     hidden_dims: tuple[int, ...] = (128, 128)  # hidden layers of each member (authors' code: 3 or 4 of 200 or 500)
     learning_rate: float = 1e-3  # of Adam (authors' code)
+    value_run_dir: str | None = None  # folder of a run of fqe.py on the same data, whose V follows a plan (PETS: none)
+    value_updates: int = 5_000  # gradient steps, of batches of 256, that fit V to it before all others (ours)
 
     @property
     def dynamics_hidden_dims(self) -> tuple[int, ...]:  # as scripts call it that have other networks, too
@@ -134,6 +142,20 @@ class Dynamics(nn.Module):
         return ensemble
 
 
+class Value(nn.Module):
+    """V(s) of a policy, in the units of the rewards, and the discount that it has."""
+
+    def __init__(self, observation_dim: int, args: HyperParameters) -> None:
+        super().__init__()
+        pairs = pairwise([observation_dim, *args.hidden_dims, 1])
+        self.layers = nn.Sequential(*[layer for pair in pairs for layer in (nn.SiLU(), nn.Linear(*pair))][1:])
+        self.scale = nn.Buffer(torch.tensor([0.0, 1.0]))  # mean and standard deviation of V in the data
+        self.gamma = nn.Buffer(torch.tensor(1.0))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.scale[0] + self.scale[1] * self.layers(observations).squeeze(-1)
+
+
 class Actor(nn.Module):
     """The planner, and the model it plans in. Each call plans from scratch, and the same for the same observations.
 
@@ -149,10 +171,12 @@ class Actor(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, args: HyperParameters) -> None:
         super().__init__()
         self.args, self.dynamics = args, Dynamics(observation_dim, action_dim, args)
+        self.value = Value(observation_dim, args) if args.value_run_dir is not None else None
         self.scale = nn.Buffer(torch.tensor([[0.0], [1.0]]).double().repeat(1, observation_dim))
         self.rule = nn.Buffer(torch.tensor(-1))  # its place in TERMINATION_RULES; -1: learned
         self.plans: dict[int, Tensor] = {}  # where the search goes on, [horizon, action_dim], by episode
         self.episodes: list[int] | None = None  # of the next call's rows
+        self.played = nn.Buffer(torch.zeros(1, args.horizon, action_dim))  # likewise, of the episode that `play` is in
         generator = torch.Generator().manual_seed(0)
         cem_noise = torch.empty(args.cem_iterations, args.population, args.horizon, action_dim)
         nn.init.trunc_normal_(cem_noise, a=-2, b=2, generator=generator)
@@ -190,8 +214,15 @@ class Actor(nn.Module):
         pieces = zip(observations.split(rows), mean.split(rows), strict=True)
         plans = torch.cat([plan(self, *piece) for piece in pieces]) if len(mean) else mean
         for i, row in zip(episodes or [], plans, strict=False):
-            self.plans[i] = torch.cat([row[1:], torch.zeros_like(row[:1])])  # moved by one step
+            self.plans[i] = moved(row)
         return plans[:, 0]
+
+    @torch.no_grad()
+    def play(self, observations: Tensor, begins: bool) -> Tensor:
+        """As forward, of one episode, to learn from: [1, action_dim]. A checkpoint holds where the search goes on."""
+        steps = plan(self, observations, self.played * (not begins))
+        self.played.copy_(moved(steps[0]))
+        return steps[:, 0]
 
 
 class Learner(NamedTuple):
@@ -239,6 +270,7 @@ def returns_of(actor: Actor, observations: Tensor, candidates: Tensor) -> Tensor
     states = observations.unsqueeze(1).expand(-1, population, -1).flatten(0, 1).repeat(args.num_particles, 1, 1)
     reach = states.new_ones(states.shape[:2])  # [particles, batch * population]
     total, members = torch.zeros_like(reach), args.num_models
+    gamma = actor.value.gamma if actor.value is not None else 1.0
     rule = list(TERMINATION_RULES.values())[int(actor.rule)] if actor.rule >= 0 else None
     for t in range(horizon):
         if args.propagation == "TS1":  # in another order they are of other members, of each as many as before
@@ -257,7 +289,9 @@ def returns_of(actor: Actor, observations: Tensor, candidates: Tensor) -> Tensor
             ends = logit.squeeze(-1).sigmoid()
         else:  # of states as the environment has them
             ends = rule((actor.scale[0] + actor.scale[1] * states).flatten(0, 1)).view_as(reach).to(reach.dtype)
-        reach = reach * (1 - ends)
+        reach = gamma * reach * (1 - ends)
+    if actor.value is not None:
+        total = total + reach * actor.value(states)
     return total.mean(dim=0).view(batch, population)
 
 
@@ -269,6 +303,11 @@ def refit(
     best = candidates[torch.arange(len(rows), device=rows.device).unsqueeze(1), rows]
     share = 1 - args.cem_alpha
     return mean.lerp(best.mean(dim=1), share), variance.lerp(best.var(dim=1, correction=0), share)
+
+
+def moved(steps: Tensor) -> Tensor:
+    """A plan, [horizon, action_dim], after its first step is taken; the last one is to be found."""
+    return torch.cat([steps[1:], torch.zeros_like(steps[:1])])
 
 
 def plan(actor: Actor, observations: Tensor, mean: Tensor) -> Tensor:
@@ -300,7 +339,26 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
 
 
+def value_loss(value: Value, observations: Tensor, targets: Tensor) -> Tensor:
+    """L_V = E[ (V(s) - mean_m Q_m(s, pi(s)))^2 ] / variance of the latter"""
+    return ((value(observations) - targets) / value.scale[1]).square().mean()
+
+
 # --- Update ---------------------------------------------------------------------------------------------------------
+
+
+def fit_value(value: Value, observations: Tensor, targets: Tensor, gamma: float, args: HyperParameters) -> float:
+    """Before training: V by regression to `targets` [N], mean_m Q_m(s, pi(s)) at the data's states. Gives L_V."""
+    value.scale.copy_(torch.stack([targets.mean(), targets.std() + 1e-6]))
+    value.gamma.fill_(gamma)
+    optimizer = torch.optim.Adam(value.parameters(), args.learning_rate)
+    for _ in range(args.value_updates):
+        rows = torch.randint(len(targets), (256,), device=targets.device)
+        value_loss(value, observations[rows], targets[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = torch.randint(len(targets), (10_000,), device=targets.device)
+    return value_loss(value.requires_grad_(False), observations[rows], targets[rows]).item()
 
 
 def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
@@ -318,11 +376,13 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
 # === The copy line: what is above needs PyTorch alone; below are command line, data, run folder and evaluation ========
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import ExperimentArgs, check, check_argument, explain, launch, warn
 from common.data import ReplayBuffer, hold_out, load_dataset
+from common.evaluation import Player, load_policy, load_script, make_environments
 from common.experiment import Run, load_file, set_up
 from common.optim import Adam, compiled
 
@@ -331,9 +391,11 @@ from common.optim import Adam, compiled
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a plan; auto: a rule that holds
     dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take, and learn nothing
+    policy_script: str | None = None  # path of the script of the policy that FQE evaluated, if not in algorithms/
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
+    online_steps: int = 0  # after the other updates, steps that the planner takes, with an update each
 
     def validate(self) -> None:
         super().validate()
@@ -374,10 +436,37 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
     return name if forced else "learned"
 
 
+@torch.no_grad()
+def load_value(args: Args, buffer: ReplayBuffer) -> tuple[Tensor, float]:
+    """mean_m Q_m(s, pi(s)) at the states of the data, [N], in the units of the buffer's rewards, and gamma, by the FQE
+    run in --value-run-dir. Raises BadInput if it does not suit.
+    """
+    folder, device, states = Path(args.value_run_dir or ""), buffer.storage.device, buffer.transitions.observations
+    with explain(f"--value-run-dir {folder}"):
+        saved = load_file(folder / "checkpoint.pt", device)
+        check(saved["arguments"]["algorithm"] == "fqe", f"is a run of {saved['arguments']['algorithm']}, not of fqe")
+        other = f"was trained on other data than {args.dataset_id}, or some were held out of these"
+        check(saved["dataset_fingerprint"] == buffer.fingerprint, other)
+        check((folder / "result.json").is_file(), "has not finished; go on with that run first")
+        check(args.reward_shift == 0, "knows rewards without a shift alone; leave out --reward-shift")
+        fqe = load_script("fqe")
+        known = fqe.HyperParameters(**{name: saved["arguments"][name] for name in vars(fqe.HyperParameters())})
+        critic = fqe.build(buffer.observation_dim, buffer.action_dim, known, device).target_critic
+        critic.load_state_dict(saved["learner"]["target_critic"])
+    with explain(f"--value-run-dir {folder}, --policy-script {args.policy_script}"):
+        policy = load_policy(folder, args.policy_script)
+    mean, std = saved["normalization"]  # FQE's own
+    inputs = ((buffer.normalization[0] + buffer.normalization[1] * states - mean) / std).float()
+    pieces = zip(inputs.split(4096), fqe.act(policy, states, buffer).split(4096), strict=True)
+    q = [critic(*(x.expand(known.num_members, -1, -1) for x in piece)).mean(dim=0) for piece in pieces]
+    scale = float(buffer.transitions.rewards.square().mean().sqrt()) or 1.0  # FQE has rewards of size 1 - gamma
+    return torch.cat(q) * scale / (1 - known.gamma), known.gamma
+
+
 def main(args: Args) -> None:
     device = set_up(args)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id), args)
-    buffer = ReplayBuffer(dataset, device, args.normalize_observations)
+    buffer = ReplayBuffer(dataset, device, args.normalize_observations, room=args.online_steps)
     check(len(buffer.storage) > 1, f"{args.dataset_id}: one transition is too few to train a model and test it")
     ending = ending_of(args, buffer)
     buffer.scale_rewards(args.reward_scale, args.reward_shift)
@@ -386,15 +475,23 @@ def main(args: Args) -> None:
     learner.actor.take(Batch(*buffer.transitions), buffer.normalization, ending)
     if args.dynamics is not None and not args.resume:  # else the checkpoint has it
         load_dynamics(args, buffer, learner)
+    if learner.actor.value is not None and not args.resume:
+        targets, gamma = load_value(args, buffer)
+        error = fit_value(learner.actor.value, buffer.transitions.observations, targets, gamma, args)
+        print(f"V: of the variance of FQE's values in the data, its fit leaves {error:.2%}", flush=True)
     train = compiled(update, learner, args)
-    run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
+    player = Player(make_environments(dataset, 1)[0], buffer, args.seed) if args.online_steps else None
+    run = Run(args, buffer, learner, update, player=player)  # makes the run folder, or goes back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
     if args.dynamics is not None and run.first_step <= args.num_updates:
-        run.record(args.num_updates, {})  # the evaluation alone: nothing is left to learn
-    elif args.dynamics is None:
-        for step in range(run.first_step, args.num_updates + 1):
-            metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
-            run.record(step, metrics)  # evaluates, logs and saves, each when it is due
+        run.record(args.num_updates, {})  # the evaluation alone: of the data, nothing is left to learn
+        run.first_step = args.num_updates + 1
+    for step in range(run.first_step, run.last_step + 1):
+        if player and step > args.num_updates:  # a transition more, which counts as much as one of the data
+            act = partial(learner.actor.play, begins=not player.actions)
+            buffer.add(player.step(run.policy(player.observation[None], act)[0]))
+        metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 
 

@@ -446,6 +446,7 @@ NONSENSE = {
     "population": "0",
     "num_best": "0",
     "cem_iterations": "0",
+    "value_updates": "0",
     "cem_alpha": "1",
     "num_particles": "0",
     "real_ratio": "1.5",
@@ -483,7 +484,8 @@ NONSENSE = {
 }
 
 
-CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_run_dir", "policy_script"}
+CANNOT_BE_NONSENSE = {"env_id", "run_dir", "wandb_group", "wandb_entity", "dynamics", "policy_script"}
+CANNOT_BE_NONSENSE |= {"policy_run_dir", "value_run_dir"}
 CANNOT_BE_NONSENSE |= {"rollout_schedule"}  # four numbers, which test_mbpo.py has
 
 

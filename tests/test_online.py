@@ -5,14 +5,16 @@ import re
 
 import gymnasium as gym
 import numpy as np
+import pets
 import pytest
 from conftest import SHORTER, assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
 
-ALGORITHMS = ["iql", "td3_bc", "awac", "cql", "awr", "naf"]
+ALGORITHMS = ["iql", "td3_bc", "awac", "cql", "awr", "pets", "naf"]
 MORE = {
     "td3_bc": ["--exploration-noise", "3"],
     "cql": ["--num-samples", "2"],
     "awr": ["--returns-every", "8"],
+    "pets": ["--horizon", "3", "--population", "20", "--num-best", "2"],
     "naf": [*SHORTER["naf"], "--rollout-every", "4", "--exploration-noise", "3"],  # five models of what was played, too
 }
 OFFLINE, ONLINE = 10, 20
@@ -90,22 +92,33 @@ def test_a_run_goes_on_online_to_the_same_bits(algorithm, arguments, tmp_path, m
     with (whole / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if not row.get("model/rewards") and int(row["step"])]
     assert [int(row["step"]) for row in rows] == [*range(5, OFFLINE + ONLINE + 1, 5)]
-    assert all(row.get("critic/loss") or row["value/loss"] for row in rows)
+    assert all(row.get("critic/loss") or row.get("value/loss") or row["dynamics/nll"] for row in rows)
 
 
 @every_algorithm
 def test_what_is_played_is_within_the_bounds_and_in_the_buffer(algorithm, arguments, tmp_path, walk):
-    """An end is a termination there, a time limit is none. All noise but CQL's, within tanh, goes beyond the bounds."""
+    """An end is a termination there, a time limit is none. Noise may go beyond the bounds, but for CQL's, within
+    tanh, and the plans of PETS."""
     run(algorithm, *arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run")
     actions = np.concatenate(walk.actions)
     assert len(actions) == ONLINE and len(np.unique(actions)) > 5 and actions.dtype == np.float32
-    assert np.abs(actions).max() <= 2 and (np.any(np.abs(actions) == 2) or algorithm == "cql")
+    assert np.abs(actions).max() <= 2 and (np.any(np.abs(actions) == 2) or algorithm in ("cql", "pets"))
     state = checkpoint(tmp_path / "run")["learner"]["player"]
     lengths = state["lengths"].numpy()
     assert {*lengths} == {3, 5} and lengths.sum() + len(state["actions"]) == ONLINE
     ends = np.isin(np.arange(ONLINE), lengths.cumsum()[lengths == 3] - 1)
     np.testing.assert_array_equal(state["added"][:, -1].numpy(), ends.astype(np.float32))
     np.testing.assert_allclose(state["added"][:, 3].numpy(), actions / 2, atol=1e-6)  # after observations of 3 numbers
+
+
+@pytest.mark.parametrize("algorithm", ["pets"])
+def test_a_plan_lasts_as_long_as_its_episode(algorithm, arguments, tmp_path, monkeypatch):
+    begun, play = [], pets.Actor.play
+    monkeypatch.setattr(pets.Actor, "play", lambda *words, begins: (begun.append(begins), play(*words, begins))[1])
+    run(algorithm, *arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run")
+    lengths = checkpoint(tmp_path / "run")["learner"]["player"]["lengths"]
+    expected = np.isin(np.arange(ONLINE), [0, *lengths.cumsum(0).tolist()])
+    np.testing.assert_array_equal(begun, expected)
 
 
 @every_algorithm

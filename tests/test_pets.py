@@ -2,23 +2,29 @@
 
 import csv
 import json
+import shutil
 
+import gymnasium as gym
 import numpy as np
 import pets
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SHORT,
     SHORTER,
     assert_one_line,
     assert_same,
     checkpoint,
     random_batch,
+    random_episode,
     run_script,
+    write_policy,
 )
 from torch import nn
 
 from common.command_line import BadInput
+from common.data import ReplayBuffer, load_dataset
 from common.evaluation import FINAL_SEED, evaluate, load_policy, make_environments
 from common.optim import Adam
 
@@ -52,16 +58,16 @@ CANDIDATES = torch.tensor([[0.5, -0.25, 1.0], [-1.0, 0.75, 0.25]])[None, :, :, N
 # --- Returns ---
 
 
-def by_hand(state, actions, members, ends=lambda before, after: 0.0, penalty=0.0):
+def by_hand(state, actions, members, ends=lambda before, after: 0.0, penalty=0.0, gamma=1.0, value=lambda state: 0.0):
     """The return of one trajectory, the member of each step given."""
     total, reach = 0.0, 1.0
-    for action, k in zip(actions, members, strict=True):
+    for t, (action, k) in enumerate(zip(actions, members, strict=True)):
         # the members' means differ by the action in s' and by 10 in r, of which half is their standard deviation
-        total += reach * (state + 10 * k - penalty * np.hypot(action / 2, 5))
+        total += gamma**t * reach * (state + 10 * k - penalty * np.hypot(action / 2, 5))
         after = state + (k + 1) * action
         reach *= 1 - ends(state, after)
         state = after
-    return total
+    return total + gamma ** len(actions) * reach * value(state)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
@@ -112,6 +118,55 @@ def test_rewards_count_by_the_learned_probability_that_they_are_reached():
     ends = lambda before, _: 1 / (1 + np.exp(1 - before))  # noqa: E731
     expected = [np.mean([by_hand(0.3, plan, [k] * 3, ends) for k in (0, 1)]) for plan in CANDIDATES[0, :, :, 0].numpy()]
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+class Parabola(nn.Module):
+    """V(s) = 3 s^2 - 2."""
+
+    gamma = 0.8
+
+    def forward(self, observations):
+        return 3 * observations[..., 0] ** 2 - 2
+
+
+@pytest.mark.parametrize(("ending", "penalty"), [("never", 0.0), ("learned", 0.0), ("learned", 0.7)])
+def test_a_value_follows_the_last_step_and_all_is_discounted(ending, penalty):
+    ends = {"never": lambda *_: 0.0, "learned": lambda before, _: 1 / (1 + np.exp(1 - before))}[ending]
+    actor = make_actor(ending, penalty_coefficient=penalty)
+    actor.value = Parabola()
+    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    told = {"ends": ends, "penalty": penalty, "gamma": 0.8, "value": lambda state: 3 * state**2 - 2}
+    plans = CANDIDATES[0, :, :, 0].numpy()
+    expected = [np.mean([by_hand(0.3, plan, [k] * 3, **told) for k in (0, 1)]) for plan in plans]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+def test_a_particle_that_changes_its_member_takes_its_value_along():
+    actor = make_actor("learned", propagation="TS1")
+    actor.order.copy_(torch.tensor([[1, 0], [0, 1], [1, 0]]))
+    actor.value = Parabola()
+    told = {"ends": lambda before, _: 1 / (1 + np.exp(1 - before)), "gamma": 0.8}
+    told["value"] = lambda state: 3 * state**2 - 2
+    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    paths = (1, 1, 0), (0, 0, 1)
+    plans = CANDIDATES[0, :, :, 0].numpy()
+    expected = [np.mean([by_hand(0.3, plan, path, **told) for path in paths]) for plan in plans]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+def test_without_a_value_there_is_none():
+    """Neither in a policy's file nor in a plan's return, and the model starts at the same weights."""
+    actors = []
+    for folder in (None, "run"):
+        torch.manual_seed(0)
+        actors.append(pets.Actor(3, 1, pets.Args(value_run_dir=folder, hidden_dims=(4,))))
+    without, zero = actors
+    assert without.value is None and not any("value" in name for name in without.state_dict())
+    assert_same(without.dynamics.state_dict(), zero.dynamics.state_dict())
+    zero.value.scale.zero_()
+    states, candidates = torch.randn(4, 3), torch.rand(4, 6, 15, 1)
+    with torch.no_grad():
+        assert torch.equal(*(pets.returns_of(actor, states, candidates) for actor in actors))
 
 
 def test_particles_have_noise_of_the_members_size_and_candidates_share_it(monkeypatch):
@@ -211,6 +266,27 @@ def test_a_plan_goes_on_moved_by_one_step(monkeypatch):
     torch.testing.assert_close(begun[3][0, :, 0], torch.tensor([0.2, 0.3, 0.0]))
 
 
+def test_what_is_played_has_a_plan_of_its_own(monkeypatch):
+    begun = []
+
+    def spy(actor, observations, mean):
+        begun.append(mean)
+        return mean + torch.tensor([[0.1], [0.2], [0.3]])
+
+    monkeypatch.setattr(pets, "plan", spy)
+    actor, state = make_actor(), torch.zeros(1, 1)
+    torch.testing.assert_close(actor.play(state, begins=True), torch.tensor([[0.1]]))
+    actor.follow([0], [None])  # an evaluation in between
+    actor(state)
+    again = make_actor()
+    again.load_state_dict(actor.state_dict())  # a resumed run
+    torch.testing.assert_close(again.play(state, begins=False), torch.tensor([[0.3]]))
+    torch.testing.assert_close(again.play(state, begins=False), torch.tensor([[0.6]]))
+    torch.testing.assert_close(again.play(state, begins=True), torch.tensor([[0.1]]))
+    found = [list(map(float, mean[0, :, 0])) for mean in begun]
+    np.testing.assert_allclose(found, [[0, 0, 0], [0, 0, 0], [0.2, 0.3, 0], [0.5, 0.3, 0], [0, 0, 0]], atol=1e-6)
+
+
 def test_observations_are_those_that_follow_was_told_of():
     actor = make_actor()
     actor.follow([0, 1], [None, None])
@@ -254,6 +330,30 @@ def test_update_trains_each_member_on_rows_of_its_own(monkeypatch):
         torch.testing.assert_close(z[member, :, :-1], (batch.next_observations - batch.observations)[rows])
         torch.testing.assert_close(z[member, :, -1], batch.rewards[rows])
         assert torch.equal(terminations[member], batch.terminations[rows])
+
+
+def test_value_loss():
+    torch.manual_seed(0)
+    value = pets.Value(3, pets.Args(hidden_dims=(5, 4)))
+    value.scale.copy_(torch.tensor([-40.0, 7.0]))
+    observations, targets = torch.randn(8, 3), torch.linspace(-60, -20, 8)
+    x = observations.numpy().astype(np.float64)
+    for index, layer in enumerate(layer for layer in value.layers if isinstance(layer, nn.Linear)):
+        x = x / (1 + np.exp(-x)) if index else x  # SiLU
+        x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+    expected = np.mean((-40 + 7 * x[:, 0] - targets.numpy()) ** 2) / 49
+    assert pets.value_loss(value, observations, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_value_is_fitted_in_its_own_units():
+    torch.manual_seed(0)
+    args = pets.Args(hidden_dims=(32,), value_updates=500, learning_rate=1e-2)
+    value, states = pets.Value(2, args), torch.randn(300, 2)
+    targets = 1000 * states[:, 0].sin() - 5000
+    left = pets.fit_value(value, states, targets, 0.9, args)
+    error = (value(states) - targets).square().mean() / targets.var()
+    assert left == pytest.approx(error.item(), rel=0.2) and left < 0.01
+    assert value.gamma == 0.9 and not any(weight.requires_grad for weight in value.parameters())
 
 
 def test_weights_decay_layer_by_layer():
@@ -332,3 +432,134 @@ def test_no_file_of_onnx_plans(tmp_path, pendulum):
     assert run_script("pets", *FEW, "--num-updates", "2", "--run-dir", str(tmp_path)).returncode == 0
     run = run_script("export", str(tmp_path), "--out", str(tmp_path / "policy.onnx"))
     assert_one_line(run, "its Actor remembers what it did .*: act by load_policy")
+
+
+# --- Online ---
+
+
+def test_a_model_that_was_taken_over_learns_of_what_is_played_alone(tmp_path, pendulum):
+    words = [*FEW, "--num-updates", "2"]
+    assert run_script("pets", *words, "--run-dir", str(tmp_path / "model")).returncode == 0
+    words += ["--dynamics", str(tmp_path / "model"), "--run-dir", str(tmp_path / "plans")]
+    assert run_script("pets", *words, "--checkpoint-every", "2").returncode == 0
+    models = [checkpoint(tmp_path / name)["learner"] for name in ("model", "plans")]
+    assert_same(*(model["dynamics"] for model in models))
+    run = run_script("pets", *words, "--online-steps", "3", "--log-every", "1", "--resume")
+    assert run.returncode == 0, run.stderr
+    after = checkpoint(tmp_path / "plans")
+    assert after["step"] == 5 and len(after["learner"]["player"]["added"]) == 3
+    assert not torch.equal(after["learner"]["dynamics"]["layers.0.weight"], models[0]["dynamics"]["layers.0.weight"])
+    for name in ("x_scale", "z_scale"):  # stay those of the data
+        assert torch.equal(after["learner"]["dynamics"][name], models[0]["dynamics"][name])
+
+
+# --- Value ---
+
+
+def numpy_q(state, num_members, x):
+    """mean_m Q_m of FQE: layers, of which all but the last are normalised and then rectified."""
+    values = []
+    for member in range(num_members):
+        weights, biases = (
+            [state[f"layers.{i}.{name}"][member].numpy() for i in range(3)] for name in ("weight", "bias")
+        )
+        h = x
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = h @ weight + bias
+            h = (h - h.mean(axis=1, keepdims=True)) / np.sqrt(h.var(axis=1, keepdims=True) + 1e-5)
+            h = np.maximum(h, 0)
+        values.append((h @ weights[-1] + biases[-1])[:, 0])
+    return np.mean(values, axis=0)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_value_is_that_of_fqe_in_the_units_of_the_rewards(normalized, make_dataset, tmp_path):
+    """All episodes begin at the same state, so that its value is FQE's estimate, whichever of them a member draws."""
+    episodes = [random_episode(seed) for seed in range(3)]
+    for episode in episodes:
+        episode["observations"] = 3 * episode["observations"] + 5
+        episode["observations"][0] = [4.0, 5.0, 6.0]
+    data, folder = make_dataset(episodes=episodes), tmp_path / "fqe"
+    policy = write_policy(tmp_path / "policy", action=-0.3)
+    words = ["--dataset-id", data, "--hidden-dims", "6", "5", "--num-members", "2", "--gamma", "0.9"]
+    words += ["--policy-run-dir", policy, "--num-updates", "30", "--run-dir", str(folder)]
+    run = run_script("fqe", *words, "--normalize-observations" if normalized else "--no-normalize-observations")
+    assert run.returncode == 0, run.stderr
+
+    buffer = ReplayBuffer(load_dataset(data), CPU)
+    buffer.scale_rewards(7.0, 0.0)
+    values, gamma = pets.load_value(pets.Args(dataset_id=data, value_run_dir=str(folder)), buffer)
+    states = np.concatenate([episode["observations"][:-1] for episode in episodes]).astype(np.float64)
+    x = (states - states.mean(axis=0)) / (states.std(axis=0) + 1e-3) if normalized else states
+    q = numpy_q(checkpoint(folder)["learner"]["target_critic"], 2, np.hstack([x, np.full((90, 1), -0.3)]))
+    rewards = np.concatenate([episode["rewards"] for episode in episodes])
+    expected = 7 * q * np.sqrt(np.mean(rewards**2)) / (1 - 0.9)
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3)
+    estimate = json.loads((folder / "result.json").read_text())["estimate"]
+    np.testing.assert_allclose(values[[0, 30, 60]], 7 * estimate, rtol=1e-3)
+    assert gamma == 0.9
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, pendulum):
+    """A finished run of FQE on the built-in data."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    words = ["--hidden-dims", "8", "--num-members", "2", "--num-updates", "5", "--eval-episodes", "1"]
+    policy = write_policy(folder / "policy")
+    assert run_script("fqe", *words, "--policy-run-dir", policy, "--run-dir", str(folder / "fqe")).returncode == 0
+    return folder / "fqe"
+
+
+def test_a_run_with_a_value_needs_fqes_folder_no_more(evaluated, tmp_path):
+    """Neither to be resumed, to the same bits, nor to be loaded."""
+    gone = tmp_path / "gone"
+    shutil.copytree(evaluated, gone)
+    words = [*FEW, "--value-run-dir", str(gone), "--value-updates", "20", "--checkpoint-every", "3", "--log-every", "3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = run_script("pets", *words, "--num-updates", "6", "--run-dir", str(whole))
+    assert run.returncode == 0 and "V: of the variance of FQE's values in the data, its fit leaves " in run.stdout
+    assert run_script("pets", *words, "--num-updates", "3", "--run-dir", str(cut)).returncode == 0
+    shutil.rmtree(gone)
+    assert run_script("pets", *words, "--num-updates", "6", "--run-dir", str(cut), "--resume").returncode == 0
+    assert_same(checkpoint(whole)["learner"], checkpoint(cut)["learner"])
+
+    policy = load_policy(cut)
+    assert_same(policy.actor.state_dict(), checkpoint(whole)["learner"]["actor"])
+    assert policy.actor.value.gamma == pytest.approx(0.99) and policy.actor.value.scale[1] != 1
+    environments = make_environments(load_dataset("anchorl/pendulum/mixed-v0"), 2)
+    returns, _ = evaluate(policy, environments, 3, FINAL_SEED)
+    assert returns.tolist() == json.loads((cut / "result.json").read_text())["final_returns"]
+
+
+def test_runs_whose_value_does_not_suit(evaluated, make_dataset, tmp_path):
+    def refused(folder, *words):
+        run = run_script("pets", *FEW, "--value-run-dir", str(folder), *words, "--run-dir", str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+        return run
+
+    assert_one_line(refused(tmp_path / "none"), "error: --value-run-dir .*none: cannot read .*No such file")
+    space, episodes = gym.spaces.Box(-9, 9, (4,)), [random_episode(0, observation_dim=4)] * 2
+    data = make_dataset(observation_space=space, episodes=episodes)
+    assert_one_line(refused(evaluated, "--dataset-id", data), f"was trained on other data than {data}")
+    held_out = refused(evaluated, "--validation-fraction", "0.5")
+    assert_one_line(held_out, "was trained on other data than .*, or some were held out of these")
+    shifted = refused(evaluated, "--reward-shift", "1")
+    assert_one_line(shifted, "knows rewards without a shift alone; leave out --reward-shift")
+    other = tmp_path / "bc"
+    assert run_script("bc", *SHORT, "--num-updates", "1", "--run-dir", str(other)).returncode == 0
+    assert_one_line(refused(other), "--value-run-dir .*: is a run of bc, not of fqe")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(evaluated, unfinished, ignore=lambda *_: ["result.json"])
+    assert_one_line(refused(unfinished), "has not finished; go on with that run first")
+
+
+def test_the_policy_behind_a_value_may_be_of_a_users_script(evaluated, tmp_path):
+    folder = tmp_path / "fqe"
+    shutil.copytree(evaluated, folder)
+    state = torch.load(folder / "policy.pt", weights_only=True)
+    torch.save(state | {"script": "mine"}, folder / "policy.pt")
+    words = [*FEW, "--num-updates", "1", "--value-updates", "1", "--value-run-dir", str(folder)]
+    words += ["--run-dir", str(tmp_path / "run")]
+    assert_one_line(run_script("pets", *words), "--policy-script None: no script .*mine.py: give its path")
+    run = run_script("pets", *words, "--policy-script", str(ROOT / "algorithms" / "bc.py"))
+    assert run.returncode == 0, run.stderr

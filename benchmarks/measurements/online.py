@@ -2,8 +2,8 @@
 
 A folder holds the runs of one environment: sac.py (from scratch), rlpd.py (with prior data), and scripts with
 --online-steps, whose steps count from the switch. Of it NAME.csv is written, a row per evaluation, from which table and
-picture can be made again without the runs. Over the seeds, of each script, in the data's scores or, where there are no
-reference scores, in returns:
+picture can be made again without the runs; scripts that are in it already, and not in the folder, stay. Over the seeds,
+of each script, in the data's scores or, where there are no reference scores, in returns:
 
     switch   what the offline updates had made of the policy
     lowest   the lowest of the evaluations in the first --dip steps after it
@@ -117,8 +117,12 @@ def main(args: Args) -> None:
     all_rows, page = {}, ""
     for source in args.sources:
         if source.is_dir():
-            rows = read_runs(source)
-            rows.round({"value": 2}).to_csv(args.out / f"{source.name}.csv", index=False)
+            rows, path = read_runs(source).round({"value": 3}), args.out / f"{source.name}.csv"
+            if path.exists():  # of other scripts, by earlier commands
+                with explain(str(path)):
+                    earlier = pd.read_csv(path)[COLUMNS]
+                rows = pd.concat([earlier[~earlier["script"].isin(rows["script"])], rows])
+            rows.to_csv(path, index=False)
         else:
             with explain(str(source)):
                 rows = pd.read_csv(source)[COLUMNS]

@@ -94,7 +94,10 @@ def kits(args: Args) -> Parts:
     """The kit's, whose `train` builds all and stops where it would train."""
     size, rng = args.episodes * 1_000, np.random.default_rng(0)
     shape, sizes = (throughput.Args.observation_dim,), throughput.Args
-    data = {"observations": rng.normal(size=(size, *shape)), "next_observations": rng.normal(size=(size, *shape))}
+    data: dict[str, Any] = {
+        "observations": rng.normal(size=(size, *shape)),
+        "next_observations": rng.normal(size=(size, *shape)),
+    }
     data |= {"actions": rng.uniform(-1, 1, size=(size, sizes.action_dim)), "rewards": rng.normal(size=size)}
     data = {name: values.astype(np.float32) for name, values in data.items()} | {"terminals": np.zeros(size, bool)}
     environment = SimpleNamespace(
@@ -107,14 +110,16 @@ def kits(args: Args) -> Parts:
     sys.argv = ["run_mopo.py", "--task", TASK, "--rollout-length", "5", "--device", "cpu"]  # read at the import, too
     module = load(args.kit / "run_example", "run_mopo", f"--kit {args.kit}", ABSENT)
     found: dict[str, Any] = {}
+    dynamics_class: Any = module.EnsembleDynamics
+    trainer_class: Any = module.MBPolicyTrainer
 
-    class Dynamics(module.EnsembleDynamics):
+    class Dynamics(dynamics_class):
         def train(self, data: Any, logger: Any, **_: Any) -> None:
             found["epoch"] = lambda: super(Dynamics, self).train(data, logger, max_epochs=1)
 
         def save(self, path: Any) -> None: ...
 
-    class Trainer(module.MBPolicyTrainer):
+    class Trainer(trainer_class):
         def train(self) -> Any:
             found["updates"] = super().train
 

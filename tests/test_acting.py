@@ -1,0 +1,83 @@
+"""The table of benchmarks.measurements.online: what each number is made of, by runs that are written by hand."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from conftest import assert_one_line, run_script
+
+from common.data import load_dataset
+
+DATA = "anchorl/pendulum/mixed-v0"
+SCRIPT = "benchmarks.measurements.online"
+
+
+def write_run(folder, rows, **args):
+    """A finished run: its arguments, and evaluations as (update, return)."""
+    folder.mkdir(parents=True)
+    known = {"algorithm": "iql", "dataset_id": DATA, "seed": 0, "num_updates": 100, "online_steps": 0}
+    (folder / "args.json").write_text(json.dumps(known | args))
+    (folder / "result.json").write_text("{}")
+    lines = ["step,critic/loss,eval/return_mean", "50,1.0,"] + [f"{step},1.0,{value}" for step, value in rows]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def score(value):
+    return load_dataset(DATA).score(value)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "pendulum"
+    for seed, more in enumerate([0, 10]):
+        rows = [(60, -900), (100, -500), (110, -700 - more), (120, -600), (195, -200), (200, -180 + more)]
+        write_run(folder / "iql" / str(seed), rows, seed=seed, online_steps=100)
+    scratch = {"algorithm": "sac", "dataset_id": "Pendulum-v1", "random_steps": 10}
+    write_run(folder / "sac", [(10, -1200), (90, -400)], **scratch)
+    prior = {"algorithm": "rlpd", "random_steps": 10, "updates_per_step": 4, "data_ratio": 0.5}
+    write_run(folder / "rlpd", [(41, -1000), (360, -300)], **prior)
+    return folder
+
+
+def test_steps_count_from_the_switch_or_from_the_first_random_one(runs, tmp_path):
+    words = [str(runs), "--out", str(tmp_path / "out"), "--at", "20", "100", "--dip", "30"]
+    run = run_script(SCRIPT, *words)
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "out" / "pendulum.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = {script: [int(row["steps"]) for row in rows if row["script"] == script] for script in ("rlpd", "sac")}
+    assert steps == {"sac": [20, 100], "rlpd": [21, 100]}  # 41 updates are 11 steps, of 4 each, after 10 random ones
+    assert [int(row["steps"]) for row in rows if row["script"] == "iql"] == [0, 10, 20, 95, 100] * 2
+    table = (tmp_path / "out" / "table.md").read_text()
+    lines = {line.split("`")[1]: line.split("|")[2:-1] for line in table.splitlines() if "`" in line}
+    cells = {script: [cell.split("[")[0].strip() for cell in row] for script, row in lines.items()}
+    low = (score(-700) + score(-710)) / 2
+    at_20, end = score(-600), (score(-200) * 2 + score(-180) + score(-170)) / 4
+    assert cells["iql"] == ["2", *(f"{value:.1f}" for value in (score(-500), low, at_20, end))]
+    assert cells["sac"] == ["1", "-", "-", f"{score(-1200):.1f}", f"{score(-400):.1f}"]
+    assert list(lines) == ["iql", "rlpd", "sac"]  # the highest at the end first
+    assert (tmp_path / "out" / "online.png").stat().st_size > 10_000
+    again = run_script(SCRIPT, str(tmp_path / "out" / "pendulum.csv"), *words[1:2], str(tmp_path / "b"), *words[3:])
+    assert again.returncode == 0 and (tmp_path / "b" / "table.md").read_text() == table
+
+
+def test_scripts_of_earlier_commands_stay(runs, tmp_path):
+    words, last = ["--out", str(tmp_path / "out"), "--at", "100"], tmp_path / "out" / "table.md"
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    before = last.read_text()
+    shutil.rmtree(runs / "sac")
+    shutil.rmtree(runs / "iql" / "1")
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    pairs = list(zip(before.splitlines(), last.read_text().splitlines(), strict=True))
+    assert [line.split("`")[1] for line, after in pairs if line != after] == ["iql"]
+
+
+def test_a_run_that_never_acts_is_refused(runs, tmp_path):
+    write_run(runs / "bc", [(100, -300)], algorithm="bc")
+    run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))
+    assert_one_line(run, "bc: a run that never acts; give it --online-steps, or take it away")
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    assert_one_line(run_script(SCRIPT, str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
