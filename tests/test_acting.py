@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import assert_one_line, run_script
+from conftest import ROOT, assert_one_line, run_script
 
 from common.data import load_dataset
 
@@ -81,3 +81,15 @@ def test_a_run_that_never_acts_is_refused(runs, tmp_path):
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     assert_one_line(run_script(SCRIPT, str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
+
+
+def test_the_guide_has_the_table_of_the_results(tmp_path):
+    folder = ROOT / "benchmarks" / "results" / "online"
+    words = [*map(str, (folder / "pendulum.csv", folder / "hopper-medium.csv")), "--out", str(tmp_path)]
+    words += ["--dip", "2000", "--at", "1000", "2000", "5000", "20000", "50000"]
+    assert run_script(SCRIPT, *words).returncode == 0
+    written = (tmp_path / "table.md").read_text()
+    assert written == (folder / "table.md").read_text()
+    guide = (ROOT / "algorithms" / "README.md").read_text()
+    tables = [part for part in written.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2 and all(part in guide for part in tables)

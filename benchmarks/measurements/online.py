@@ -90,19 +90,20 @@ def table(rows: pd.DataFrame, at: tuple[int, ...], dip: int) -> str:
         for i, part in enumerate(parts):
             values = part.groupby("seed")["value"].agg("min" if i == 1 else "mean").to_numpy()
             cells.append(report.words([values]) if len(values) else "-")
-        last = own[own["steps"] > 0.9 * max(at)]["value"].mean()
+        last = own[own["steps"] > 0.9 * own["steps"].max()]["value"].mean()
         ends[str(script)] = (last, f"| `{script}` | {own['seed'].nunique()} | {' | '.join(cells)} |")
-    ordered = sorted(ends.values(), key=lambda end: -math.inf if math.isnan(end[0]) else end[0], reverse=True)
-    return "\n".join([*lines, *(line for _, line in ordered)]) + "\n"
+    return "\n".join([*lines, *(line for _, line in sorted(ends.values(), reverse=True))]) + "\n"
 
 
-def draw(all_rows: dict[str, pd.DataFrame], end: int, path: Path) -> None:
+def draw(all_rows: dict[str, pd.DataFrame], path: Path) -> None:
     """A panel per environment, the mean over seeds of each script, with the range of the seeds."""
     figure = Figure(figsize=(5.4 * len(all_rows), 3.6), layout="constrained")
     scripts = sorted(set().union(*(rows["script"] for rows in all_rows.values())))
     for axes, (name, rows) in zip(figure.subplots(1, len(all_rows), squeeze=False)[0], all_rows.items(), strict=True):
         for number, script in enumerate(scripts):
-            own = rows[(rows["script"] == script) & (rows["steps"] <= end)].groupby("steps")["value"]
+            own = rows[rows["script"] == script].groupby("steps")["value"]
+            if not len(own):
+                continue
             axes.plot(own.mean(), color=f"C{number}", label=script, linewidth=1.4)
             axes.fill_between(own.min().index, own.min(), own.max(), color=f"C{number}", alpha=0.12, linewidth=0)
         axes.set(title=name, xlabel="steps in the environment", ylabel=rows["unit"].iloc[0])
@@ -129,7 +130,7 @@ def main(args: Args) -> None:
         all_rows[source.stem] = rows
         page += f"{source.stem} ({rows['unit'].iloc[0]}s):\n\n{table(rows, args.at, args.dip)}\n"
     (args.out / "table.md").write_text(page)
-    draw(all_rows, max(args.at), args.out / "online.png")
+    draw(all_rows, args.out / "online.png")
     print(f"{page}{args.out / 'online.png'}")
 
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The runs behind online/: what acting a little gives. A folder for the scripts that go on from offline, one for RLPD,
+# whose arguments are others, and one for SAC, which has no data.
+set -euo pipefail
+network="--hidden-dims 64 64 --tau 0.02 --actor-learning-rate 1e-3 --critic-learning-rate 1e-3"
+tenth="--validation-fraction 0.9"  # a tenth of the episodes, the same for all seeds
+# shellcheck disable=SC2086  # these are lists of arguments
+{
+    python -m benchmarks.run --seeds 5 --workers 1 --out runs/acting/pendulum/on \
+        --algorithms "iql --value-learning-rate 1e-3" td3_bc awac "cql --cql-alpha 5" "cal_ql --cql-alpha 5" \
+        -- $network $tenth --num-updates 2000 --online-steps 5000 --eval-every 250
+    python -m benchmarks.run --seeds 5 --workers 2 --out runs/acting/pendulum/rlpd --algorithms rlpd \
+        -- $network $tenth --random-steps 250 --updates-per-step 5 --num-updates 23750 --eval-every 1250
+    for seed in 0 1 2 3 4; do
+        python algorithms/sac.py --seed $seed --num-updates 4000 --eval-every 250 $network --run-dir runs/acting/pendulum/sac/$seed
+    done
+}
+python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium --algorithms iql td3_bc \
+    --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
+python -m benchmarks.measurements.online runs/acting/pendulum runs/acting/hopper-medium --dip 2000 \
+    --at 1000 2000 5000 20000 50000 --out benchmarks/results/online
