@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -43,8 +42,8 @@ class Args:
     """PyTorch's threads"""
     csv: Path | None = None
     """write the table here"""
-    only: tyro.conf.Suppress[str | None] = None
-    """the one that this process measures"""
+    only: str | None = None
+    """measure this script alone, in this process, and print its numbers: what each process is told"""
 
 
 def measure(args: Args, algorithm: str) -> dict[str, float]:
