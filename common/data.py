@@ -187,7 +187,7 @@ class ReplayBuffer:
             observations, actions, _, next_observations, ends = self.transitions
             forbidden = int((observations.gather(1, actions[:, None]) != 1).sum())
             stuck = int(((next_observations[:, : self.num_legal] != 1).all(dim=1) & (ends == 0)).sum())
-            found = f"{forbidden} of the actions that were taken" if forbidden else f"all after {stuck} steps, no ends"
+            found = f"{forbidden} of the actions that were taken" if forbidden else f"all after {stuck} that go on"
             check(forbidden + stuck == 0, f"{dataset.dataset_id}: {MASK} forbids {found}")
         self.std = torch.ones(self.observation_dim, device=device) if given is None else given[1].float()
         self.mean, self.reward_scale, self.reward_shift = torch.zeros_like(self.std), 1.0, 0.0

@@ -307,5 +307,5 @@ def test_a_state_in_which_nothing_is_legal_must_be_an_end(make_dataset, terminat
     if terminated:
         assert len(ReplayBuffer(dataset, CPU).storage) == 2
     else:
-        with pytest.raises(BadInput, match="action_mask forbids all after 1 steps, no ends"):
+        with pytest.raises(BadInput, match="action_mask forbids all after 1 that go on"):
             ReplayBuffer(dataset, CPU)

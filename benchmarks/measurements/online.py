@@ -58,7 +58,8 @@ def read_runs(folder: Path) -> pd.DataFrame:
     """A row per evaluation of the finished runs in it. Raises BadInput where there is none, or one never acts."""
     runs = [path.parent for path in sorted(folder.rglob("result.json"))]
     check(bool(runs), f"{folder}: no finished run in it")
-    saved = {run: json.loads((run / "args.json").read_text()) for run in runs}
+    with explain(f"cannot read the args.json of a run in {folder}"):
+        saved = {run: json.loads((run / "args.json").read_text()) for run in runs}
     ids = {own["dataset_id"] for own in saved.values() if not own.get("random_steps") or "data_ratio" in own}
     datasets = [load_dataset(dataset_id) for dataset_id in sorted(ids)]
     check(len(datasets) == 1, f"{folder}: runs on {' and '.join(sorted(ids)) or 'no dataset'}; it must be one dataset")
