@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: the design's limits, and that the README tells the truth."""
+"""What holds for the repository as a whole: the design's limits, and that its pages tell the truth."""
 
 import ast
 import glob
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPTS
 
+FOLDERS = (".github", "algorithms", "common", "benchmarks")
 SECTIONS = ["class HyperParameters", "class Batch", "# --- Networks", "class Learner", "def build(", "# --- Losses"]
 SECTIONS += ["# --- Update", "def update(", "# === The copy line", "class Args(HyperParameters, ExperimentArgs)"]
 SECTIONS += ["def main(args: Args)", "    launch(main, Args)"]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / folder / "README.md" for folder in ("", "common", "benchmarks")]  # the later go on from the earlier
+TEXT = "".join(page.read_text() for page in PAGES)
+MARKDOWN = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
 SCRIPT_COMMANDS = [line for line in COMMANDS if line.startswith(("python ", "WANDB_MODE="))]
-STEPS = [  # in the README's order: some use what others wrote
+STEPS = [  # in the pages' order: some use what others wrote
     step
     for language, block in BLOCKS
     for step in ([block] if language == "python" else block.splitlines())
@@ -90,12 +93,30 @@ def test_the_two_commands_of_the_quick_start_are_those_that_ci_runs():
 
 def test_the_readme_has_commands():
     assert len(SCRIPT_COMMANDS) >= 5
-    assert {f"algorithms/{name}.py" for name in SCRIPTS} <= set(re.findall(r"algorithms/\w+\.py", README))
+    assert {f"algorithms/{name}.py" for name in SCRIPTS} <= set(re.findall(r"algorithms/\w+\.py", PAGES[0].read_text()))
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return {
+        re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert link.startswith("https://") or target.exists(), link
+        assert target.suffix != ".md" or not anchor or anchor in anchors(target), link
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where all that the README runs is run, in its order: it looks like a clone, with a script of a user's own."""
+    """Where all that the pages run is run, in their order: it looks like a clone, with a script of a user's own."""
     home = tmp_path_factory.mktemp("home")
     for name in ("algorithms", "common"):
         (home / name).symlink_to(ROOT / name)
@@ -243,8 +264,8 @@ def test_every_benchmark_is_tested():
     tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
     tried_with_others |= {f"log_{name}.py" for name in ("cells", "choices", "csv", "hdf5", "order", "steps", "tables")}
     tried_with_others |= {"intervals.py", "read_runs.py", "shift_actions.py", "inspect_actions.py"}
-    tried_with_others |= {"select.py", "selection.py"}  # as the README's
-    tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, as the README's
+    tried_with_others |= {"select.py", "selection.py"}  # as benchmarks/README.md's
+    tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, likewise
     tried_with_others |= {"measurements/tables.py", "measurements/paths.py", "two_ways.py", "track.py"}
     tried_with_others |= {"measurements/online.py"}
     folder = ROOT / "benchmarks"

@@ -1,4 +1,4 @@
-"""README.md's tables of scores and of speed say what benchmarks/results/ holds, row by row."""
+"""The pages' tables of scores and of speed say what benchmarks/results/ holds, row by row."""
 
 import csv
 import re
@@ -12,17 +12,17 @@ from scipy import stats
 
 from benchmarks.measurements import tables
 
-README = (ROOT / "README.md").read_text()
+README, TOOLS, RESULTS = ((ROOT / path / "README.md").read_text() for path in ("", "benchmarks", "benchmarks/results"))
 
 
-def rows_of(section):
+def rows_of(page, section):
     """The cells of the lines about a dataset in a section, or in the paragraph that begins so."""
-    lines = README[README.index(section) :].split("\n## ")[0].splitlines()
+    lines = page[page.index(section) :].split("\n## ")[0].splitlines()
     rows = [line for line in lines if re.match(r"\| (anchorl|zoo)/\S+ \| .* \| [\d,]+ \|", line)]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-ROWS, PEERS = rows_of("These are older: three seeds"), rows_of("**Peers.**")
+ROWS, PEERS = rows_of(RESULTS, "These are older: three seeds"), rows_of(TOOLS, "**Peers.**")
 
 
 def script_of(label):
@@ -66,23 +66,23 @@ def after(updates, dataset_id, algorithm):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row[:3]))
-def test_the_readme_says_what_was_measured(row):
+def test_the_older_table_says_what_was_measured(row):
     dataset_id, label, updates, last, last_five = row
     assert script_of(label) in SCRIPTS
     found = [scores for what, *scores in measured() if what == (dataset_id, script_of(label), updates)]
     assert any(last == known[0] and last_five in ("", known[1]) for known in found), found
 
 
-def test_the_table_of_final_scores_is_what_its_command_makes():
-    made = README.split(tables.BEGIN)[1].split(tables.END)[0]
-    assert made == tables.final_scores(), "python -m benchmarks.measurements.tables"
+@pytest.mark.parametrize(("page", "make"), [(README, tables.overview), (RESULTS, tables.final_scores)])
+def test_the_tables_of_final_scores_are_what_their_command_makes(page, make):
+    assert page.split(tables.BEGIN)[1].split(tables.END)[0] == make(), "python -m benchmarks.measurements.tables"
 
 
-def test_the_table_is_put_between_its_comments(tmp_path):
+def test_a_table_is_put_between_its_comments(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tables.BEGIN}| old |\n{tables.END}\nafter\n")
-    tables.main(tables.Args(page, pictures=False))
-    assert page.read_text() == f"before\n{tables.BEGIN}{tables.final_scores()}{tables.END}\nafter\n"
+    tables.put(page, "| new |\n")
+    assert page.read_text() == f"before\n{tables.BEGIN}| new |\n{tables.END}\nafter\n"
 
 
 def test_peers_stand_beside_ours_of_as_many_updates():
@@ -109,6 +109,8 @@ def test_final_scores_by_hand():
     line = next(line for line in made.splitlines() if line.startswith("| TD3+BC |"))
     mean, low, high = map(float, re.findall(r"-?\d+\.\d", line)[:3])
     assert [mean, low, high] == pytest.approx([scores.mean(), scores.mean() - half, scores.mean() + half], abs=0.15)
+    (line,) = (line for line in tables.overview().splitlines() if line.startswith("| TD3+BC |"))
+    assert [float(cell) for cell in line.split("|")[2].split("±")] == pytest.approx([scores.mean(), half], abs=0.15)
 
 
 @pytest.mark.parametrize("row", PEERS, ids=lambda row: " ".join(row[:3]))
@@ -123,7 +125,7 @@ def test_the_tables_were_found():
     assert len(ROWS) > 20 and {script_of(label) for _, label, *_ in PEERS} == {"td3_bc", "iql", "cql", "bcq"}
 
 
-SPEEDS = {  # the files behind README.md's tables of speed, in their order, and the modes of a table's columns
+SPEEDS = {  # the files behind the tables of speed, in their order, and the modes of a table's columns
     "throughput.csv": ("eager", "compile", "d3rlpy"),
     "throughput-avx2.csv": ("eager", "compile"),
     "throughput-amx.csv": ("eager", "compile", "compile bf16"),
@@ -138,7 +140,7 @@ def test_the_tables_of_speed_say_what_was_measured(name):
     with (ROOT / "benchmarks" / "results" / name).open() as file:
         for row in csv.DictReader(file):
             measured[row["algorithm"]][row["mode"]] = row
-    tables = re.findall(r"\| algorithm \| updates per second.*\n\|[-|]+\n((?:\|.*\n)+)", README)
+    tables = re.findall(r"\| algorithm \| updates per second.*\n\|[-|]+\n((?:\|.*\n)+)", RESULTS)
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in tables[list(SPEEDS).index(name)].splitlines()]
     for label, *cells in rows:
         modes = measured[PARTS.get(label) or script_of(label)]

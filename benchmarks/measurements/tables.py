@@ -1,9 +1,10 @@
-"""README.md's tables of final scores, and its pictures, made anew of what benchmarks/results/ holds.
+"""The tables of final scores, and their pictures, made anew of what benchmarks/results/ holds.
 
-Of each dataset a table: a row is an algorithm, the mean of its runs' scores with a 95 % interval over seeds or, of
-fewer than five, each seed's, as benchmarks/report.py has them; the highest first. Then the peers, where their runs have
-as many updates as ours: the difference of the means with Welch's 95 % interval, which takes scores for normal. The
-tables stand between two comments in README.md, and a test compares them.
+README.md has one table of the algorithms with their defaults: the mean of five seeds or more, and half the width of its
+95 % interval. benchmarks/results/README.md has a table for each dataset: a row is an algorithm, the mean of its runs'
+scores with the interval or, of fewer than five, each seed's, as benchmarks/report.py has them; the highest first. Then
+the peers, where their runs have as many updates as ours: the difference of the means with Welch's 95 % interval, which
+takes scores for normal. The tables stand between two comments, and a test compares them.
 
 Run: python -m benchmarks.measurements.tables
 """
@@ -15,11 +16,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import intervals
 import report
 from read_runs import measures, read
 
@@ -37,15 +40,21 @@ FOLDERS: tuple[str, ...] = (
 )
 FOLDERS += ("halfcheetah-medium-expert",)
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
+COLUMNS = {  # of README.md's table
+    "anchorl/pendulum/mixed-v0": "pendulum",
+    "anchorl/two-ways/mixed-v0": "two-ways",
+    "zoo/hopper/medium-expert-v0": "hopper",
+    "zoo/walker2d/medium-expert-v0": "walker2d",
+    "zoo/halfcheetah/medium-expert-v0": "halfcheetah",
+}
 PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy")
 NAMES = {"td3_bc": "TD3+BC", "sac_bc": "SAC+BC", "rebrac": "ReBRAC", "bc --top-fraction 0.1": "10% BC"}
+NAMES |= {"morel": "MOReL", "cal_ql": "Cal-QL", "diffusion_ql": "Diffusion-QL", "decision_transformer": "DT"}
 BEGIN, END = "<!-- made by benchmarks.measurements.tables -->\n", "<!-- the end of it -->"
 
 
 @dataclass
 class Args:
-    page: Path = ROOT / "README.md"
-    """the file that holds the two comments"""
     pictures: bool = True
     """draw medium-expert-curves.png and medium-expert-summary.png in benchmarks/results/, too"""
 
@@ -91,18 +100,51 @@ def beside_peers(runs: pd.DataFrame) -> str:
     return "\n".join(["", *head, *lines]) + "\n" if lines else ""
 
 
-def final_scores() -> str:
+def measured() -> tuple[pd.DataFrame, pd.Series]:
+    """A row per run, and how many updates an algorithm had on a dataset."""
     folders = [RESULTS / name for name in FOLDERS] + sorted((RESULTS / "peers").glob("*"))
     rows = pd.concat([read((folder,), unequal=True) for folder in folders])
     runs = measures(rows, "last")
     counts = rows.groupby(["dataset_id", "algorithm"])["num_updates"].max()
     runs["updates"] = [counts[run.dataset_id, run.algorithm] for run in runs.itertuples()]
+    return runs, counts
+
+
+def mean_and_half_width(scores: np.ndarray) -> str:
+    """`61.9 ± 3.4`; nothing of too few seeds."""
+    if len(scores) < intervals.FEWEST:
+        return ""
+    low, high = intervals.interval([scores], intervals.mean)
+    return f"{scores.mean():.1f} ± {(high - low) / 2:.1f}"
+
+
+def overview() -> str:
+    """The algorithms with their defaults by name, and a column for each of COLUMNS."""
+    runs, _ = measured()
+    lines = [f"| algorithm | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    scores = runs.groupby(["algorithm", "dataset_id"])["last"].apply(np.array)
+    for algorithm in sorted(set(runs["algorithm"]), key=lambda name: label(name).lower()):
+        cells = [mean_and_half_width(scores.get((algorithm, dataset_id), np.empty(0))) for dataset_id in COLUMNS]
+        if any(cells) and "`" not in label(algorithm):
+            lines.append(f"| {label(algorithm)} | {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def final_scores() -> str:
+    """A table for each dataset, and one of the peers."""
+    runs, counts = measured()
     ours = runs[~runs["algorithm"].str.startswith(PEERS)]
     parts = [
         f"{dataset_id}:\n\n{table(own, counts[dataset_id])}"
         for dataset_id, own in ours.groupby("dataset_id", sort=False)
     ]
     return "\n" + "\n".join(parts) + beside_peers(runs) + "\n"
+
+
+def put(page: Path, text: str) -> None:
+    """Between the page's two comments."""
+    pattern = f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})"
+    page.write_text(re.sub(pattern, lambda _: text, page.read_text(), flags=re.DOTALL))
 
 
 def draw() -> None:
@@ -114,8 +156,8 @@ def draw() -> None:
 
 
 def main(args: Args) -> None:
-    pattern = f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})"
-    args.page.write_text(re.sub(pattern, lambda _: final_scores(), args.page.read_text(), flags=re.DOTALL))
+    put(ROOT / "README.md", overview())
+    put(RESULTS / "README.md", final_scores())
     if args.pictures:
         draw()
 
