@@ -110,7 +110,7 @@ def check_equal(rows: pd.DataFrame) -> None:
             check(len(kinds) < 2, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")
 
 
-def measures(rows: pd.DataFrame, by: Measure = "last five") -> pd.DataFrame:
+def measures(rows: pd.DataFrame, by: Measure = "last") -> pd.DataFrame:
     """A row per run: its MEASURES, as its `value` the one to compare by, its `problem` and what `read` says of it."""
     runs = rows.groupby([*KEYS, "unit"], sort=False)
     table = runs["value"].agg(**MEASURES).join(runs[["final", "episode_error", "problem"]].first()).reset_index()

@@ -14,7 +14,7 @@ A number is the mean over seeds. Below five seeds each one's value stands behind
 95 % interval (low to high) of the mean. A run that diverged, failed or is missing is counted as failed, and scored as
 --failed-score says.
 
---by chooses the one that the first table shows and that all runs are compared by: the last five, if nothing is said. To
+--by chooses the one that the first table shows and that all runs are compared by: the last, if nothing is said. To
 compare them, each algorithm must have run on each dataset; of several datasets those without reference scores are left
 out. Each dataset weighs the same, however many its seeds.
 
@@ -70,7 +70,7 @@ class Args:
     """folders that run.py wrote, or evaluations.csv files"""
     out: Path | None = None
     """write report.md, report.html, curves.png and, if all was run on all datasets, summary.png here"""
-    by: Measure = "last five"
+    by: Measure = "last"
     """what of a run to compare by"""
     failed_score: float | None = None
     """score of a run that failed; if not given, and where returns stand for scores, it is the dataset's lowest

@@ -104,7 +104,7 @@ def measured() -> tuple[pd.DataFrame, pd.Series]:
     """A row per run, and how many updates an algorithm had on a dataset."""
     folders = [RESULTS / name for name in FOLDERS] + sorted((RESULTS / "peers").glob("*"))
     rows = pd.concat([read((folder,), unequal=True) for folder in folders])
-    runs = measures(rows, "last")
+    runs = measures(rows)
     counts = rows.groupby(["dataset_id", "algorithm"])["num_updates"].max()
     runs["updates"] = [counts[run.dataset_id, run.algorithm] for run in runs.itertuples()]
     return runs, counts
@@ -150,7 +150,7 @@ def put(page: Path, text: str) -> None:
 def draw() -> None:
     """The two pictures of benchmarks/report.py."""
     with tempfile.TemporaryDirectory() as folder:
-        report.main(report.Args(tuple(RESULTS / name for name in DRAWN), Path(folder), by="last", unequal=True))
+        report.main(report.Args(tuple(RESULTS / name for name in DRAWN), Path(folder), unequal=True))
         for name in ("curves", "summary"):
             shutil.copyfile(Path(folder, f"{name}.png"), RESULTS / f"medium-expert-{name}.png")
 
