@@ -96,7 +96,9 @@ def find_dataset(dataset_id: str) -> Path:
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
         if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off
             return path if path.exists() else built_in
-    check(not dataset_id.startswith("anchorl/"), f"unknown built-in dataset {dataset_id!r}: give {known}")
+    check(
+        dataset_id.split("/")[0] not in ("anchorl", *gym.registry), f"no dataset is called {dataset_id}: give {known}"
+    )
     print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
     with explain(f"{dataset_id} is not local, and its download failed; check id (`minari list remote`) and network"):

@@ -613,7 +613,7 @@ def test_folders_that_hold_no_finished_run(runs, tmp_path):
         ({"dataset_id": "nonsense"}, "no dataset 'nonsense'"),
         ({"dataset_id": "absent.hdf5"}, "no dataset 'absent.hdf5'"),
         ({"env_id": "antigravity:Pendulum-v1"}, "give --env-id antigravity:Pendulum-v1 again"),
-        ({"dataset_id": "anchorl/none-v0"}, "unknown built-in dataset"),
+        ({"dataset_id": "anchorl/none-v0"}, "no dataset is called anchorl/none-v0: give anchorl/"),
     ],
 )
 def test_runs_of_another_world(runs, tmp_path, change, message):
@@ -688,6 +688,11 @@ def test_too_little_data(make_dataset, tmp_path):
 def test_fqe_has_no_policy_to_report_on(runs):
     folder = runs("fqe", "--policy-run-dir", str(runs("bc")))
     assert f"{folder} is a run of fqe, which learns no policy" in refuse(folder)
+
+
+def test_sac_has_no_data_to_compare_with(runs):
+    folder = runs("sac", "--random-steps", "2")
+    assert f"{folder} is a run of sac, which learns from no dataset" in refuse(folder)
 
 
 @pytest.mark.parametrize(
