@@ -81,10 +81,8 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
         metrics = [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
         check(all(row.get("step", 0.5).is_integer() for row in metrics), "a row of metrics.csv lacks its step")
     check("actor" in learned, f"{folder} is a run of {algorithm}, which learns no policy")
-    check(
-        saved.get("dataset_id") != saved.get("env_id"),
-        f"{folder} is a run of {algorithm}, which learns from no dataset",
-    )
+    of_data = saved.get("dataset_id", "") != saved.get("env_id")  # SAC has its environment for both
+    check(of_data, f"{folder} is a run of {algorithm}, which learns from no dataset")
     module: Any = load_script(algorithm, script)
     args = arguments(module.Args, saved, folder, env_id)
     policy, cpu = load_policy(folder, script), torch.device("cpu")
