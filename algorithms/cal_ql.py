@@ -28,7 +28,7 @@ y, off in their scripts, and a gap without the actions' densities, Kitchen's, ar
 Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal, and the standard deviation of u
 smaller by exp(-1).
 
-Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster arguments)
+Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster ones, cql.py's)
 """
 
 import copy

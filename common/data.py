@@ -96,9 +96,7 @@ def find_dataset(dataset_id: str) -> Path:
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
         if len(list(path.glob("*"))) > 1 or built_in.exists():  # metadata alone are a download that broke off
             return path if path.exists() else built_in
-    check(
-        dataset_id.split("/")[0] not in ("anchorl", *gym.registry), f"no dataset is called {dataset_id}: give {known}"
-    )
+    check(dataset_id.split("/")[0] not in ("anchorl", *gym.registry), f"no dataset {dataset_id}: give {known}")
     print(f"{dataset_id} is not in the local datasets folder: asking Minari to download it", flush=True)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our one line says what its retries say
     with explain(f"{dataset_id} is not local, and its download failed; check id (`minari list remote`) and network"):
@@ -160,11 +158,10 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
 
 class ReplayBuffer:
     """All N transitions, in E episodes, of a dataset: the rows of `storage`, so that a batch is a single gather.
-    Attributes: `transitions`, a Batch of views [N, ...] (a copy of discrete actions); `episode_starts`,
-    `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`
-    [2, observation_dim], float64 mean and deviation; `fingerprint`, a hash; `num_actions`, or 0; `num_legal`, how many
-    numbers of an observation, its first, say which are legal, or 0; `validation`, held-out episodes. There is `room` to
-    add as many transitions, of which the attributes above say nothing. Raises BadInput.
+    Attributes: `transitions`, a Batch of views [N, ...] (of discrete actions a copy); `episode_starts`,
+    `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`, mean and std
+    [2, observation_dim] in float64; `fingerprint`, a hash; `num_actions` and `num_legal` (how many first numbers of an
+    observation say what is legal), or 0; `validation`, held-out episodes. Added rows change none. Raises BadInput.
     """
 
     def __init__(self, dataset: Dataset, device: Any, normalize_observations: Any = True, room: int = 0) -> None:

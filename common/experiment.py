@@ -72,8 +72,9 @@ class Run:
         self.parts: dict[str, Any] = learner._asdict() | ({"player": player} if player else {})
         self.last_step, self.policy = args.num_updates + args.online_steps, cast(Any, None)
         self.environments, self.step, self.update_seconds, self.columns = None, 0, 0.0, list[str]()
-        shared = "algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"
-        self.learning_arguments = {name: getattr(args, name) for name in shared} | args.hyper_parameters()
+        names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
+        names += ["env_id"] if player else []  # what it plays in decides what it learns
+        self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
             data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
             more |= {"observation_names": data.observation_names, "action_names": data.action_names}
@@ -174,7 +175,7 @@ class Run:
         self._check_finite(self.parts)
         cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         checkpoint = {
-            "arguments": self.learning_arguments,
+            "arguments": self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)},
             "dataset_fingerprint": self.buffer.fingerprint,
             "normalization": self.buffer.normalization,
             "step": self.step,
@@ -251,12 +252,12 @@ class Run:
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
     def _restore(self, checkpoint: dict[str, Any]) -> str:  # learner and random state; gives the rows of metrics
-        for name, value in self.learning_arguments.items():
+        self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
+        check(0 <= self.step <= self.last_step, f"it has made {self.step:,} updates already")
+        for name, value in (self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)}).items():
             before = checkpoint["arguments"].get(name, value)
             check(value == before, f"{name} is {before} in it, not {value}")
         check(checkpoint["dataset_fingerprint"] == self.buffer.fingerprint, "it was trained on other data")
-        self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
-        check(0 <= self.step <= self.last_step, f"it has made {self.step:,} updates already")
         for name, part in self.parts.items():
             if name != "player" or name in checkpoint["learner"]:  # it begins after the other updates
                 part.load_state_dict(checkpoint["learner"][name])

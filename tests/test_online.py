@@ -9,6 +9,8 @@ import pets
 import pytest
 from conftest import SHORTER, assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
 
+from common.evaluation import load_policy
+
 ALGORITHMS = ["iql", "td3_bc", "awac", "cql", "awr", "pets", "naf"]
 MORE = {
     "td3_bc": ["--exploration-noise", "3"],
@@ -95,6 +97,25 @@ def test_a_run_goes_on_online_to_the_same_bits(algorithm, arguments, tmp_path, m
     assert all(row.get("critic/loss") or row.get("value/loss") or row["dynamics/nll"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (["--online-steps", "20"], ["--num-updates", "40", "--online-steps", "20"], "num_updates is 10 in it, not 30"),
+        (["--online-steps", "20"], ["--num-updates", "5", "--online-steps", "40"], "num_updates is 10 in it, not 5"),
+        ([], ["--num-updates", "5", "--online-steps", "20"], "num_updates is 10 in it, not 5"),
+        (["--online-steps", "20"], ["--env-id", "Walk-v1", "--online-steps", "40"], "env_id is Walk-v0 in it, not"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["awr"])
+def test_a_run_that_has_played_goes_on_as_it_began(algorithm, arguments, before, after, message, tmp_path, walk):
+    """When it began to act decides which rows were played."""
+    gym.register("Walk-v1", walk, max_episode_steps=5)
+    run(algorithm, *arguments, *before, "--run-dir", tmp_path / "run")
+    ran = run_script(algorithm, *arguments, *after, "--resume", "--run-dir", str(tmp_path / "run"))
+    gym.registry.pop("Walk-v1")
+    assert_one_line(ran, message)
+
+
 @every_algorithm
 def test_what_is_played_is_within_the_bounds_and_in_the_buffer(algorithm, arguments, tmp_path, walk):
     """An end is a termination there, a time limit is none. Noise may go beyond the bounds, but for CQL's, within
@@ -109,6 +130,9 @@ def test_what_is_played_is_within_the_bounds_and_in_the_buffer(algorithm, argume
     ends = np.isin(np.arange(ONLINE), lengths.cumsum()[lengths == 3] - 1)
     np.testing.assert_array_equal(state["added"][:, -1].numpy(), ends.astype(np.float32))
     np.testing.assert_allclose(state["added"][:, 3].numpy(), actions / 2, atol=1e-6)  # after observations of 3 numbers
+    if algorithm != "pets":  # with noise
+        best = load_policy(tmp_path / "run").act(state["added"][:, :3]).numpy()
+        assert np.abs(best - actions / 2).mean() > 0.1
 
 
 @pytest.mark.parametrize("algorithm", ["pets"])

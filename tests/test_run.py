@@ -436,7 +436,7 @@ def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):
         (["--datasets", "a/b-v0", "a/b-v0"], "--datasets: two would share a folder: a-b-v0 a-b-v0"),
         (["--", "--device", "cuda"], "--device: cells get GPUs by --gpus"),
         (["--algorithms", "bc --device=auto"], "--device: cells get GPUs by --gpus"),
-        (["--datasets", "anchorl/unknown-v0"], "no dataset is called anchorl/unknown-v0"),
+        (["--datasets", "anchorl/unknown-v0"], "no dataset anchorl/unknown-v0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path):

@@ -613,7 +613,7 @@ def test_folders_that_hold_no_finished_run(runs, tmp_path):
         ({"dataset_id": "nonsense"}, "no dataset 'nonsense'"),
         ({"dataset_id": "absent.hdf5"}, "no dataset 'absent.hdf5'"),
         ({"env_id": "antigravity:Pendulum-v1"}, "give --env-id antigravity:Pendulum-v1 again"),
-        ({"dataset_id": "anchorl/none-v0"}, "no dataset is called anchorl/none-v0: give anchorl/"),
+        ({"dataset_id": "anchorl/none-v0"}, "no dataset anchorl/none-v0: give anchorl/"),
     ],
 )
 def test_runs_of_another_world(runs, tmp_path, change, message):

@@ -1,10 +1,10 @@
 """The tables of final scores, and their pictures, made anew of what benchmarks/results/ holds.
 
-README.md has one table of the algorithms with their defaults: the mean of five seeds or more, and half the width of its
-95 % interval. benchmarks/results/README.md has a table for each dataset: a row is an algorithm, the mean of its runs'
-scores with the interval or, of fewer than five, each seed's, as benchmarks/report.py has them; the highest first. Then
-the peers, where their runs have as many updates as ours: the difference of the means with Welch's 95 % interval, which
-takes scores for normal. The tables stand between two comments, and a test compares them.
+README.md has one table of the algorithms under their plain names: the mean of five seeds or more, and half the width of
+its 95 % interval. benchmarks/results/README.md has a table for each dataset: a row is an algorithm, the mean of its
+runs' scores with the interval or, of fewer than five, each seed's, as benchmarks/report.py has them; the highest first.
+Then the peers, where their runs have as many updates as ours: the difference of the means with Welch's 95 % interval,
+which takes scores for normal. The tables stand between two comments, and a test compares them.
 
 Run: python -m benchmarks.measurements.tables
 """
@@ -119,7 +119,7 @@ def mean_and_half_width(scores: np.ndarray) -> str:
 
 
 def overview() -> str:
-    """The algorithms with their defaults by name, and a column for each of COLUMNS."""
+    """The algorithms under their plain names, and a column for each of COLUMNS."""
     runs, _ = measured()
     lines = [f"| algorithm | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     scores = runs.groupby(["algorithm", "dataset_id"])["last"].apply(np.array)
