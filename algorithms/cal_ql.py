@@ -19,9 +19,9 @@ is data.
 
 Paper: Nakamoto, Zhai, Singh, Sobol Mark, Ma, Finn, Kumar, Levine, "Cal-QL: Calibrated Offline RL Pre-Training for
 Efficient Online Fine-Tuning", 2023, arXiv 2303.05479; CQL is arXiv 2006.04779, SAC arXiv 1812.05905.
-Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it. The same actions at s' serve y and the gap; the authors draw them twice.
-The gap lacks their log(3 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm).
+Differences: as in the authors' code, the squared error has no factor 1/2, and each loss sees the others as they were
+before the step. The gap's actions serve y (at s') and L_pi (one of them, at s), too; the authors draw these anew. The
+log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm).
 A last reward that goes on is their rule for Kitchen; in AntMaze and Adroit it holds where an episode failed, and R ends
 with the others, as it would in all tasks with dense rewards: where rewards are negative, R is too high then. Entropy in
 y, off in their scripts, and a gap without the actions' densities, Kitchen's, are not here. Observations are normalised.
@@ -49,7 +49,7 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     cql_alpha: float = 5.0
-    """weight of the gap in L_Q; with --lagrange where it starts (authors' code: 5; 1 in Adroit)"""
+    """weight of the gap in L_Q; with --lagrange where it starts (authors' code: 5; 1 in Adroit; in antmaze 5e)"""
     num_samples: int = 10  # actions drawn per state: uniform, from pi(.|s), and from pi(.|s') (authors' code)
     lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (authors' code: in antmaze)
     target_gap: float = -2.6
@@ -61,7 +61,7 @@ class HyperParameters:
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam, also for cql_alpha under --lagrange (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code; their critics have four in antmaze, three of 512 in Adroit)"""
+    """hidden layers of every network (authors' code; in antmaze their critics have four, in Adroit three of 512, and actors two)"""
 
 
 class Batch(NamedTuple):
@@ -258,7 +258,7 @@ def critic_loss(
     bounded = q_policy.maximum(batch.returns)  # below what the data earned, nothing pushes Q down
     log_uniform = torch.full_like(log_prob, -batch.actions.shape[-1] * math.log(2))  # density 1 / 2 per dimension
     expected = adversary(torch.cat([q_random, bounded], dim=1), torch.cat([log_uniform, log_prob, next_log_prob]))
-    gap = (expected - q_data).mean(dim=1)  # [2]: pushes Q down where mu is, and up at the data
+    gap = (expected - q_data).mean(dim=1)  # [2]: pushes Q down at the policy's and uniform actions, and up at the data
     cql_alpha = args.cql_alpha * learner.multiplier().clamp(max=1e6)
     bellman_error = (q_data - target).square().mean(dim=1)  # [2]
     loss = (bellman_error + cql_alpha.detach() * gap).sum()
@@ -396,10 +396,15 @@ def main(args: Args) -> None:
     def explore(observations: Tensor) -> Tensor:
         return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
 
+    _, _, rewards, _, terminations = buffer.transitions
+    of_data = returns_to_go(rewards, terminations, buffer.episode_lengths, args.gamma)
+
     def compute_returns() -> Tensor:  # of the data and of the episodes that were played, which are whole
-        played = torch.tensor(player.lengths if player else [], dtype=torch.long)
-        _, _, rewards, _, terminations = buffer.take(torch.arange(len(buffer.storage), device=device))
-        return returns_to_go(rewards, terminations, torch.cat([buffer.episode_lengths, played]), args.gamma)
+        if not player or not player.lengths:
+            return of_data
+        rows = torch.arange(buffer.num_loaded, len(buffer.storage), device=device)
+        _, _, rewards, _, terminations = buffer.take(rows)
+        return torch.cat([of_data, returns_to_go(rewards, terminations, torch.tensor(player.lengths), args.gamma)])
 
     returns = compute_returns()
     for step in range(run.first_step, run.last_step + 1):

@@ -1,7 +1,7 @@
 """Soft actor-critic (SAC): the online agent beneath the offline ones, and the one that makes their data.
 
 It plays in the environment and learns from its own episodes: an action that its critic overestimates gets tried, and
-the estimate is corrected. Offline nothing corrects it, which is what every other file here is about. The policy is
+the estimate is corrected. Offline nothing corrects it, which is what most files here are about. The policy is
 also paid for its entropy; the price, `temperature`, is tuned to hold it at a target. With Q' the target critic:
 
     y    = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')      (eq. 5, 6)
@@ -15,7 +15,8 @@ Differences: the squared error has no factor 1/2; one optimiser step trains ever
 they were before it. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's.
 Every update follows one step in the environment. There is no dataset: the first --random-steps, whose actions are
 uniformly random, take its place in the run folder, and their average return is the dashed line of the learning curve.
-Every transition is kept; the authors keep the newest million.
+Every transition is kept; the authors keep the newest million. The log standard deviation of the action before tanh is
+at least -5, as in CQL's code; theirs -20.
 
 Run: python algorithms/sac.py --env-id Pendulum-v1
 """

@@ -24,6 +24,8 @@ from conftest import (
     sac_networks,
 )
 
+from common.evaluation import load_policy
+
 NUM_SAMPLES = 3
 
 
@@ -138,6 +140,21 @@ def test_below_the_returns_nothing_pushes_the_policys_actions_down():
         assert (gradient[0, :, 0] > 0).tolist() == pushed
 
 
+def test_where_the_returns_are_above_every_q_the_policys_actions_are_left_alone(learner, args):
+    """In the critic's loss the gap is then the data's Q and a constant: Q of uniform actions is far below R, too."""
+    args.max_backup = False
+    batch, critic = batch_with(1e6), [*learner.critic.parameters()]
+    loss, _ = critic_loss(learner, batch, args)
+    gradients = torch.autograd.grad(loss, critic)
+    args.cql_alpha = 0.0
+    bellman_error, _ = critic_loss(learner, batch, args)
+    q = learner.critic(batch.observations, batch.actions)
+    for found, expected in zip(
+        gradients, torch.autograd.grad(bellman_error - 2 * q.mean(dim=1).sum(), critic), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 def test_each_loss_trains_its_own_network_only(learner, args):
     batch = batch_with(0.0)
     temperature = learner.actor.log_temperature.exp()
@@ -187,7 +204,9 @@ def test_episodes_are_played_whole_and_half_of_a_batch_is_theirs(words, tmp_path
     run(tmp_path, *words, "--online-steps", "10")
     player = checkpoint(tmp_path)["learner"]["player"]
     assert player["lengths"].tolist() == [4, 4, 4] and len(player["actions"]) == 0
-    observations, _, rewards, _, ends = np.split(player["added"].numpy(), [3, 4, 5, 8], axis=1)
+    observations, actions, rewards, _, ends = np.split(player["added"].numpy(), [3, 4, 5, 8], axis=1)
+    best = load_policy(tmp_path).act(torch.from_numpy(observations)).numpy()
+    assert np.abs(actions - best).mean() > 0.1  # played with the policy's noise
     returns = numpy_returns(rewards[:, 0], ends[:, 0], [4, 4, 4], 0.5)
     for batch, known in zip(batches, [0] * 6 + [4] * 4 + [8] * 4 + [12] * 2, strict=True):
         same = (batch.observations.numpy()[:, None] == observations).all(axis=2)  # [batch, steps]

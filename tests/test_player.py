@@ -100,6 +100,16 @@ def test_a_termination_is_one_and_a_time_limit_is_none(buffer):
     np.testing.assert_allclose(new.next_observations.numpy()[:, 0] * std[0] + mean[0], expected + 1, atol=1e-4)
 
 
+def test_a_termination_at_the_time_limit_is_one(buffer):
+    rows = len(buffer.storage)
+    with gym.wrappers.TimeLimit(Counter(), 5) as environment:
+        player = Player(environment, buffer, 0)
+        for _ in range(15):
+            play(player)
+    ends = buffer.take(torch.arange(rows, rows + 15)).terminations
+    assert player.lengths == [5, 5, 5] and ends.nonzero().tolist() == [[14]]
+
+
 def test_a_resumed_player_is_where_the_episode_was(buffer):
     torch.manual_seed(0)
     again = fresh_buffer()

@@ -20,6 +20,7 @@ from conftest import (
 )
 
 from common.data import ReplayBuffer, load_dataset
+from common.evaluation import load_policy
 
 CPU = torch.device("cpu")
 DRAWN = torch.tensor([3, 1])
@@ -128,6 +129,24 @@ def test_the_actor_learns_every_few_updates_and_the_targets_follow_at_each(learn
             torch.testing.assert_close(new, old + args.tau * (followed - old))
 
 
+def test_the_actor_learns_from_noise_of_its_own_and_the_critics_as_they_are_after_their_step(
+    learner, args, monkeypatch
+):
+    noise, batch = draws()[:, :, :2], random_batch()
+    monkeypatch.setattr(rlpd.torch, "randn", lambda *_, **__: noise)
+    metrics = rlpd.update(learner, batch, 3, args)
+    found = metrics["actor/loss"].item()
+    other = sac_learner(rlpd, args)  # the actor and the critics as they were
+    losses = [
+        rlpd.actor_loss(
+            critic, torch.tensor(0.3), batch.observations, *other.actor.sample(batch.observations, noise[number])
+        )[0].item()
+        for critic, number in ((learner.critic, 1), (learner.critic, 0), (other.critic, 1))
+    ]
+    assert found == pytest.approx(losses[0], rel=1e-5)
+    assert found != pytest.approx(losses[1], rel=1e-4) and found != pytest.approx(losses[2], rel=1e-6)
+
+
 def test_every_pair_of_critics_is_drawn_as_often(learner, args, monkeypatch):
     drawn, loss = [], rlpd.critic_loss
     monkeypatch.setattr(
@@ -161,8 +180,10 @@ FEW += ["--num-critics", "3", "--updates-per-step", "4", "--random-steps", "205"
 FEW += ["--eval-every", "6", "--log-every", "6"]
 
 
-def test_steps_come_before_their_updates_and_a_stopped_run_goes_on(tmp_path):
+def test_steps_come_before_their_updates_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
     """The first 205 are random, into the second episode; 10 updates have three more, before the 1st, 5th and 9th."""
+    batches, loss = [], rlpd.critic_loss
+    monkeypatch.setattr(rlpd, "critic_loss", lambda *words: (batches.append(words[1]), loss(*words))[1])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder, more in ((whole, []), (cut, ["--num-updates", "6"]), (cut, ["--resume"])):
         run = run_script("rlpd", "--num-updates", "10", *FEW, *more, "--run-dir", str(folder))
@@ -173,7 +194,12 @@ def test_steps_come_before_their_updates_and_a_stopped_run_goes_on(tmp_path):
     player = checkpoint(whole)["learner"]["player"]
     assert len(player["added"]) == 205 + 3
     assert player["lengths"].tolist() == [200] and len(player["actions"]) == 8
+    for batch in batches:  # the first half is the data's
+        played = (batch.observations[:, None] == player["added"][:, :3]).all(dim=2).any(dim=1)
+        assert played.tolist() == [False] * 8 + [True] * 8
     actions = player["added"][:, 3]
+    best = load_policy(whole).act(player["added"][205:, :3])[:, 0]
+    assert (best - actions[205:]).abs().mean() > 0.1  # played with the policy's noise
     assert -1 <= actions.min() < -0.97 and 0.97 < actions.max() <= 1 and actions[:205].std() > 0.5
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import sac
 import torch
-from conftest import assert_one_line, run_script
+from conftest import assert_one_line, checkpoint, run_script
 
 from common.data import ReplayBuffer
 from common.evaluation import load_policy, make_environment
@@ -50,6 +50,14 @@ def test_sac_learns_to_swing_the_pendulum_up(tmp_path):
     for name, weight in last.actor.state_dict().items():
         assert torch.equal(weight, kept.actor.state_dict()[name])
         assert not torch.equal(weight, earlier.actor.state_dict()[name])
+
+
+def test_it_plays_with_the_policys_noise(tmp_path):
+    words = ["--num-updates", "20", "--random-steps", "20", "--hidden-dims", "8", "--run-dir", str(tmp_path / "run")]
+    assert run_script("sac", *words, "--eval-episodes", "1", "--final-eval-episodes", "1").returncode == 0
+    played = checkpoint(tmp_path / "run")["learner"]["player"]["added"]
+    noise = played[:, 3] - load_policy(tmp_path / "run").act(played[:, :3])[:, 0]
+    assert len(noise) == 20 and 0.2 < noise.std() < 1
 
 
 @pytest.mark.parametrize(
