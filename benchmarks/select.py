@@ -18,6 +18,7 @@ if __name__ == "select":
         spec.loader.exec_module(sys.modules["select"])
 else:
     sys.path.append(str(FOLDER))
+    import report  # noqa: F401, for it says in one line that pandas or SciPy are missing
     from selection import Args, main
 
     from common.command_line import launch

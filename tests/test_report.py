@@ -476,9 +476,10 @@ def test_the_page_opens_in_a_browser(out, tmp_path):
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours  # the curves' blue, orange and green
 
 
-def test_without_pandas_one_line_says_what_to_install(tmp_path):
+@pytest.mark.parametrize("tool", ["report", "select"])
+def test_without_pandas_one_line_says_what_to_install(tool, tmp_path):
     (tmp_path / "pandas.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "benchmarks.report", "runs/first"]
+    command = [sys.executable, "-m", f"benchmarks.{tool}", "runs/first"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert_one_line(run, r"pip install -e '\.\[report\]'")
