@@ -5,11 +5,12 @@ step t to the episode's end. It learns which action the data took in s_t after t
 earned. Asked for a high return, it acts as the data's good episodes did; each reward it earns is taken off R:
 
     R_t  = r_t + r_{t+1} + ... + r_T                                                       (section 3)
-    L_pi = E[ |pi(R_{t-K+1}, s_{t-K+1}, a_{t-K+1}, ..., R_t, s_t) - a_t|^2 ],   over all steps t of a context of K steps
+    L_pi = E[ |pi(R_i, s_i, a_i, ..., R_t, s_t) - a_t|^2 ],  over all t = i, ..., i + K - 1 of a window that begins at i
     acting:  R_1 = target return,  R_{t+1} = R_t - r_t                                     (algorithm 1)
 
 The three tokens of a step share an embedding of its number in the episode. A token attends to itself and to earlier
-ones of its context. A batch's windows begin at any step, all as likely, and end with their episode, if that is sooner.
+ones of its window. A batch's windows begin at any step, all as likely, and end with their episode, if that is sooner.
+So the policy sees all K steps only at the last step of a full window, and when it acts.
 
 The policy has a memory: before each call `Actor.follow` is told which episodes the rows belong to, and what they earned
 since. Without it, an observation counts as an episode's first. A loaded policy acts in an episode so:
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 Metrics = dict[str, Tensor]
 
@@ -239,21 +241,11 @@ def actor_loss(actor: Actor, batch: Batch) -> tuple[Tensor, Metrics]:
 # --- Update ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def clip_gradient(actor: Actor, largest: float) -> Tensor:
-    """Shortens the gradient of all weights to a norm of `largest`, if it is longer. Returns its norm before."""
-    gradients = [weight.grad for weight in actor.parameters() if weight.grad is not None]
-    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-    for gradient in gradients:
-        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1))
-    return norm
-
-
 def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> Metrics:
     """One gradient step of the actor. `step` counts from 1."""
     loss, metrics = actor_loss(learner.actor, batch)
     loss.backward()
-    metrics["actor/gradient_norm"] = clip_gradient(learner.actor, args.gradient_clip)
+    metrics["actor/gradient_norm"] = clip_grad_norm_(learner.actor.parameters(), args.gradient_clip)
     rate = learner.optimizer.param_groups[0]["lr"]
     with torch.no_grad():
         rate.copy_((torch.ones_like(rate) * step / args.warmup_updates).clamp(max=1) * args.learning_rate)

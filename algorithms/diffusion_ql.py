@@ -5,16 +5,17 @@ taking some noise away in each of T steps, so that it can hold any number of dif
 enough for Q's gradient at that action to go back through all of the steps. With Q' and eps' the target networks, slow
 copies of the critic and the model, z standard normal and t uniform in 1, ..., T:
 
-    L_d   = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(kept_t) a + sqrt(1 - kept_t) z
+    L_d   = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(alpha_bar_t) a + sqrt(1 - alpha_bar_t) z
     L_pi  = -eta E[ Q_i(s, a_0) ] / E|Q_j(s, a_0)|,  (i, j) = (1, 2) or (2, 1) at random
     y     = r + gamma (1 - termination) min_i max_k Q'_i(s', a'_k)
     L_Q   = E[ sum_i (y - Q_i(s, a))^2 ]
     pi(s) = argmax_{a_k} min_i Q'_i(s, a_k)
 
-where a_0 and a_k are samples of the model, and a'_k of its copy: by default one. Of the action's variance, x has the
-share kept_t = exp(-0.1 u - 4.95 u^2), u = t / T. A sample begins with x_T normal; for t = T, ..., 1
+where a_0 is one sample of the model, a_k are --num-acting-actions of them, and a'_k are --num-target-actions (by
+default one) of its copy. Of the action's variance, x has the share alpha_bar_t = exp(-0.1 u - 4.95 u^2), u = t / T. A
+sample begins with x_T, which is standard normal, as is every z_t; for t = T, ..., 1
 
-    e_t     = clip((x_t - sqrt(1 - kept_t) eps(s, x_t, t)) / sqrt(kept_t), -1, 1)
+    e_t     = clip((x_t - sqrt(1 - alpha_bar_t) eps(s, x_t, t)) / sqrt(alpha_bar_t), -1, 1)
     x_{t-1} = w e_t + v x_t + std z_t
 
 of which the last, e_1, is the action. With its w, v and std, x_{t-1} is what x was before the t-th step of noise, if it
@@ -57,8 +58,7 @@ class HyperParameters:
     num_target_actions: int = 1
     """samples at s', of which each twin's highest value is in y (authors' code: 10 in antmaze, but for umaze-v0)"""
     num_acting_actions: int = 50  # samples among which the policy takes the best (authors' code)
-    max_gradient_norm: float = 5.0
-    """longer gradients are shortened to it, each network's for itself (authors' code in Gym: 1 to 9, by dataset)"""
+    gradient_clip: float = 5.0  # largest norm of each network's gradient (authors' code in Gym: 1 to 9, by dataset)
     tau: float = 0.005  # rate at which the target critic follows (authors' code)
     actor_tau: float = 0.001  # rate at which the copy of the model follows (authors' code: 0.005 every fifth update)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)
@@ -97,8 +97,8 @@ class Diffusion(nn.Module):
     """eps(s, x, t): the noise in x, a noisy action. Times t count from 0 here, so that they are indices."""
 
     sinusoids: Tensor
-    signal: Tensor
-    spread: Tensor
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
     w: Tensor
     v: Tensor
     std: Tensor
@@ -114,16 +114,16 @@ class Diffusion(nn.Module):
         sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [steps, 16]
 
         u = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
-        share = torch.exp(-0.1 * u - 0.5 * (10 - 0.1) * u**2)  # kept_0, ..., kept_T
-        before, kept = share[:-1], share[1:]  # at t - 1 and at t
-        alpha = kept / before
+        alpha_bars = torch.exp(-0.1 * u - 0.5 * (10 - 0.1) * u**2)  # alpha_bar_0, ..., alpha_bar_T
+        before, alpha_bar = alpha_bars[:-1], alpha_bars[1:]  # at t - 1 and at t
+        alpha = alpha_bar / before
         constants = {
             "sinusoids": sinusoids,
-            "signal": kept.sqrt(),  # [steps], as those that follow: x = signal a + spread z
-            "spread": (1 - kept).sqrt(),
-            "w": before.sqrt() * (1 - alpha) / (1 - kept),
-            "v": alpha.sqrt() * (1 - before) / (1 - kept),
-            "std": ((1 - alpha) * (1 - before) / (1 - kept)).sqrt(),
+            "sqrt_alpha_bar": alpha_bar.sqrt(),  # [steps], as those that follow
+            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+            "w": before.sqrt() * (1 - alpha) / (1 - alpha_bar),
+            "v": alpha.sqrt() * (1 - before) / (1 - alpha_bar),
+            "std": ((1 - alpha) * (1 - before) / (1 - alpha_bar)).sqrt(),
         }
         for name, values in constants.items():
             self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
@@ -136,7 +136,7 @@ class Diffusion(nn.Module):
     def estimate(self, observations: Tensor, x: Tensor, t: int) -> Tensor:
         """The action that x [..., batch, action_dim] comes from, if the noise in it is as found."""
         noise = self(observations, x, t)
-        return ((x - self.spread[t] * noise) / self.signal[t]).clamp(-1, 1)
+        return ((x - self.sqrt_one_minus_alpha_bar[t] * noise) / self.sqrt_alpha_bar[t]).clamp(-1, 1)
 
     def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
         """An action [..., batch, action_dim] in [-1, 1]. `noise` [steps, ..., batch, action_dim] is standard normal."""
@@ -230,11 +230,11 @@ def build(
 
 
 def diffusion_loss(diffusion: Diffusion, batch: Batch, noise: Tensor, times: Tensor) -> tuple[Tensor, Metrics]:
-    """L_d = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(kept_t) a + sqrt(1 - kept_t) z
+    """L_d = E[ (eps(s, x, t) - z)^2 ],  x = sqrt(alpha_bar_t) a + sqrt(1 - alpha_bar_t) z
 
     `noise` z [batch, action_dim] is standard normal, `times` t [batch] are uniform in 0, ..., steps - 1.
     """
-    x = diffusion.signal[times, None] * batch.actions + diffusion.spread[times, None] * noise
+    x = diffusion.sqrt_alpha_bar[times, None] * batch.actions + diffusion.sqrt_one_minus_alpha_bar[times, None] * noise
     loss = (diffusion(batch.observations, x, times) - noise).square().mean()  # over the action's dimensions, too
     return loss, {"diffusion/loss": loss.detach()}
 
@@ -295,7 +295,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     loss, metrics = total_loss(learner, batch, noise, times, swapped, args)
     loss.backward()
     for network in (actor.diffusion, critic):
-        clip_grad_norm_(network.parameters(), args.max_gradient_norm)
+        clip_grad_norm_(network.parameters(), args.gradient_clip)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -327,7 +327,7 @@ class Args(HyperParameters, ExperimentArgs):
     def validate(self) -> None:
         super().validate()
         check_argument(self, "eta", self.eta >= 0, "must not be negative")
-        check_argument(self, "max_gradient_norm", self.max_gradient_norm > 0, "must be positive")
+        check_argument(self, "gradient_clip", self.gradient_clip > 0, "must be positive")
         check_argument(self, "actor_tau", 0 < self.actor_tau <= 1, "must be in (0, 1]")
 
 

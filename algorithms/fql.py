@@ -11,15 +11,16 @@ the data's actions, but to one of them. With Q' the target network, z standard n
     L_Q    = E[ sum_i (y - Q_i(s, a))^2 ]
     pi(s)  = argmax_{a_i} mean_j Q_j(s, a_i),  a_i = clip(mu(s, z_i), -1, 1)
 
-flow(s, z) follows v from z at t = 0 to t = 1 in --flow-steps steps, and lambda = 1 / E|mean_i Q_i(s, mu(s, z))|, or 1
-with --no-normalize-q. --q-aggregation min puts the lower twin in y.
+flow(s, z) follows v from z at t = 0 to t = 1 in --flow-steps steps, and is then clipped to [-1, 1]. lambda is
+1 / E|mean_i Q_i(s, clip(mu(s, z), -1, 1))|, or 1 with --no-normalize-q. --q-aggregation min puts the lower twin in y.
 
 Paper: Park, Li, Levine, "Flow Q-Learning", 2025, arXiv 2502.02538.
 Differences: the z_i of the policy's candidates are drawn once, at the start, and the first of them is 0, by default the
 only one, so that the policy is a function of s; the authors act by one z, drawn anew at each step. lambda is an option
 of their code, which they advise for new tasks; the paper's results are without. Squares are averaged over the action's
-dimensions, as in their code; the critics' are summed over the twins, where theirs are averaged. Networks are smaller,
-layers start as PyTorch's do (the authors' with Glorot's weights and biases of 0), observations are normalised.
+dimensions, as in their code; the critics' are summed over the twins, where theirs are averaged. The target follows the
+critic as it is after the step, theirs as it was before. Networks are smaller, layers start as PyTorch's do (theirs with
+Glorot's weights and biases of 0), layer norms add 1e-5 to the variance (theirs 1e-6), observations are normalised.
 
 Run: python algorithms/fql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -40,7 +41,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class HyperParameters:
-    gamma: float = 0.99  # discount (paper; 0.995 in some mazes)
+    gamma: float = 0.99  # discount (paper; 0.995 in some mazes and in antsoccer)
     alpha: float = 1.0  # weight of imitation in L_pi: large is cloning (tried here; authors' advice: 0.03 to 10)
     normalize_q: bool = True  # whether lambda makes alpha fit every scale of rewards (authors' advice; paper: not)
     q_aggregation: Literal["mean", "min"] = "mean"  # of the twins in y (paper; min in some tasks)

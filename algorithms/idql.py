@@ -1,9 +1,10 @@
 """Implicit diffusion Q-learning (IDQL): IQL's values, and a policy that takes the best of many samples of a clone.
 
 IQL's V is the value of a policy that weights the data's actions by |expectile - 1(A < 0)|. That policy can have several
-modes, and a Gaussian fitted to it, as IQL's is, acts between them. Here a flow clones the data's actions, however they
-are distributed, and Q chooses among its samples only when the policy acts. With Q' the target critic (a slow copy of
-Q), A(s, a) = min_i Q'_i(s, a) - V(s), z standard normal and t uniform in [0, 1]:
+modes; a Gaussian, as IQL's, would act between them. (IQL fits its own to other weights, exp(beta A).) Here a flow
+clones the data's actions, however they are distributed, and Q chooses among its samples only when the policy acts: an
+argmax, which is greedier than the policy that V belongs to. With Q' the target critic (a slow copy of Q),
+A(s, a) = min_i Q'_i(s, a) - V(s), z standard normal and t uniform in [0, 1]:
 
     L_V    = E[ |expectile - 1(A < 0)| A^2 ]                                      (IQL, eq. 5)
     L_Q    = E[ sum_i (r + gamma (1 - termination) V(s') - Q_i(s, a))^2 ]         (IQL, eq. 6)

@@ -1,26 +1,28 @@
-"""Sparse and exponential Q-learning (SQL and EQL): IQL with a value that a stated regulariser implies.
+"""Sparse and exponential Q-learning (SQL and EQL): IQL with a value that a stated regulariser suggests.
 
 Implicit value regularisation: rewards pay for leaving the data's policy mu, alpha f(pi / mu) a step. Of the policy that
 is best then, V needs nothing but the data's own actions, as in IQL, and so does pi. With Q' the target critic (a slow
 copy of Q) and A(s, a) = min_i Q'_i(s, a) - V(s):
 
     sql    f = pi / mu - 1:  u = 1 + A / (2 alpha),  L_V = E[ 1(u > 0) u^2 + V(s) / alpha ],  w = max(A, 0)
-    eql    f = log(pi / mu): u = A / alpha,          L_V = E[ exp(u) + V(s) / alpha ],        w = exp(10 u)
+    eql    f = log(pi / mu): u = min(A / alpha, 5),  L_V = E[ exp(u) + V(s) / alpha ],        w = exp(10 A / alpha)
 
     L_Q  = E[ sum_i (r + gamma (1 - termination) V(s') - Q_i(s, a))^2 ]
     L_pi = E[ -min(w, clip) log pi(a | s) ]
 
-SQL's V leaves out what is worse than V by more than 2 alpha, and its pi whatever is worse than V: of few actions it
-learns at all (`actor/weight_zero` is the share of the others). EQL's V is alpha log E[ exp(Q' / alpha) ], the soft
-maximum.
+SQL's V leaves out what is worse than V by more than 2 alpha, and its pi whatever is worse than V, so pi learns from few
+actions (`actor/weight_zero` is the share it ignores). While u < 5, EQL's V is alpha log E[ exp(Q' / alpha) ], the soft
+maximum. An action that is clipped at 5 draws V down, however good it is (`value/u_clipped` is the share).
 
 Paper: Xu, Jiang, Li, Yang, Wang, Chan, Zhan, "Offline RL with No OOD Actions: In-Sample Learning via Implicit Value
 Regularization", 2023, arXiv 2303.15810.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
-authors update V first, then pi and Q with the new V). EQL has the factor of 10 in w, the clip of u at 5 and the factor
-exp(-max u) of each batch from the authors' code: the latter keeps exp small, and makes the rate adapt. Observations are
-normalised, which the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale
-says otherwise; the authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
+authors update V first, then pi and Q with the new V). SQL takes E_pi[ pi / mu ] as 1, so its V lies below the
+regulariser's by alpha (E_pi[ pi / mu ] - 1). Its w is the authors' code's; the regulariser gives max(u, 0). EQL has
+the factor of 10 in w, the clip of u at 5 and the factor exp(-m), m = max(-1, max u), of each batch's L_V from the
+authors' code: the last keeps exp small, and scales each batch's gradient. Observations are normalised, which the
+authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the
+authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
 
 Run: python algorithms/sql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -41,7 +43,9 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     variant: Literal["sql", "eql"] = "sql"  # the regulariser
-    alpha: float = 1.0  # its weight, in units of Q: small takes the best action (authors' code: 1 for sql, 2 for eql)
+    alpha: float = 1.0
+    """its weight, in units of Q: small takes the best action, with eql while u < 5 (authors' code in locomotion: 1 for
+    sql, 2 for eql, which has to be asked for)"""
     weight_clip: float = 100.0  # largest weight of a transition in L_pi (authors' code)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)
@@ -65,7 +69,7 @@ class Batch(NamedTuple):
 
 
 def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int, layer_norm: bool = False) -> list[nn.Module]:
-    """Linear layers with ReLU between them, behind a layer normalisation if wanted."""
+    """Linear layers with ReLU between them, each ReLU after a layer normalisation if `layer_norm`."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
         normalization = [nn.LayerNorm(width)] if layer_norm else []
@@ -176,22 +180,29 @@ def build(
 
 
 def advantage(value: Tensor, target_critic: Critic, batch: Batch) -> Tensor:
-    """A(s, a) = min_i Q'_i(s, a) - V(s), of V(s) [batch], [batch]. Its gradient reaches V alone."""
+    """A(s, a) = min_i Q'_i(s, a) - V(s), [batch], given `value` V(s), [batch]. Its gradient reaches V alone."""
     with torch.no_grad():
         q = target_critic(batch.observations, batch.actions).min(dim=0).values  # [batch], the more careful twin's
     return q - value
 
 
 def value_loss(advantages: Tensor, value: Tensor, variant: str, alpha: float) -> tuple[Tensor, Metrics]:
-    """L_V, of A and V(s), [batch]. sql: E[ 1(u > 0) u^2 + V / alpha ]; eql: E[ exp(u) + V / alpha ] exp(-max u)"""
+    """L_V, of A and V(s), [batch].
+
+    sql: E[ 1(u > 0) u^2 + V / alpha ],    u = 1 + A / (2 alpha)
+    eql: E[ exp(u) + V / alpha ] exp(-m),  u = min(A / alpha, 5),  m = max(-1, max u) a constant
+    """
     if variant == "sql":
         u = 1 + advantages / (2 * alpha)
         loss = (u.clamp(min=0).square() + value / alpha).mean()
     else:
-        u = (advantages / alpha).clamp(max=5)  # the authors' range; beyond it the exponential no longer draws V up
-        largest = u.detach().max().clamp(min=-1)  # a constant, so that the factor changes the gradient's size alone
+        u = (advantages / alpha).clamp(max=5)  # the authors' range; beyond it only V / alpha acts, which draws V down
+        largest = u.detach().max().clamp(min=-1)  # m, a constant: the factor changes the gradient's size alone
         loss = (torch.exp(u - largest) + torch.exp(-largest) * value / alpha).mean()
-    return loss, {"value/loss": loss.detach(), "value/advantage": advantages.detach().mean()}
+    metrics = {"value/loss": loss.detach(), "value/advantage": advantages.detach().mean()}
+    if variant == "eql":
+        metrics["value/u_clipped"] = (u.detach() == 5).float().mean()  # a share of the batch
+    return loss, metrics
 
 
 def critic_loss(critic: Critic, value: Value, batch: Batch, gamma: float) -> tuple[Tensor, Metrics]:
@@ -214,8 +225,9 @@ def actor_loss(
     actor: Actor, advantages: Tensor, batch: Batch, variant: str, alpha: float, weight_clip: float
 ) -> tuple[Tensor, Metrics]:
     """L_pi = E[ -min(w, clip) log pi(a | s) ],  w = max(A, 0) or exp(10 A / alpha),  A a constant here"""
-    a = advantages.detach()
-    weight = (a.clamp(min=0) if variant == "sql" else torch.exp(10 * a / alpha)).clamp(max=weight_clip)
+    advantages = advantages.detach()
+    weight = advantages.clamp(min=0) if variant == "sql" else torch.exp(10 * advantages / alpha)
+    weight = weight.clamp(max=weight_clip)
     log_prob = actor.log_prob(batch.observations, batch.actions)
     loss = -(weight * log_prob).mean()
     metrics = {"actor/loss": loss.detach(), "actor/log_prob": log_prob.detach().mean(), "actor/weight": weight.mean()}

@@ -9,17 +9,20 @@ z = min(A / temperature, z_clip):
     L_Q  = E[ sum_i huber(r + gamma (1 - termination) V(s') - Q_i(s, a)) ]
     L_pi = E[ -min(exp(beta A), clip) log pi(a | s) ]
 
-The gradient of L_V is (exp(z) - 1) / temperature: a few large z rule it. Two things tame them. The L_V of a batch is
-divided by exp(m), m = max(-1, max z), its numerically stable form: the largest exponential is 1, and the rate adapts.
-And the clip hides what is beyond: an action better than V by more than z_clip times the temperature no longer draws V
-up at all (`value/z_clipped` is the share).
+The gradient of L_V in A is (exp(z) - 1) / temperature: a few large z rule it. Two things tame them. The L_V of a batch
+is divided by exp(m), m = max(-1, max z), its numerically stable form: the largest exponential is at most 1, and each
+batch's gradient has a scale of its own. And the clip hides what is beyond: an action better than V by more than z_clip
+times the temperature no longer draws V up at all (`value/z_clipped` is the share).
 
 Paper: Garg, Hejna, Geist, Ermon, "Extreme Q-Learning: MaxEnt RL without Entropy", 2023, arXiv 2301.02328.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
-authors update V first, then pi and Q with the new V). The Huber loss and exp(m) are the authors' code's; its options
-that add random or noisy actions to L_V, and a penalty of Q's gradient, are left out. Observations are normalised, which
-the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise;
-the authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
+authors update V first, then pi and Q with the new V). The paper weights L_pi by exp(A / temperature); its beta is our
+temperature. Its snippet (E.4), which has exp(m), clips z on both sides. The beta of L_pi, the clip on one side and the
+Huber loss are the authors' code's, whose options are left out: random or noisy actions in L_V, the logarithm of L_V,
+several updates of V a step, a single Q, and a penalty of Q's gradient. The batch is 256; the authors' default is 1,024,
+which six of their nine scripts for locomotion data keep. Observations are normalised, which the authors do not do.
+Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
+locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
 
 Run: python algorithms/xql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -41,8 +44,9 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     temperature: float = 2.0
-    """of the soft maximum, in units of Q: small is the maximum, large the mean (authors' code: 2 in all locomotion)"""
-    z_clip: float = 7.0  # largest z in L_V (authors' code)
+    """of the soft maximum, in units of Q: small is the maximum, large the mean (authors' scripts: 1 to 10 by dataset in
+    locomotion; 2 in mujoco_consistent.sh)"""
+    z_clip: float = 7.0  # largest z in L_V (authors' code: 7, in some tasks 5)
     huber_delta: float = 20.0  # error beyond which L_Q grows linearly (authors' code)
     beta: float = 3.0  # inverse temperature of L_pi's weights: 0 is cloning (authors' code: 3 locomotion)
     weight_clip: float = 100.0  # largest weight of a transition in L_pi (authors' code)
@@ -68,7 +72,7 @@ class Batch(NamedTuple):
 
 
 def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int, layer_norm: bool = False) -> list[nn.Module]:
-    """Linear layers with ReLU between them, behind a layer normalisation if wanted."""
+    """Linear layers with ReLU between them, each ReLU after a layer normalisation if `layer_norm`."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
         normalization = [nn.LayerNorm(width)] if layer_norm else []

@@ -11,7 +11,8 @@ from conftest import assert_one_line, run_script
 from decision_transformer import Actor, Batch, HyperParameters, actor_loss, build, returns_to_go, update, windows
 from trained_run import load_run
 
-from common.command_line import BadInput
+from common.command_line import BadInput, ExperimentArgs
+from common.data import ReplayBuffer, hold_out
 from common.evaluation import EVALUATION_SEED, evaluate, load_policy, make_environments
 from common.optim import Adam
 
@@ -139,6 +140,23 @@ def test_dropout_is_for_training_alone():
     assert not torch.equal(actor.predict(batch), actor.predict(batch))
 
 
+def test_dropout_of_embeddings_attention_and_what_blocks_add(monkeypatch):
+    """Each alone: the action changes where it doubles what it is given, all others giving back what they are given."""
+    actor, (_, batch) = make_actor(), make_windows(torch.tensor([1]))
+    expected, given = actor.predict(batch), []
+    for doubled in range(7):
+        given.clear()
+
+        def forward(module, x, doubled=doubled):
+            given.append((module.p, x.shape[1:]))
+            return 2 * x if len(given) == doubled + 1 else x
+
+        monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
+        assert not torch.allclose(actor.predict(batch), expected)
+    tokens, weights = (ARGS.dropout, (12, 8)), (ARGS.dropout, (2, 12, 12))
+    assert given == [tokens, *[weights, tokens, tokens] * 2]
+
+
 def test_loss_of_real_steps_alone():
     actor, (_, batch) = make_actor(), make_windows(torch.tensor([1, 4]))
     errors = (actor.predict(batch) - batch.actions).detach().numpy() ** 2
@@ -221,24 +239,40 @@ def test_bad_arguments_are_one_line(words, pattern):
 # --- Tools ---
 
 
+WORDS = ["--hidden-dims", "8", "--context-length", "3", "--warmup-updates", "1", "--learning-rate", "1e-2"]
+WORDS += ["--num-updates", "3", "--batch-size", "16", "--eval-episodes", "1", "--final-eval-episodes", "1"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, pendulum):
-    """The folder of a short run, with the default target and scale."""
+    """The folder of a short run, with the default target and scale, without the data's best and worst episodes."""
     folder = tmp_path_factory.mktemp("decision_transformer") / "run"
-    words = ["--hidden-dims", "8", "--context-length", "3", "--warmup-updates", "1", "--learning-rate", "1e-2"]
-    words += ["--num-updates", "3", "--batch-size", "16", "--eval-episodes", "1", "--final-eval-episodes", "1"]
-    done = run_script("decision_transformer", *words, "--validation-fraction", "0.2", "--run-dir", str(folder))
+    words = [*WORDS, "--validation-fraction", "0.2", "--validation-seed", "45", "--run-dir", str(folder)]
+    done = run_script("decision_transformer", *words)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_target_and_scale_are_those_of_the_data_that_are_learned_from(run, pendulum):
-    actor, returns, lengths = load_policy(run).actor, pendulum.episode_returns, pendulum.episode_lengths
-    assert actor.target_return.item() in returns.float() and actor.target_return > -1
-    largest = returns_to_go(pendulum.transitions.rewards, lengths).abs().sort(descending=True).values
-    assert actor.return_scale in largest and actor.return_scale > 1500
-    assert actor.last_timestep == 199
+    args, actor = ExperimentArgs(validation_fraction=0.2, validation_seed=45), load_policy(run).actor
+    kept = ReplayBuffer(hold_out(pendulum.dataset, args), torch.device("cpu"))
+    (best, largest), of_all = [
+        (part.episode_returns.max(), returns_to_go(part.transitions.rewards, part.episode_lengths).abs().max())
+        for part in (kept, pendulum)
+    ]
+    assert best < of_all[0] and largest < of_all[1]
+    assert actor.target_return.item() == pytest.approx(best.item(), rel=1e-6)
+    assert actor.return_scale.item() == pytest.approx(largest.item(), rel=1e-6)
+    assert actor.last_timestep == kept.episode_lengths.max() - 1
     assert math.isfinite(float((run / "metrics.csv").read_text().splitlines()[-1].split(",")[-1]))
+
+
+def test_target_and_scale_can_be_given(tmp_path, pendulum):
+    words = [*WORDS, "--num-updates", "1", "--target-return", "-300", "--return-scale", "500"]
+    done = run_script("decision_transformer", *words, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    actor = load_policy(tmp_path / "run").actor
+    assert actor.target_return == -300 and actor.return_scale == 500
 
 
 def test_tools_that_ask_about_lone_states_refuse_it(run, tmp_path):

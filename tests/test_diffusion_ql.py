@@ -75,14 +75,15 @@ def numpy_sample(diffusion, observations, noise):
     """An action; x on the way by Bayes's rule, from where it was before this step's noise and what became of it."""
     steps = len(noise)
     alpha, x = numpy_alpha(steps), noise[0].astype(np.float64)
-    kept = np.concatenate([[1], np.cumprod(alpha)])
+    alpha_bar = np.concatenate([[1], np.cumprod(alpha)])
     for t in range(steps, 0, -1):
         found = numpy_noise(diffusion, observations, x, np.full(len(x), t - 1))
-        estimate = np.clip((x - np.sqrt(1 - kept[t]) * found) / np.sqrt(kept[t]), -1, 1)
+        estimate = np.clip((x - np.sqrt(1 - alpha_bar[t]) * found) / np.sqrt(alpha_bar[t]), -1, 1)
         if t == 1:
             return estimate
-        variance = 1 / (1 / (1 - kept[t - 1]) + alpha[t - 1] / (1 - alpha[t - 1]))
-        mean = np.sqrt(kept[t - 1]) * estimate / (1 - kept[t - 1]) + np.sqrt(alpha[t - 1]) * x / (1 - alpha[t - 1])
+        variance = 1 / (1 / (1 - alpha_bar[t - 1]) + alpha[t - 1] / (1 - alpha[t - 1]))
+        mean = np.sqrt(alpha_bar[t - 1]) * estimate / (1 - alpha_bar[t - 1])
+        mean += np.sqrt(alpha[t - 1]) * x / (1 - alpha[t - 1])
         x = variance * mean + np.sqrt(variance) * noise[t - 1]
 
 
@@ -92,8 +93,8 @@ def numpy_sample(diffusion, observations, noise):
 def test_diffusion_loss(learner):
     batch, noise, times = random_batch(), normal(8, 2), torch.arange(8) % 3
     loss, _ = diffusion_ql.diffusion_loss(learner.actor.diffusion, batch, noise, times)
-    kept, z = np.cumprod(numpy_alpha(3))[times.numpy(), None], noise.numpy()
-    x = np.sqrt(kept) * batch.actions.numpy() + np.sqrt(1 - kept) * z
+    alpha_bar, z = np.cumprod(numpy_alpha(3))[times.numpy(), None], noise.numpy()
+    x = np.sqrt(alpha_bar) * batch.actions.numpy() + np.sqrt(1 - alpha_bar) * z
     found = numpy_noise(learner.actor.diffusion, batch.observations.numpy(), x, times.numpy())
     assert loss.item() == pytest.approx(np.mean((found - z) ** 2), rel=1e-4)
 
@@ -213,21 +214,41 @@ def test_targets_start_as_what_they_follow(args):
     assert all(map(torch.equal, learner.target_diffusion.parameters(), learner.actor.diffusion.parameters()))
 
 
+def test_each_network_has_its_learning_rate(args):
+    args.actor_learning_rate, args.critic_learning_rate = 1e-3, 2e-3
+    learner = diffusion_ql.build(3, 2, args, CPU)
+    rates = {weight: group["lr"] for group in learner.optimizer.param_groups for weight in group["params"]}
+    for network, rate in ((learner.actor.diffusion, 1e-3), (learner.critic, 2e-3)):
+        assert {rates.pop(weight) for weight in network.parameters()} == {rate}
+    assert not rates
+
+
+def test_either_twin_is_maximised_as_often(learner, args, monkeypatch):
+    loss, swaps = diffusion_ql.total_loss, []
+    monkeypatch.setattr(diffusion_ql, "total_loss", lambda *rest: swaps.append(rest[4].item()) or loss(*rest))
+    torch.manual_seed(0)
+    for step in range(1, 31):
+        diffusion_ql.update(learner, random_batch(), step, args)
+    assert len(swaps) == 30 and 8 <= sum(swaps) <= 22
+
+
 def test_gradients_are_shortened_network_by_network(learner, args):
     def length(gradients):
         return float(np.sqrt(sum(gradient.square().sum().item() for gradient in gradients)))
 
     found, batch = [], random_batch()._replace(rewards=torch.full((8,), 100.0))
-    for args.max_gradient_norm in (1e9, 5.0):
+    for args.gradient_clip in (1e9, 5.0, 1e-3):
         torch.manual_seed(0)
-        kept = copy.deepcopy(learner)._replace(optimizer=mock.Mock())  # which leaves the gradients where they are
-        diffusion_ql.update(kept, batch, 1, args)
-        networks = kept.actor.diffusion, kept.critic
+        copied = copy.deepcopy(learner)._replace(optimizer=mock.Mock())  # which leaves the gradients where they are
+        diffusion_ql.update(copied, batch, 1, args)
+        networks = copied.actor.diffusion, copied.critic
         found.append([[weight.grad for weight in network.parameters()] for network in networks])
-    (diffusion, critic), (short_diffusion, short_critic) = found
-    assert length(diffusion) < 5 < length(critic)
-    torch.testing.assert_close(short_diffusion, diffusion)
-    torch.testing.assert_close(short_critic, [gradient * 5 / length(critic) for gradient in critic])
+    whole, *shortened = found
+    assert 0.01 < length(whole[0]) < 5 < length(whole[1])
+    for bound, networks in zip((5, 1e-3), shortened, strict=True):
+        for gradients, short in zip(whole, networks, strict=True):
+            scale = min(1, bound / length(gradients))
+            torch.testing.assert_close(short, [gradient * scale for gradient in gradients], rtol=1e-4, atol=1e-7)
 
 
 # --- Acting ---
@@ -309,8 +330,9 @@ def test_how_far_a_perfect_network_keeps_modes_apart(monkeypatch, steps, share):
     diffusion = diffusion_ql.Diffusion(1, 1, diffusion_ql.HyperParameters(diffusion_steps=steps))
 
     def noise_in(_, x, t):
-        values, signal, spread = x[:, 0].double().numpy(), diffusion.signal[t].item(), diffusion.spread[t].item()
-        return torch.from_numpy((values - signal * expected_action(values, signal, spread**2)) / spread)[:, None]
+        values, scale = x[:, 0].double().numpy(), diffusion.sqrt_alpha_bar[t].item()
+        std = diffusion.sqrt_one_minus_alpha_bar[t].item()
+        return torch.from_numpy((values - scale * expected_action(values, scale, std**2)) / std)[:, None]
 
     monkeypatch.setattr(diffusion, "forward", noise_in)
     noise = torch.from_numpy(np.random.default_rng(0).normal(size=(steps, 40_000, 1)))
@@ -322,6 +344,6 @@ def test_bad_arguments():
     for flag, value, rule in (
         ("--eta", "-1.0", "must not be negative"),
         ("--actor-tau", "2.0", "must be in (0, 1]"),
-        ("--max-gradient-norm", "0.0", "must be positive"),
+        ("--gradient-clip", "0.0", "must be positive"),
     ):
         assert_one_line(run_script("diffusion_ql", flag, value, *SHORT), re.escape(f"{flag} {value}: {rule}"))

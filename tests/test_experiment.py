@@ -425,7 +425,6 @@ NONSENSE = {
     "flow_learning_rate": "0",
     "flow_steps": "0",
     "diffusion_steps": "0",
-    "max_gradient_norm": "0",
     "actor_tau": "0",
     "vae_hidden_dims": "0",
     "flow_hidden_dims": "0",

@@ -189,6 +189,20 @@ def test_update_moves_every_network_and_the_target_follows(learner, args):
         torch.testing.assert_close(end, start + args.tau * (followed - start))
 
 
+def test_the_target_starts_as_the_critic(args):
+    learner = fql.build(3, 2, args, CPU)
+    assert all(map(torch.equal, learner.target_critic.parameters(), learner.actor.critic.parameters()))
+
+
+def test_each_network_has_its_learning_rate(args):
+    args.actor_learning_rate, args.critic_learning_rate, args.flow_learning_rate = 1e-3, 2e-3, 3e-3
+    learner = fql.build(3, 2, args, CPU)
+    rates = {weight: group["lr"] for group in learner.optimizer.param_groups for weight in group["params"]}
+    for network, rate in ((learner.actor.policy, 1e-3), (learner.actor.critic, 2e-3), (learner.flow, 3e-3)):
+        assert {rates.pop(weight) for weight in network.parameters()} == {rate}
+    assert not rates
+
+
 # --- Acting ---
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import (
     SHORT,
+    SHORTER,
     assert_each_trains_its_own,
     checkpoint,
     networks_of,
@@ -136,9 +137,11 @@ def test_update_moves_the_target_by_tau(learner, args):
         torch.testing.assert_close(new, old + args.tau * (target - old))
 
 
-def test_the_actors_learning_rate_decays(tmp_path):
+@pytest.mark.parametrize("script", ["iql", "sql", "xql", "idql"])
+def test_the_actors_learning_rate_decays(script, tmp_path):
     """Half a cosine: the fourth of four updates has what is left after three quarters of the way."""
-    assert run_script("iql", "--num-updates", "4", *SHORT, "--run-dir", str(tmp_path / "run")).returncode == 0
+    arguments = "--num-updates", "4", *SHORT, *SHORTER.get(script, []), "--run-dir", str(tmp_path / "run")
+    assert run_script(script, *arguments).returncode == 0
     numbers = [value for value in checkpoint(tmp_path / "run")["learner"]["optimizer"].values() if not value.dim()]
     rates = [float(rate) for rate in numbers[::2]]  # each group's, and then its steps
     assert rates == pytest.approx([3e-4 * 0.5 * (1 + np.cos(np.pi * 3 / 4)), 3e-4, 3e-4])

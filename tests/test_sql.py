@@ -1,15 +1,20 @@
 """SQL's and EQL's losses against NumPy on small numbers, the values that they imply, and what each may touch."""
 
+import inspect
+
+import iql
 import numpy as np
 import pytest
 import sql
 import torch
+import xql
 from conftest import (
     SHORT,
     assert_each_trains_its_own,
     assert_one_line,
     networks_of,
     numpy_mlp,
+    numpy_twins,
     random_batch,
     run_script,
 )
@@ -28,24 +33,49 @@ def learner(args):
     return sql.build(3, 2, args, CPU)
 
 
+LIKE_IQL = ["Actor", "EnsembleLinear", "Critic", "critic_loss", "build", "update", "cosine_decay"]
+
+
+@pytest.mark.parametrize("name", [*LIKE_IQL, "effective_sample_size", "mlp", "Value"])
+def test_what_is_a_siblings_is_its_to_the_letter(name):
+    """So the calculations in NumPy of test_iql.py, and of test_xql.py for the layer normalisation, hold here, too."""
+    theirs = inspect.getsource(getattr(xql if name in ("mlp", "Value") else iql, name))
+    assert inspect.getsource(getattr(sql, name)) == theirs.replace("        (eq. 6)", "")
+
+
+def test_advantage_takes_the_twins_minimum_of_the_target_critic(learner):
+    with torch.no_grad():  # so that the target differs from the critic
+        for parameter in learner.target_critic.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    batch, value = random_batch(), torch.arange(8.0)
+    q = numpy_twins(learner.target_critic, batch.observations.numpy(), batch.actions.numpy()).min(axis=0)
+    advantages = sql.advantage(value, learner.target_critic, batch)
+    np.testing.assert_allclose(advantages.numpy(), q - np.arange(8), atol=1e-5)
+
+
 def test_sparse_value_loss_by_hand():
     advantages, value = torch.tensor([2.0, -1.0, -9.0]), torch.tensor([0.5, 1.0, -3.0])
     loss, _ = sql.value_loss(advantages, value, "sql", alpha=2.0)
     assert loss.item() == pytest.approx((1.5**2 + 0.75**2 + 0 + (0.5 + 1.0 - 3.0) / 2) / 3)  # 1 - 9 / 4 is below 0
 
 
-@pytest.mark.parametrize("highest", [3.0, 100.0, -40.0])
+@pytest.mark.parametrize("highest", [3.0, 12.0, 100.0, -40.0])
 def test_exponential_value_loss(highest):
-    """Of u above 5 the exponential counts as exp(5), and no more draws V up; of u below -1 the factor stays exp(1)."""
+    """Of u above 5 the exponential counts as exp(5), and only V / alpha draws V, down; of u below -1 the factor stays
+    exp(1)."""
     a, value = np.array([highest, highest - 1, highest - 7]), np.array([0.5, 1.0, -3.0])
     advantages = torch.tensor(a, dtype=torch.float32, requires_grad=True)
-    loss, _ = sql.value_loss(advantages, torch.tensor(value, dtype=torch.float32), "eql", alpha=2.0)
+    loss, metrics = sql.value_loss(advantages, torch.tensor(value, dtype=torch.float32), "eql", alpha=2.0)
     u = np.minimum(a / 2, 5)
     factor = np.exp(-max(u.max(), -1))
     assert loss.item() == pytest.approx(np.mean(np.exp(u) + value / 2) * factor, rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, advantages)
     expected = np.where(a / 2 > 5, 0, np.exp(u) / 2 / 3 * factor)
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-12)
+    v = torch.tensor(value, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sql.value_loss(torch.tensor(a + value) - v, v, "eql", alpha=2.0)[0], v)
+    np.testing.assert_allclose(gradient.numpy(), factor / 2 / 3 - expected, rtol=1e-6)
+    assert metrics["value/u_clipped"].item() == pytest.approx(np.mean(a / 2 > 5))
 
 
 @pytest.mark.parametrize("lambda_", [0.55, 0.7, 0.9])
@@ -65,7 +95,8 @@ def test_the_dual_form_has_the_same_values(lambda_):
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 20.0])
 def test_what_the_value_comes_to(alpha):
-    """For Q of 0, 1 and 4. EQL: alpha log E[exp(Q / alpha)]. SQL: where E[max(0, 1 + (Q - v) / (2 alpha))] is 1."""
+    """For Q of 0, 1 and 4. EQL: alpha log E[exp(Q / alpha)]. SQL: where pi / mu = max(0, 1 + (Q - v) / (2 alpha)) has
+    the mean 1. The best of many policies is better than that by alpha (E_pi[pi / mu] - 1)."""
     q = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
     found = {}
     for variant in ("sql", "eql"):
@@ -76,8 +107,11 @@ def test_what_the_value_comes_to(alpha):
             v = (v - 0.2 * alpha * gradient).detach().requires_grad_()
         found[variant] = v.item()
     assert found["eql"] == pytest.approx(alpha * np.log(np.exp(q.numpy() / alpha).mean()), abs=1e-3)
-    share = np.maximum(0, 1 + (q.numpy() - found["sql"]) / (2 * alpha)).mean()
-    assert share == pytest.approx(1, abs=1e-3)
+    ratio = np.maximum(0, 1 + (q.numpy() - found["sql"]) / (2 * alpha))
+    assert ratio.mean() == pytest.approx(1, abs=1e-3)
+    policies = np.random.default_rng(0).dirichlet([0.5] * 3, 100_000)  # where mu is 1 / 3
+    best = np.sum(policies * (q.numpy() - alpha * (3 * policies - 1)), axis=1).max()
+    assert best - found["sql"] == pytest.approx(alpha * (np.mean(ratio**2) - 1), abs=5e-3)
 
 
 def test_actor_loss(learner, args):

@@ -1,5 +1,8 @@
 """XQL's losses against NumPy on small numbers, the value that Gumbel regression finds, and what each may touch."""
 
+import inspect
+
+import iql
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,15 @@ def args():
 def learner(args):
     torch.manual_seed(0)
     return xql.build(3, 2, args, CPU)
+
+
+LIKE_IQL = ["Actor", "EnsembleLinear", "Critic", "advantage", "build", "update", "cosine_decay"]
+
+
+@pytest.mark.parametrize("name", [*LIKE_IQL, "effective_sample_size"])
+def test_what_is_iqls_is_iqls_to_the_letter(name):
+    """So test_iql.py's calculations in NumPy hold here, too."""
+    assert inspect.getsource(getattr(xql, name)) == inspect.getsource(getattr(iql, name))
 
 
 @pytest.mark.parametrize("highest", [3.0, 100.0, -40.0])
