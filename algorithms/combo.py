@@ -46,7 +46,7 @@ class HyperParameters:
     rollout_length: int = 5  # steps of a rollout, h (paper: 1 or 5)
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (MOPO's code)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (MOPO's code)
-    rollouts_kept: int = 5  # calls of the rollouts that the model's buffer holds, the newest (MOPO's code)
+    rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (MOPO's code)
     real_ratio: float = 0.5  # f, the share of a batch that is data (paper)
     num_models: int = 7  # members of the ensemble (paper)
     num_elites: int = 5  # members that are used, the best on held-out data (paper)
@@ -58,7 +58,7 @@ class HyperParameters:
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (MOPO's code)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor (paper) and the temperature
-    cosine_decay: bool = False  # the actor's rate falls to 0 over the run, so that it ends with a settled policy
+    cosine_decay: bool = False  # the rates of actor and temperature fall to 0 over the run, so that it ends settled
     critic_learning_rate: float = 3e-4  # of Adam (paper)
     hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of actor and critics (paper)
 

@@ -1,11 +1,11 @@
 """Model-Bellman inconsistency penalised offline policy optimization (MOBILE): pay where models disagree on the value.
 
-An ensemble of networks learns the dynamics from the data. SAC then learns from short rollouts of the current policy in
-that model, which start at states of the data. Each member says where a step of them leads, and the target critic what
-that is worth: the further these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' - s, r):
+An ensemble of networks learns the dynamics from the data. SAC learns from short rollouts of the policy in it, from
+states of the data. Each member says where a step of them leads, and the target critic what that is worth: the further
+these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
-    u(s, a) = std_k(T_k) over the elites k,  T_k = E[ min_i Q'_i(s', a') ],  s' ~ p_k(.|s, a), a' ~ pi(.|s')
+    u(s, a) = sqrt(Var_k[T_k]) over the elites k,  T_k = E[ min_i Q'_i(s', a') ],  s' ~ p_k(.|s, a), a' ~ pi(.|s')
     y       = r + gamma (1 - termination) min_i Q'_i(s', a') - penalty_coefficient u(s, a)  (of data: without u)
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
@@ -14,9 +14,9 @@ that is worth: the further these values lie apart, the lower is Q's target there
 Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning", ICML
 2023; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is as the authors' code has it: of Q' without gamma, r and ends, over num_elites - 1. So is y in their
-OfflineRL-Kit; the paper's own code adds entropy. Both keep y >= 0 (here --min-target 0) and the temperature <= 1.
-Observations and z are normalised. Members of the model draw every batch anew (theirs: one bootstrap each), stop one by
-one, and start as PyTorch's layers do (truncated normal). One step trains actor, critic and temperature.
+OfflineRL-Kit; the paper's own code adds entropy. Both keep y >= 0 (here --min-target 0) and the temperature <= 1 (not
+here). Observations and z are normalised. Members of the model draw every batch anew (theirs: one bootstrap each), stop
+one by one, and start as PyTorch's layers do (truncated normal). One step trains actor, critic and temperature.
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -45,7 +45,7 @@ class HyperParameters:
     rollout_length: int = 5  # steps of a rollout, h (authors' code: 1 or 5, by the dataset)
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (authors' code)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (authors' code)
-    rollouts_kept: int = 5  # calls of the rollouts that the model's buffer holds, the newest (authors' code)
+    rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (authors' code)
     real_ratio: float = 0.05  # share of a batch that is data (authors' code)
     num_models: int = 7  # members of the ensemble (authors' code)
     num_elites: int = 5  # members that are used, the best on held-out data (authors' code)
@@ -57,7 +57,7 @@ class HyperParameters:
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
-    cosine_decay: bool = False  # the actor's rate falls to 0 over the run (authors' code: yes): the policy settles
+    cosine_decay: bool = False  # the rates of actor and temperature fall to 0 over the run (authors' code: the actor's)
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics (authors' code)
 
@@ -327,7 +327,7 @@ def rollout(actor: Actor, elites: Dynamics, starts: Batch, scale: Tensor, ending
 
 
 def inconsistency(learner: Learner, observations: Tensor, actions: Tensor, args: HyperParameters) -> Tensor:
-    """u(s, a) = std_k(T_k) over the elites k, T_k = E[ min_i Q'_i(s', a') ] by draws of s' ~ p_k, a' ~ pi: [batch]"""
+    """u(s, a) = sqrt(Var_k[T_k]) over elites k, T_k = E[ min_i Q'_i(s', a') ] by draws of s' ~ p_k, a' ~ pi: [batch]"""
     elites = learner.dynamics.holdout_error.argsort()[: args.num_elites]
     mean, std, _ = (part[elites] for part in learner.dynamics.predict(observations, actions))
     z = mean + std * torch.randn(args.num_samples, *mean.shape, device=mean.device)

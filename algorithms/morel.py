@@ -15,10 +15,11 @@ pays -kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' 
 
 Paper: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020,
 arXiv 2005.05951; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: the authors plan by natural policy gradients, on rollouts of whole episodes, each in one member; SAC has
-short ones here, and bootstraps where they end. kappa is R_max in the paper's theory. Where unknown, their code pays r +
-truncate_reward (0 in its settings) and ends. It has four networks of 2 x 512, no variances, known rewards, and disc in
-the environment's units; here disc is over the elites, in standard deviations of the data.
+Differences: the authors plan by natural policy gradients, on rollouts of whole episodes from first states, each in one
+member; SAC has short ones here, and bootstraps where they end. kappa is R_max in the paper's theory. V(HALT) has no
+entropy, so it bounds the rewards, not SAC's values. Where unknown, their code pays r + truncate_reward (0 in its
+settings) and cuts the rollout; its advantages still bootstrap there. It has four networks of 2 x 512, no variances,
+known rewards, and disc in the environment's units; here disc is over the elites, in standard deviations of the data.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -42,11 +43,11 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount, below 1 (authors' code: 0.999)
     threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 0.5, 3)
-    halt_penalty: float = 0.0  # what a step in HALT pays less than the data's least reward; 0 bounds what can come
+    halt_penalty: float = 0.0  # what a step in HALT pays less than the data's least reward, or than 0 if that is less
     rollout_length: int = 20  # steps of a rollout, h (tried here; MOPO: 1 or 5; authors' code: 500, 700)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state of the data (MOPO's code: 50,000)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (MOPO's code)
-    rollouts_kept: int = 5  # calls of the rollouts that the model's buffer holds, the newest (MOPO's code)
+    rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (MOPO's code)
     num_models: int = 7  # members of the ensemble (MOPO; authors' code: 4)
     num_elites: int = 5  # members that are used, the best on held-out data (MOPO)
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (MOPO)
@@ -315,12 +316,11 @@ def model_step(
 ) -> tuple[Batch, Tensor]:
     """One transition of a random member from each state, or HALT; and disc. `scale`: mean, deviation of states."""
     mean, std, logit = elites.predict(observations, actions)
-    disc = discrepancy(mean)
-    rows = torch.arange(len(observations), device=observations.device)
+    disc, rows = discrepancy(mean), torch.arange(len(observations), device=observations.device)
     member = torch.randint(len(mean), (len(rows),), device=rows.device)
     z = mean[member, rows] + std[member, rows] * torch.randn_like(mean[0])
     next_observations = observations + z[:, :-1]
-    unknown = disc > halt[0]
+    unknown = ~(disc <= halt[0])  # NaN is unknown, too
     rewards = z[:, -1] + gamma * halt[1] * unknown  # r~ = r + gamma V(HALT) where unknown
     rule = TERMINATION_RULES.get(ending, lambda _: torch.bernoulli(torch.sigmoid(logit[member, rows])))  # else learned
     terminations = rule(scale[0] + scale[1] * next_observations).logical_or(unknown).float()

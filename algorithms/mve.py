@@ -1,8 +1,9 @@
 """Model-based value expansion (MVE): TD3+BC whose targets are first unrolled some steps in a learned model.
 
-An ensemble of networks learns the dynamics from the data. A target follows the target policy for H steps in that model
-before it asks the target critic: so the critic's error counts gamma^H times, and the model's in its place. H = 0 is
-td3_bc.py. After the data's s_-1, a_-1, r_-1, d_-1, s_0 come t = 0 .. H - 1, for each row of a batch in one elite k:
+An ensemble learns the dynamics from the data. A target follows the target actor pi' for H steps in that model before it
+asks the target critic Q'. The critic's error then enters with weight gamma^H, and the model's errors take its place.
+H = 0 is td3_bc.py. Here c = noise_clip, noise ~ Normal(0, policy_noise^2), and elites are the members best on held-out
+data. After the data's s_-1, a_-1, r_-1, d_-1, s_0 come t = 0 .. H - 1, for each row of a batch in one elite k:
 
     a_t = pi'(s_t),  (s_{t+1} - s_t, r_t) = mean_k(s_t, a_t),  termination d_t by a rule, or its probability in k
     y_t = r_t + gamma (1 - d_t) y_{t+1},  y_H = min_i Q'_i(s_H, clip(pi'(s_H) + clip(noise, -c, c), -1, 1))
@@ -10,17 +11,17 @@ td3_bc.py. After the data's s_-1, a_-1, r_-1, d_-1, s_0 come t = 0 .. H - 1, for
     L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (TD3+BC, eq. 3, 5)
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ],  x = (s, a), z = (s' - s, r)
 
-The terms from t = 0 on, the TD-k trick, teach Q at the model's states, where y_H asks it; --expansion last leaves them
-out. --expansion steve has one term, t = -1, and mixes horizons. With T_hik the y_-1 of h steps by Q'_i in elite k:
+The terms from t = 0 on, the TD-k trick, teach Q at the model's states, where y_H asks it. --expansion last has the term
+t = -1 alone, undivided. So has steve, which mixes horizons. With T_hik the y_-1 of h steps by Q'_i in elite k:
 
     y   = sum_h w_h E_k[ min_i T_hik ],  w_h = 1 / Var_ik[T_hik] over their sum,  h = 0 .. H
 
 Paper: Feinberg, Wan, Stoica, Jordan, Gonzalez, Levine, "Model-Based Value Expansion for Efficient Model-Free
 Reinforcement Learning", 2018, arXiv 1803.00101; STEVE is 1807.01675, TD3+BC 2106.06860, MBPO, of the model, 1906.08253.
 Differences: both are online, on DDPG; here TD3+BC holds pi, and with it rollouts, to the data, and smooths pi' where Q'
-is asked. MVE has one network for s', knows r, ends no rollout, divides by H, and leaves rows that ended out of the
-later means. STEVE has pi for pi', the mean of four critics for min_i, and each of four members' rewards on each of four
-paths. Neither's model has a variance; rollouts here follow the means, too.
+is asked. MVE has one network for s', knows r, ends no rollout, divides by H, and takes the later means over the rows
+that the data did not end. STEVE has pi for pi', the mean of four critics for min_i, and each of four members' rewards
+on each of four paths. Neither's model has a variance; rollouts here follow the means, too.
 
 Run: python algorithms/mve.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -210,10 +211,9 @@ def build(
     decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (MBPO)
     groups_d = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups_d.append({"params": [*(layer.bias for layer in layers), *bounds]})
-    best = copy.deepcopy(dynamics).requires_grad_(False)
-    model = Model(best, observation_dim, args).to(device)
+    best, target_critic = copy.deepcopy(dynamics).requires_grad_(False), copy.deepcopy(critic).requires_grad_(False)
     target_actor = copy.deepcopy(actor).requires_grad_(False)
-    target_critic = copy.deepcopy(critic).requires_grad_(False)
+    model = Model(best, observation_dim, args).to(device)
     optimizers = adam(groups_d, args.dynamics_learning_rate), adam(groups)
     return Learner(actor, critic, target_actor, target_critic, model, best, dynamics, *optimizers)
 
@@ -364,13 +364,13 @@ def expand(learner: Learner, batch: Batch, noise: Tensor, member: Tensor | None,
 
 
 def critic_loss(learner: Learner, batch: Batch, noise: Tensor, member: Tensor | None, args: HyperParameters) -> tuple:
-    """L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1, or of t = -1 alone"""
+    """L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1), t = -1 .. H - 1, or t = -1 alone, undivided"""
     steps, targets, metrics = expand(learner, batch, noise, member, args)
-    reach = [torch.ones_like(batch.rewards)]  # the probability that the episode has not ended before the step
-    reach += [torch.stack([1 - step.terminations for step in steps[:t]]).prod(dim=0) for t in range(1, len(steps))]
+    going_on = torch.stack([torch.ones_like(batch.rewards), *(1 - step.terminations for step in steps[:-1])])
+    reach = going_on.cumprod(dim=0).flatten()  # the probability that the episode has not ended before the step
     observations, actions = (torch.cat(column) for column in list(zip(*steps, strict=True))[:2])
     q = learner.critic(observations, actions)  # [2, steps * batch]
-    loss = (torch.cat(reach) * (torch.cat(targets) - q).square()).mean(dim=1).sum()  # the sum over the twins
+    loss = (reach * (torch.cat(targets) - q).square()).mean(dim=1).sum()  # the sum over the twins
     q_data = q.detach()[:, : len(batch.rewards)].mean()
     return loss, metrics | {"critic/loss": loss.detach(), "critic/q": q_data, "critic/target": targets[0].mean()}
 

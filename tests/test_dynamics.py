@@ -229,6 +229,21 @@ def test_prediction_is_in_the_units_of_the_buffer(script):
         np.testing.assert_allclose(std[member].detach(), scale[1] * np.exp(log_variance / 2), atol=1e-5)
 
 
+def test_a_prediction_stays_within_a_hundred_standard_deviations_of_the_datas_mean(script):
+    learner, _ = make_learner(script)
+    randomise(learner.dynamics)
+    batch, scale = random_batch(), learner.dynamics.z_scale
+    before = learner.dynamics.predict(batch.observations, batch.actions)
+    with torch.no_grad():
+        learner.dynamics.layers[-1].bias[..., 0] = 1e6
+        learner.dynamics.layers[-1].bias[..., 3] = -1e6  # the reward
+    mean, *others = learner.dynamics.predict(batch.observations, batch.actions)
+    assert (mean[..., 0] == scale[0, 0] + 100 * scale[1, 0]).all()
+    assert (mean[..., 3] == scale[0, 3] - 100 * scale[1, 3]).all()
+    for found, expected in zip((mean[..., 1:3], *others), (before[0][..., 1:3], *before[1:]), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_ensemble_fits_a_noisy_linear_system_and_disagrees_off_the_data(script):
     """s' - s = 0.5 s - a + noise of a known size: the mean and the size of the noise are found, within the data."""
     learner, args = make_learner(script, 1, 1, dynamics_hidden_dims=(32, 32), dynamics_learning_rate=3e-3)

@@ -193,7 +193,7 @@ def test_rewards_of_the_model_are_its_own(args):
 
 @pytest.mark.parametrize("validation", [[], ["--validation-fraction", "0.1"]])
 def test_data_comes_first_in_a_batch(validation, monkeypatch, tmp_path, pendulum):
-    """In those that measure the losses on episodes held out, too."""
+    """In those that measure the losses on episodes held out, too. The rest is drawn from a buffer of three calls."""
     batches, total_loss = [], mobile.total_loss
 
     def spy(learner, batch, noise, args):
@@ -202,8 +202,10 @@ def test_data_comes_first_in_a_batch(validation, monkeypatch, tmp_path, pendulum
 
     monkeypatch.setattr(mobile, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", "0.25", "--num-updates", "4", "--reward-scale", "0.5"]
+    arguments += ["--rollout-length", "4", "--rollouts-kept", "3"]
     run = run_script("mobile", *SMALL_RUN, *arguments, *validation, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
+    assert len(checkpoint(tmp_path / "run")["learner"]["model_buffer"]["rewards"]) == 3 * 50 * 4
     assert len(batches) == 4 + bool(validation)
     rewards = pendulum.transitions.rewards * 0.5
     for batch in batches:
@@ -213,9 +215,11 @@ def test_data_comes_first_in_a_batch(validation, monkeypatch, tmp_path, pendulum
 
 @pytest.mark.parametrize("other", ["mopo", "combo"])
 def test_takes_the_model_of_its_siblings(other, tmp_path, pendulum):
+    """Whose buffers, too, have room for as many rows as so many calls of whole rollouts."""
     first, second = tmp_path / "first", tmp_path / "second"
-    few = [*SMALL_RUN, "--num-updates", "2"]
+    few = [*SMALL_RUN, "--num-updates", "2", "--rollout-length", "4", "--rollouts-kept", "3"]
     assert run_script(other, *few, "--run-dir", str(first)).returncode == 0
+    assert len(checkpoint(first)["learner"]["model_buffer"]["rewards"]) == 3 * 50 * 4
     run = run_script("mobile", *few, "--dynamics", str(first), "--run-dir", str(second))
     assert run.returncode == 0, run.stderr
     ours, theirs = (checkpoint(folder)["learner"]["dynamics"] for folder in (second, first))

@@ -1,12 +1,13 @@
 """MOReL's detector and its pessimistic MDP against NumPy on small numbers, and what a run makes of them."""
 
 import math
+from types import SimpleNamespace
 
 import morel
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch, run_script, sac_learner
+from conftest import checkpoint, random_batch, run_script, sac_learner
 
 from common.command_line import BadInput
 
@@ -119,6 +120,22 @@ def test_a_discrepancy_at_the_limit_is_known():
     assert transitions.rewards.tolist() == [4.0] and transitions.terminations.tolist() == [0.0]
 
 
+def test_where_a_member_foretells_nothing_is_unknown(monkeypatch):
+    """One whose numbers are not finite has no distance from the others."""
+
+    def predict(observations, actions):
+        mean = Diverging.predict(observations, actions)[0]
+        mean[1, 1] = math.nan
+        return mean, torch.zeros_like(mean), torch.full(mean.shape[:2], -100.0)
+
+    members, states = SimpleNamespace(predict=predict), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    monkeypatch.setattr(torch, "randint", lambda *_, device: torch.zeros(2, dtype=torch.long))  # the first is drawn
+    halt = torch.tensor([5.0, -70.0])
+    transitions, _ = morel.model_step(members, states, torch.zeros(2, 1), RAW, "Pendulum", halt, 0.9)
+    assert transitions.rewards.tolist() == pytest.approx([0.0, 1 + 0.9 * -70])
+    assert transitions.terminations.tolist() == [0.0, 1.0]
+
+
 def test_an_end_that_is_known_pays_its_reward_alone(monkeypatch):
     monkeypatch.setitem(morel.TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 1.5)
     states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
@@ -177,9 +194,12 @@ def test_the_policy_learns_from_rollouts_alone(monkeypatch, tmp_path, pendulum):
 
 @pytest.mark.parametrize(("threshold", "shares"), [("1000", {0.0}), ("1e-6", {1.0})])
 def test_the_share_of_steps_that_the_detector_stops_is_logged(threshold, shares, tmp_path, pendulum):
+    """Rewards are scaled, and V(HALT) is of scaled ones; the buffer has room for three calls of 50 rollouts."""
     arguments = ["--num-updates", "4", "--rollout-every", "3", "--threshold", threshold, *FEW]
+    arguments += ["--reward-scale", "0.5", "--rollout-length", "4", "--rollouts-kept", "3"]
     run = run_script("morel", *arguments, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
+    assert len(checkpoint(tmp_path / "run")["learner"]["model_buffer"]["rewards"]) == 3 * 50 * 4
     header, *rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     found = [dict(zip(header, row, strict=True)) for row in rows]
     logged = [row for row in found if row["halt/share"]]
@@ -187,12 +207,13 @@ def test_the_share_of_steps_that_the_detector_stops_is_logged(threshold, shares,
     assert {float(row["halt/share"]) for row in logged} == shares
     assert {float(row["model/terminations"]) for row in logged} == shares  # as nothing else ends a pendulum
     assert all((float(row["halt/disc"]) > 1) == (shares == {1.0}) for row in logged)
-    halt = 0.99 * pendulum.transitions.rewards.min().item() / (1 - 0.99)  # gamma V(HALT)
+    rewards = 0.5 * pendulum.transitions.rewards
+    halt = 0.99 * rewards.min().item() / (1 - 0.99)  # gamma V(HALT)
     for row in logged:
         paid = float(row["model/rewards"]) - float(row["model/raw_rewards"])
         assert paid == pytest.approx(halt * max(shares), rel=1e-4, abs=1e-6)
-        assert -20 < float(row["model/raw_rewards"]) < 2  # a pendulum's are from -16.3 to 0
-        assert float(row["data/rewards"]) == pytest.approx(pendulum.transitions.rewards.mean().item(), rel=1e-4)
+        assert -10 < float(row["model/raw_rewards"]) < 1  # a pendulum's are from -16.3 to 0, here halved
+        assert float(row["data/rewards"]) == pytest.approx(rewards.mean().item(), rel=1e-4)
         assert float(row["data/terminations"]) == 0
 
 
