@@ -21,12 +21,13 @@ Paper: Nakamoto, Zhai, Singh, Sobol Mark, Ma, Finn, Kumar, Levine, "Cal-QL: Cali
 Efficient Online Fine-Tuning", 2023, arXiv 2303.05479; CQL is arXiv 2006.04779, SAC arXiv 1812.05905.
 Differences: as in the authors' code, the squared error has no factor 1/2, and each loss sees the others as they were
 before the step. The gap's actions serve y (at s') and L_pi (one of them, at s), too; the authors draw these anew. The
-log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm).
-A last reward that goes on is their rule for Kitchen; in AntMaze and Adroit it holds where an episode failed, and R ends
-with the others, as it would in all tasks with dense rewards: where rewards are negative, R is too high then. Entropy in
-y, off in their scripts, and a gap without the actions' densities, Kitchen's, are not here. Observations are normalised.
-Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal, and the standard deviation of u
-smaller by exp(-1).
+log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3
+num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). A last reward that goes on
+is their rule for Kitchen; in AntMaze and Adroit it holds where an episode failed, and R ends with the others, as it
+would in all tasks with dense rewards: where rewards are negative, R is too high then. Entropy in y, off in their
+scripts, and a gap without the actions' densities, Kitchen's, are not here. Observations are normalised. Layers start as
+PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal, and the standard deviation of u smaller by
+exp(-1).
 
 Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster ones, cql.py's)
 """
@@ -61,7 +62,7 @@ class HyperParameters:
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam, also for cql_alpha under --lagrange (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code; in antmaze their critics have four, in Adroit three of 512, and actors two)"""
+    """hidden layers of every network (authors' code; in antmaze critics have four, in Adroit three of 512, actors two)"""
 
 
 class Batch(NamedTuple):

@@ -16,11 +16,11 @@ them, one of actor and temperature after them.
 Paper: Ball, Smith, Kostrikov, Levine, "Efficient Online Reinforcement Learning with Offline Data", 2023,
 arXiv 2302.02948 (algorithm 1); SAC is arXiv 1812.05905.
 Differences: the authors' L_Q is the mean over the critics, which Adam turns into the same steps. Observations are
-normalised, which the authors do not do. The log
-standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20.
-Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's, with biases of 0. The
-authors take one critic for the target in AntMaze (--num-target-critics 1), and no entropy in AntMaze and Adroit
-(--no-entropy-in-backup). Their dropout, weight decay and residual critics, off in their commands, are not here.
+normalised, which the authors do not do. The log standard deviation of the action before tanh is at least -5, as in
+CQL's code; theirs -20. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's,
+with biases of 0. The authors take one critic for the target in AntMaze (--num-target-critics 1), and no entropy in
+AntMaze and Adroit (--no-entropy-in-backup). Their dropout, weight decay and residual critics, off in their commands,
+are not here.
 
 Run: python algorithms/rlpd.py --dataset-id anchorl/pendulum/mixed-v0
 """
