@@ -62,7 +62,7 @@ class HyperParameters:
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam, also for cql_alpha under --lagrange (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code; in antmaze critics have four, in Adroit three of 512, actors two)"""
+    """hidden layers of every network (authors' code; in antmaze critics have 4, in Adroit 3 of 512, actors 2)"""
 
 
 class Batch(NamedTuple):
