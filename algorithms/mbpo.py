@@ -1,27 +1,25 @@
 """Model-based policy optimization (MBPO): SAC that plays in the environment, and practises in a model of it meanwhile.
 
-Every --model-every steps an ensemble is fitted to all that was seen. SAC learns from short rollouts of the policy in
-it, from states that were seen, in many updates a step: as many on real ones alone may learn these by heart. Where the
-model errs, the policy goes, and is corrected by what comes. With x = (s, a), z = (s' - s, r), SAC's `temperature`:
+Every --model-every steps an ensemble is fitted to all that was seen. SAC makes many updates a step, on short rollouts
+of the policy in the model, which start at states that were seen; as many on the few real transitions may overfit them.
+Where the model is too optimistic, the policy goes, and the real steps correct it. With x = (s, a), z = (s' - s, r):
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
     y       = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
-    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
+    L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ],  of SAC (arXiv 1812.05905)
 
 The share --real-ratio of a batch is of the environment, the others are rollouts, each (s', r) from an elite drawn anew.
-With --rollout-schedule 1 15 20000 100000 they are of 1 step until step 20,000, and of 15 from step 100,000 on.
+--rollout-schedule 1 15 20000 150000 has rollouts of 1 step until step 20,000 after the random ones, of 15 from 150,000.
 
-Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019, arXiv 1906.08253;
-SAC is arXiv 1812.05905.
-Differences: by default as many updates and random steps as the authors' code has for a pendulum. z is normalised. Each
-member draws every batch anew, stops on its own and has its own bounds of variance (theirs: one bootstrap each, the rest
-shared); up to 1,000 rows are held out (5,000). Lengths change with each model (every 1,000 steps), and then the model's
-buffer begins anew. Ends are learned where no rule is known. log std of pi >= -5 (-20); no factor 1/2; one step trains
-pi, Q and the temperature. Layers start as PyTorch's do (Glorot's in SAC, truncated normal in the model). The first
---random-steps are the dataset, as in sac.py. All data are kept (the newest million).
+Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019, arXiv 1906.08253.
+Differences: members draw each batch anew, stop on their own and have their own bounds of variance (theirs: one
+bootstrap each, the rest shared); up to 1,000 rows are held out (5,000). z is normalised. Ends are learned too (theirs:
+none), and used where no rule holds. Lengths change with each model (every 1,000 steps); its buffer then begins anew.
+L_temperature has the temperature itself (theirs: log). log std of pi >= -5 (-20); no factor 1/2; one step trains pi,
+Q and temperature. Layers start as PyTorch's (Glorot; the model's truncated normal). All is kept (the newest million).
 
 Run: python algorithms/mbpo.py --env-id Pendulum-v1
 """
@@ -49,16 +47,16 @@ class HyperParameters:
     rollout_schedule: tuple[int, int, int, int] = (1, 1, 20_000, 150_000)
     """steps of a rollout, k, at first and at last, and the steps in the environment in between (authors' code)"""
     rollout_batch_size: int = 100_000  # rollouts of each model, each from a state of the environment (authors' code)
-    rollouts_kept: int = 4  # calls of the rollouts that the model's buffer holds, the newest (authors' code)
+    rollouts_kept: int = 4  # calls of rollouts in the model's buffer, more if some end early (authors; a pendulum's: 1)
     real_ratio: float = 0.05  # share of a batch that is of the environment (authors' code)
     num_models: int = 7  # members of the ensemble (paper)
     num_elites: int = 5  # members that are used, the best on held-out data (authors' code)
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (paper)
     dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
     dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
-    dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (all at once)
+    dynamics_patience: int = 5  # epochs without 1% less held-out error until a member is done (authors: 6, all at once)
     max_dynamics_epochs: int = 200  # of a model, at most
-    target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
+    target_entropy: float | None = None  # of pi, held by temperature; default: -action_dim (SAC; authors: -0.05 to -4)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
@@ -410,7 +408,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
+from common.command_line import ExperimentArgs, check_argument, launch, warn
 from common.data import Batch as Episode
 from common.data import Dataset, ReplayBuffer, action_bounds, observation_names
 from common.evaluation import Player, make_environment
@@ -430,10 +428,9 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "validation_fraction", self.validation_fraction == 0, "there are no data to hold out")
         check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
-        a, b, c, d = self.rollout_schedule
+        (a, b, c, d), self.dataset_id = self.rollout_schedule, self.env_id
         ordered = 1 <= a <= b and 0 <= c < d
         check_argument(self, "rollout_schedule", ordered, "must be lengths 1 <= a <= b, then steps 0 <= c < d")
-        self.dataset_id = self.env_id
 
 
 def random_dataset(environment: gym.Env, args: Args) -> Dataset:
@@ -456,12 +453,11 @@ def random_dataset(environment: gym.Env, args: Args) -> Dataset:
 
 def main(args: Args) -> None:
     device = set_up(args)
-    environment = make_environment(args.env_id, users=True)
-    num_steps = math.ceil(args.num_updates / args.updates_per_step)
-    buffer = ReplayBuffer(random_dataset(environment, args), device, False, room=num_steps)
+    environment, room = make_environment(args.env_id, users=True), math.ceil(args.num_updates / args.updates_per_step)
+    buffer = ReplayBuffer(random_dataset(environment, args), device, False, room)
     ending = name if (name := args.env_id.split("-")[0]) in TERMINATION_RULES else "learned"  # Hopper of Hopper-v5
-    print(f"terminations in the model: {ending}", flush=True)
-
+    num_imagined = args.batch_size - round(args.real_ratio * args.batch_size)
+    print(f"terminations in the model: {ending}" if num_imagined else "no batch has rollouts: no model", flush=True)
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
     player = Player(environment, buffer, args.seed, 1)
@@ -470,15 +466,17 @@ def main(args: Args) -> None:
     def explore(observations: Tensor) -> Tensor:
         return learner.actor.sample(observations, torch.randn(1, buffer.action_dim, device=device))[0]
 
-    num_real = round(args.real_ratio * args.batch_size)
     for step in range(run.first_step, args.num_updates + 1):
         steps, of_this_step = divmod(step - 1, args.updates_per_step)
-        if of_this_step == 0 and steps % args.model_every == 0:
+        if num_imagined > 0 and of_this_step == 0 and steps % args.model_every == 0:
             begin_again(learner.dynamics, learner.training_dynamics)
             data = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device)))
             *_, found = fit_dynamics(learner, data, args, train_dynamics)  # of the last epoch
             starts, elites = Batch(*buffer.sample(args.rollout_batch_size)), learner.dynamics.elites(args.num_elites)
-            length = rollout_length(steps, args.rollout_schedule)
+            length, rule = rollout_length(steps, args.rollout_schedule), TERMINATION_RULES.get(ending)
+            if rule and (rule(data.next_observations) != data.terminations).sum() > 5:  # float32 may round a few
+                warn(f"the rule for the ends of {ending} contradicts what was seen: it is replaced by a learned one")
+                ending = "learned"
             transitions = rollout(learner.actor, elites, starts, buffer.normalization, ending, length)
             if length > rollout_length(steps - args.model_every, args.rollout_schedule):
                 learner.model_buffer.clear()  # which has room for shorter ones
@@ -488,8 +486,10 @@ def main(args: Args) -> None:
             run.log(step, found | {"dynamics/epoch": learner.dynamics.epoch, "model/rollout_length": length})
         if of_this_step == 0:
             buffer.add(player.step(run.policy(player.observation[None], explore)[0]))
-        parts = buffer.sample(num_real), learner.model_buffer.sample(args.batch_size - num_real)
-        metrics = train(learner, Batch(*map(torch.cat, zip(*parts, strict=True))), step, args)
+        batch = Batch(*buffer.sample(args.batch_size - num_imagined))
+        if num_imagined > 0:
+            batch = Batch(*map(torch.cat, zip(batch, learner.model_buffer.sample(num_imagined), strict=True)))
+        metrics = train(learner, batch, step, args)
         run.record(step, metrics | {"player/steps": len(buffer.storage)})  # evaluates, logs and saves, when it is due
     environment.close()
     run.finish()  # result.json and the learning curve

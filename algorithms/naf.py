@@ -14,22 +14,22 @@ what nobody saw, and the next target is made of that promise. With --online-step
 other updates: what it overestimates gets tried, and is corrected. One summit is all that a parabola has: where two
 actions are good and what lies between them is not, Q can say so nowhere.
 
-With --imagined-ratio above 0, that share of each batch is imagined: short rollouts in a learned model, which start at
-states that were seen. Once the policy acts, a new model is fitted before all rollouts, to what it did, too:
+With --imagined-ratio above 0, that share of each batch is imagined: short rollouts in a learned model, from states that
+were seen. Once the policy acts, the model is trained further before each round of rollouts, on what was played, too:
 
     a = clip(mu(s) + noise, -1, 1),  (s' - s, r) = z ~ p_k(z | s, a),  k an elite, drawn anew at each step
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models,  x = (s, a)
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
 
 Paper: Gu, Lillicrap, Sutskever, Levine, "Continuous Deep Q-Learning with Model-based Acceleration", 2016,
 arXiv 1603.00748; the model is that of MBPO, arXiv 1906.08253.
 Differences: it begins with data, where the paper's agent begins with none. mu is sent through tanh, so that it is an
 action. No code of the authors is known to us: rates are usual ones. Observations are normalised. A step has one update,
-the paper's five. The model is the ensemble of mbpo.py and its kin. The paper's is linear, another one at each step of
-an episode, and fitted to the last five episodes alone; one network in its place took the gain away there. Rollouts
-start at any state that was seen, the paper's at the newest, and iLQG, an option there, plans nothing here. Of its
-batches l in l + 1 are imagined, a ratio of 0.83 or more. On one task it stops imagining after 20,000 steps, as the gain
-is early and a model's error stays: --imagined-until does that, and no more, since the paper has no rule for when.
+the paper's five. The paper's model is linear, another one at each step of an episode, and fitted to the last five
+episodes alone; one network in its place took the gain away there. Rollouts start at any state that was seen, the
+paper's at the newest, and iLQG, an option there, plans nothing here. With rollouts of l steps, l of its l + 1 batches
+are imagined, a ratio of 0.83 or more. On one task it stops imagining after 20,000 steps, as the gain is early and a
+model's error stays: --imagined-until does that, and no more, since the paper has no rule for when.
 
 Run: python algorithms/naf.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -51,19 +51,19 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (usual)
-    exploration_noise: float = 0.1  # standard deviation of the noise that acts, in half an action's range (TD3)
+    exploration_noise: float = 0.1  # std of the noise when mu acts and in rollouts, in half an action's range (TD3)
     imagined_ratio: float = 0.0  # share of a batch that is of rollouts in a model; 0 trains none (paper: 0.83, 0.91)
     imagined_until: int | None = None  # the last update with such a batch; default: of all (paper: 20,000 steps, never)
     rollout_length: int = 5  # steps of a rollout, l (paper: 5 or 10)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state that was seen (ours)
     rollout_every: int = 1_000  # updates between rollouts and, online, models (MOPO; of models the paper: 5 episodes)
-    rollouts_kept: int = 5  # calls of the rollouts that the model's buffer holds, the newest (MOPO)
+    rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (MOPO)
     num_models: int = 7  # members of the ensemble (MBPO)
     num_elites: int = 5  # members that are used, the best on held-out data (MBPO)
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (MBPO)
     dynamics_learning_rate: float = 1e-3  # of Adam (MBPO)
     dynamics_batch_size: int = 256  # transitions per member and step (MBPO)
-    dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
+    dynamics_patience: int = 5  # epochs without 1% less held-out error until a member is done (MBPO: 6, all at once)
     max_dynamics_epochs: int = 200  # of a model, at most
     tau: float = 0.005  # rate at which the target critic follows the critic (usual)
     critic_learning_rate: float = 3e-4  # of Adam (usual)
@@ -472,8 +472,9 @@ def main(args: Args) -> None:
     until = args.imagined_until or run.last_step
     for step in range(run.first_step, run.last_step + 1):
         if isinstance(learner, Learner) and step <= until and (step - 1) % args.rollout_every == 0:
-            data, found = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device))), Metrics()
-            if len(buffer.storage) > buffer.num_loaded:  # it has acted: a new model
+            data, found = Batch(*buffer.transitions), Metrics()
+            if len(buffer.storage) > buffer.num_loaded:  # it has acted: the model is trained further
+                data = Batch(*buffer.take(torch.arange(len(buffer.storage), device=device)))
                 begin_again(learner.dynamics, learner.training_dynamics)
                 *_, found = fit_dynamics(learner, data, args, train_dynamics)  # of the last epoch
                 found |= {"dynamics/epoch": learner.dynamics.epoch}
@@ -488,8 +489,7 @@ def main(args: Args) -> None:
         num_imagined = round(args.imagined_ratio * args.batch_size) if step <= until else 0
         batch = Batch(*buffer.sample(args.batch_size - num_imagined))
         if isinstance(learner, Learner):
-            parts = batch, learner.model_buffer.sample(num_imagined)
-            batch = Batch(*map(torch.cat, zip(*parts, strict=True)))
+            batch = Batch(*map(torch.cat, zip(batch, learner.model_buffer.sample(num_imagined), strict=True)))
         metrics = train(learner, batch, step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve

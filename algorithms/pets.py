@@ -2,15 +2,15 @@
 
 An ensemble of networks learns the dynamics, and nothing else need be learned: no policy, no value. To act, the
 cross-entropy method (CEM) looks for the sequence of actions whose return in the model is best. Its first action is
-taken; from the others, the search of the next step begins. With x = (s, a), z = (s' - s, r), members k, particles p:
+taken; from the others, the search of the next step begins. With x = (s, a), z = (s' - s, r) and members k:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
-    J(a_0 .. a_{H-1}) = E_p[ sum_t reach_t (r_t - penalty_coefficient u(s_t, a_t)) + reach_H V(s_H) ]
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of d, E over z's numbers too
+    J(a_0 .. a_{H-1}) = E[ sum_t reach_t (r_t - penalty_coefficient u(s_t, a_t)) + reach_H V(s_H) ],  E over particles
     reach_t = gamma^t prod_{j<t} (1 - d_j);  gamma = 1 and V = 0 without --value-run-dir
-    (s_{t+1} - s_t, r_t) ~ p_k(. | s_t, a_t) in each p,  termination d_t by a rule, or its probability in k
+    (s_{t+1} - s_t, r_t) ~ p_k(. | s_t, a_t) in each particle,  termination d_t by a rule, or its probability in k
     u(s, a) = |sqrt(Var_k[mean_k(s, a)])|
-    L_V = E[ (V(s) - mean_m Q_m(s, pi(s)))^2 ]
+    L_V = E[ (V(s) - mean_i Q'_i(s, pi(s)))^2 ]
 
 A particle has one member k for the whole plan with --propagation TSinf, and one drawn anew at each step with TS1. CEM
 draws `population` candidates with each number a = m + min(sqrt(v), (m + 1) / 2, (1 - m) / 2) noise. The noise is normal
@@ -19,9 +19,9 @@ and cut off at -2 and 2, so that a is in [-1, 1]. Of the num_best candidates of 
     m <- cem_alpha m + (1 - cem_alpha) mean(best),  v <- cem_alpha v + (1 - cem_alpha) variance(best)
 
 It begins at v = 1/4 and m = 0, or at the last plan moved by one step; after cem_iterations, m is the plan. What pays
-later than H steps is not seen, unless V says it. --value-run-dir names a run of fqe.py, which has critics Q_m of a
-policy pi, and gamma; V is fitted to them before all else. Offline, most plans leave the data, and the best J may be an
-error of the model. There the members disagree: with the penalty, which PETS does not have, a plan pays for that.
+later than H steps is not seen, unless V says it. --value-run-dir names a run of fqe.py, which has target critics Q'_i
+of a policy pi, and gamma; V is fitted to them before all else. Offline, most plans leave the data, and the best J may
+be an error of the model. There the members disagree: with the penalty, which PETS does not have, a plan pays for that.
 
 Paper: Chua, Calandra, McAllister, Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic
 Dynamics Models", 2018, arXiv 1805.12114; a penalty in a model's rewards is MOPO's idea, arXiv 2005.13239, a value after
@@ -32,7 +32,7 @@ made them. r is learned, theirs is known. Fewer candidates, particles and steps 
 evaluation takes minutes on a CPU. Members draw rows anew from each batch, theirs keep one bootstrap each. z is
 normalised, and each member has its own bounds of variance. All plans share the random numbers of CEM, all candidates
 those of the model; theirs are drawn anew. CEM makes all its iterations, theirs stops at a small v. Layers start as
-PyTorch's do, the authors' as truncated normal.
+PyTorch's do, the authors' as truncated normal. Their plans have no ends, and their batches are of 32 (here 256).
 
 Run: python algorithms/pets.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -63,7 +63,7 @@ class HyperParameters:
     penalty_coefficient: float = 0.0  # weight of the members' disagreement u; 0 is PETS, above it takes longer to plan
     num_models: int = 5  # members of the ensemble (authors' code)
     hidden_dims: tuple[int, ...] = (128, 128)  # hidden layers of each member (authors' code: 3 or 4 of 200 or 500)
-    learning_rate: float = 1e-3  # of Adam (authors' code)
+    learning_rate: float = 1e-3  # of Adam (authors' code; reacher 7.5e-4)
     value_run_dir: str | None = None  # folder of a run of fqe.py on the same data, whose V follows a plan (PETS: none)
     value_updates: int = 5_000  # gradient steps, of batches of 256, that fit V to it before all others (ours)
 
@@ -214,14 +214,14 @@ class Actor(nn.Module):
         pieces = zip(observations.split(rows), mean.split(rows), strict=True)
         plans = torch.cat([plan(self, *piece) for piece in pieces]) if len(mean) else mean
         for i, row in zip(episodes or [], plans, strict=False):
-            self.plans[i] = moved(row)
+            self.plans[i] = shifted(row)
         return plans[:, 0]
 
     @torch.no_grad()
     def play(self, observations: Tensor, begins: bool) -> Tensor:
         """As forward, of one episode, to learn from: [1, action_dim]. A checkpoint holds where the search goes on."""
         steps = plan(self, observations, self.played * (not begins))
-        self.played.copy_(moved(steps[0]))
+        self.played.copy_(shifted(steps[0]))
         return steps[:, 0]
 
 
@@ -239,7 +239,7 @@ def build(
     """A fresh model and its optimiser, with a parameter group per layer."""
     actor = Actor(observation_dim, action_dim, args).to(device)
     layers, bounds = actor.dynamics.layers, [actor.dynamics.max_log_variance, actor.dynamics.min_log_variance]
-    decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last layer (authors' code)
+    decays = [*[2.5e-5, 5e-5, *[7.5e-5] * len(layers)][: len(layers) - 1], 1e-4]  # first to last (authors' halfcheetah)
     groups = [{"params": [layer.weight], "weight_decay": d} for layer, d in zip(layers, decays, strict=True)]
     groups.append({"params": [*(layer.bias for layer in layers), *bounds]})
     return Learner(actor, actor.dynamics, adam(groups, args.learning_rate))
@@ -263,7 +263,7 @@ def disagreement(dynamics: Dynamics, observations: Tensor, actions: Tensor) -> T
     return mean.std(dim=0, correction=0).norm(dim=-1)
 
 
-def returns_of(actor: Actor, observations: Tensor, candidates: Tensor) -> Tensor:
+def plan_returns(actor: Actor, observations: Tensor, candidates: Tensor) -> Tensor:
     """J of `candidates` [batch, population, horizon, action_dim] from `observations`: [batch, population]."""
     dynamics, args = actor.dynamics, actor.args
     batch, population, horizon, _ = candidates.shape
@@ -276,8 +276,8 @@ def returns_of(actor: Actor, observations: Tensor, candidates: Tensor) -> Tensor
         if args.propagation == "TS1":  # in another order they are of other members, of each as many as before
             states, reach, total = (column[actor.order[t]] for column in (states, reach, total))
         actions = candidates[:, :, t].flatten(0, 1).expand(args.num_particles, -1, -1)
-        told = (column.reshape(members, -1, column.shape[-1]) for column in (states, actions))  # by member
-        mean, std, logit = (part.view(*reach.shape, -1) for part in dynamics.predict(*told))
+        inputs = (column.reshape(members, -1, column.shape[-1]) for column in (states, actions))  # by member
+        mean, std, logit = (part.view(*reach.shape, -1) for part in dynamics.predict(*inputs))
         z = mean + std * actor.noise[t]
         rewards = z[..., -1]
         if args.penalty_coefficient > 0:
@@ -305,7 +305,7 @@ def refit(
     return mean.lerp(best.mean(dim=1), share), variance.lerp(best.var(dim=1, correction=0), share)
 
 
-def moved(steps: Tensor) -> Tensor:
+def shifted(steps: Tensor) -> Tensor:
     """A plan, [horizon, action_dim], after its first step is taken; the last one is to be found."""
     return torch.cat([steps[1:], torch.zeros_like(steps[:1])])
 
@@ -316,7 +316,7 @@ def plan(actor: Actor, observations: Tensor, mean: Tensor) -> Tensor:
     for noise in actor.cem_noise:
         std = torch.minimum(variance.sqrt(), torch.minimum(1 + mean, 1 - mean) / 2)  # 2 of them are within bounds
         candidates = (mean.unsqueeze(1) + std.unsqueeze(1) * noise).clamp(-1, 1)  # which rounding may pass
-        returns = returns_of(actor, observations, candidates)
+        returns = plan_returns(actor, observations, candidates)
         mean, variance = refit(mean, variance, candidates, returns, actor.args)
     return mean
 
@@ -340,7 +340,7 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
 
 
 def value_loss(value: Value, observations: Tensor, targets: Tensor) -> Tensor:
-    """L_V = E[ (V(s) - mean_m Q_m(s, pi(s)))^2 ] / variance of the latter"""
+    """L_V = E[ (V(s) - mean_i Q'_i(s, pi(s)))^2 ] / variance of the latter"""
     return ((value(observations) - targets) / value.scale[1]).square().mean()
 
 
@@ -348,7 +348,7 @@ def value_loss(value: Value, observations: Tensor, targets: Tensor) -> Tensor:
 
 
 def fit_value(value: Value, observations: Tensor, targets: Tensor, gamma: float, args: HyperParameters) -> float:
-    """Before training: V by regression to `targets` [N], mean_m Q_m(s, pi(s)) at the data's states. Gives L_V."""
+    """Before training: V by regression to `targets` [N], mean_i Q'_i(s, pi(s)) at the data's states. Gives L_V."""
     value.scale.copy_(torch.stack([targets.mean(), targets.std() + 1e-6]))
     value.gamma.fill_(gamma)
     optimizer = torch.optim.Adam(value.parameters(), args.learning_rate)
@@ -438,7 +438,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
 
 @torch.no_grad()
 def load_value(args: Args, buffer: ReplayBuffer) -> tuple[Tensor, float]:
-    """mean_m Q_m(s, pi(s)) at the states of the data, [N], in the units of the buffer's rewards, and gamma, by the FQE
+    """mean_i Q'_i(s, pi(s)) at the states of the data, [N], in the units of the buffer's rewards, and gamma, by the FQE
     run in --value-run-dir. Raises BadInput if it does not suit.
     """
     folder, device, states = Path(args.value_run_dir or ""), buffer.storage.device, buffer.transitions.observations

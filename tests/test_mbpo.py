@@ -86,6 +86,16 @@ def test_a_rollout_goes_on_where_its_last_step_led(ending, steps):
     assert (rolled.terminations == (ending == "learned")).all()
 
 
+def test_a_rollout_follows_the_policy(monkeypatch):
+    learner, _ = make_learner()
+    starts, scale = mbpo.Batch(*random_batch(6)), torch.tensor([[0.0] * 3, [1.0] * 3])
+    noisy = mbpo.rollout(learner.actor, Stairs, starts, scale, "Pendulum", 2)
+    monkeypatch.setattr(mbpo.torch, "randn", lambda *shape, **_: torch.zeros(shape))
+    rolled = mbpo.rollout(learner.actor, Stairs, starts, scale, "Pendulum", 2)
+    torch.testing.assert_close(rolled.actions, learner.actor(rolled.observations).detach())
+    assert not torch.isclose(noisy.actions[:6], rolled.actions[:6]).any()
+
+
 # --- Runs ---
 
 
@@ -95,15 +105,22 @@ def test_it_begins_as_sac_does():
 
 @pytest.fixture
 def spied(monkeypatch):
-    """What a run did: rows that each model was fitted to, rollouts (starts, length), and batches of its updates."""
-    fitted, rolled, batches = [], [], []
+    """What a run did: rows that each model was fitted to, rollouts (starts, length), and batches of its updates.
+
+    Rollouts are of the best members, as they were when they were best.
+    """
+    fitted, rolled, batches, learners = [], [], [], []
     fit_dynamics, rollout, total_loss = mbpo.fit_dynamics, mbpo.rollout, mbpo.total_loss
 
     def fit(learner, data, *rest):
         fitted.append(data)
+        learners.append(learner)
         yield from fit_dynamics(learner, data, *rest)
 
     def roll(actor, elites, starts, scale, ending, length):
+        best = learners[-1].dynamics
+        for expected, found in zip(best.parameters(), elites.parameters(), strict=True):
+            assert torch.equal(expected[best.holdout_error.argsort()[:2]], found)
         result = rollout(actor, elites, starts, scale, ending, length)
         rolled.append((starts, ending, length, result))
         return result
@@ -121,6 +138,14 @@ def test_the_course_of_a_run(spied, tmp_path):
     """A model before steps 0, 4, 8 and 12; five updates a step; lengths 1, 1, 2, 3: a new one empties the buffer."""
     fitted, rolled, batches = spied
     words = ["--num-updates", "62", "--batch-size", "16", "--real-ratio", "0.25", "--eval-every", "62"]
+    words += [
+        "--num-models",
+        "3",
+        "--max-dynamics-epochs",
+        "3",
+        "--dynamics-learning-rate",
+        "1e-5",
+    ]  # the first is best
     run = run_script("mbpo", *SHORT, *SHORTER["mbpo"], *words, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert "terminations in the model: Pendulum\n" in run.stdout
@@ -158,6 +183,43 @@ def test_a_run_without_a_rule_learns_what_ends_episodes(spied, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "terminations in the model: learned\n" in run.stdout
     assert [ending for _, ending, *_ in spied[1]] == ["learned"]
+
+
+def test_without_rollouts_in_a_batch_no_model_is_fitted(spied, tmp_path):
+    """It plays with the noise of its policy, which learns nothing here, so that it is known at each step."""
+    words = [*SHORT, "--real-ratio", "1", "--updates-per-step", "1", "--random-steps", "200", "--batch-size", "16"]
+    words += ["--actor-learning-rate", "1e-30", "--eval-episodes", "1", "--final-eval-episodes", "1"]
+    for more in (["--num-updates", "60"], ["--num-updates", "80", "--resume"]):
+        run = run_script("mbpo", *words, *more, "--run-dir", str(tmp_path / "run"))
+        assert run.returncode == 0, run.stderr
+        assert "no batch has rollouts: no model\n" in run.stdout
+    fitted, rolled, batches = spied
+    assert not fitted and not rolled and [len(batch.rewards) for batch in batches] == [16] * 80
+    learner = checkpoint(tmp_path / "run")["learner"]
+    assert not learner["model_buffer"] and learner["dynamics"]["epoch"] == 0
+
+    actor = mbpo.Actor(3, 1, mbpo.Args(hidden_dims=(16, 16)))
+    actor.load_state_dict(learner["actor"])
+    observations, actions = learner["player"]["added"][:, :3], learner["player"]["added"][:, 3:4]
+    hidden = actor.trunk(observations)
+    noise = ((actions.clamp(-1 + 1e-6, 1 - 1e-6).atanh() - actor.mean(hidden)) / actor.log_std(hidden).exp()).detach()
+    assert len(noise) == 80 and abs(noise.mean()) < 0.4 and 0.75 < noise.std() < 1.25
+
+
+@pytest.mark.parametrize(
+    ("rows", "endings"), [([0, 1, 2, 3, 4], ["Pendulum"] * 2), ([0, 1, 2, 3, 4, 201], ["Pendulum", "learned"])]
+)
+def test_a_rule_that_what_was_seen_contradicts_gives_way(rows, endings, spied, tmp_path, monkeypatch):
+    """Five times may be rounding; row 201 comes after the first model."""
+    rule = lambda s: torch.isin(torch.arange(len(s)), torch.tensor(rows))  # noqa: E731
+    monkeypatch.setitem(mbpo.TERMINATION_RULES, "Pendulum", rule)
+    words = [*SHORT, *SHORTER["mbpo"], "--num-updates", "21", "--final-eval-episodes", "1"]
+    run = run_script("mbpo", *words, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert "terminations in the model: Pendulum\n" in run.stdout
+    warning = "warning: the rule for the ends of Pendulum contradicts what was seen: it is replaced by a learned one\n"
+    assert run.stderr.count(warning) == endings.count("learned")
+    assert [ending for _, ending, *_ in spied[1]] == endings
 
 
 SMALL = ["--hidden-dims", "64", "64", "--tau", "0.02", "--gamma", "0.95", "--num-models", "3", "--num-elites", "2"]

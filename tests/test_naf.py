@@ -158,9 +158,16 @@ MODEL = [*SHORT, *SHORTER["naf"], "--rollout-every", "10"]
 
 @pytest.fixture
 def spied(monkeypatch):
-    """What a run did: rows that each model was fitted to, rollouts (starts, result), and batches of its updates."""
-    fitted, rolled, batches = [], [], []
-    fit_dynamics, rollout, critic_loss = naf.fit_dynamics, naf.rollout, naf.critic_loss
+    """What a run did: rows that each model was fitted to, rollouts (starts, result), and batches of its updates.
+
+    Rollouts are of the best members, as they were when they were best.
+    """
+    fitted, rolled, batches, learners = [], [], [], []
+    build, fit_dynamics, rollout, critic_loss = naf.build, naf.fit_dynamics, naf.rollout, naf.critic_loss
+
+    def make(*sizes):
+        learners.append(build(*sizes))
+        return learners[-1]
 
     def fit(learner, data, *rest):
         assert learner.dynamics.epoch == 0
@@ -168,6 +175,9 @@ def spied(monkeypatch):
         yield from fit_dynamics(learner, data, *rest)
 
     def roll(actor, elites, starts, *rest):
+        best = learners[-1].dynamics
+        for expected, found in zip(best.parameters(), elites.parameters(), strict=True):
+            assert torch.equal(expected[best.holdout_error.argsort()[:2]], found)
         rolled.append((starts, rollout(actor, elites, starts, *rest)))
         return rolled[-1][1]
 
@@ -175,7 +185,7 @@ def spied(monkeypatch):
         batches.append(batch)
         return critic_loss(learner, batch, args)
 
-    for name, spy in {"fit_dynamics": fit, "rollout": roll, "critic_loss": loss}.items():
+    for name, spy in {"build": make, "fit_dynamics": fit, "rollout": roll, "critic_loss": loss}.items():
         monkeypatch.setattr(naf, name, spy)
     return fitted, rolled, batches
 
@@ -186,6 +196,14 @@ def test_the_course_of_a_run(spied, tmp_path, make_dataset):
     data = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Pendulum-v1")
     words = ["--dataset-id", data, "--num-updates", "26", "--online-steps", "20", "--imagined-until", "33"]
     words += ["--batch-size", "16", "--imagined-ratio", "0.75", "--rollouts-kept", "2", "--eval-every", "50"]
+    words += [
+        "--num-models",
+        "3",
+        "--max-dynamics-epochs",
+        "3",
+        "--dynamics-learning-rate",
+        "1e-5",
+    ]  # the first is best
     run = run_script("naf", *MODEL, *words, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert "terminations in the model: Pendulum\n" in run.stdout
@@ -223,6 +241,19 @@ def test_the_course_of_a_run(spied, tmp_path, make_dataset):
         ("21", False),
         ("31", True),
     ]
+
+
+def test_a_model_that_was_taken_over_is_rolled_out(spied, tmp_path, make_dataset):
+    """And none is fitted."""
+    data = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Pendulum-v1")
+    words = [*MODEL, "--dataset-id", data, "--num-models", "3", "--num-updates", "1", "--max-dynamics-epochs", "2"]
+    words += ["--run-dir"]
+    assert run_script("naf", *words, str(tmp_path / "model")).returncode == 0
+    run = run_script("naf", *words, str(tmp_path / "run"), "--dynamics", str(tmp_path / "model"))
+    assert run.returncode == 0, run.stderr
+    assert len(spied[0]) == 1 and len(spied[1]) == 2
+    model, after = (checkpoint(tmp_path / name)["learner"]["dynamics"] for name in ("model", "run"))
+    assert_same(model, after)
 
 
 def test_a_resumed_run_keeps_the_model_of_what_was_played(tmp_path, make_dataset):

@@ -73,7 +73,7 @@ def by_hand(state, actions, members, ends=lambda before, after: 0.0, penalty=0.0
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
 def test_returns_in_which_particles_keep_their_members(penalty):
     actor = make_actor(propagation="TSinf", penalty_coefficient=penalty)
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES)
     plans = CANDIDATES[0, :, :, 0].numpy()
     expected = [np.mean([by_hand(0.3, plan, [k] * 3, penalty=penalty) for k in (0, 1)]) for plan in plans]
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_returns_in_which_particles_keep_their_members(penalty):
 def test_returns_in_which_particles_change_their_members():
     actor = make_actor(propagation="TS1")
     actor.order.copy_(torch.tensor([[1, 0], [0, 1], [1, 0]]))  # of the particles, which swap, stay, swap
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES)
     paths = (1, 1, 0), (0, 0, 1)
     expected = [np.mean([by_hand(0.3, plan, path) for path in paths]) for plan in CANDIDATES[0, :, :, 0].numpy()]
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
@@ -104,7 +104,7 @@ def test_no_reward_after_an_end(monkeypatch):
     monkeypatch.setitem(pets.TERMINATION_RULES, "Above", lambda s: s[:, 0] > 10 + 2 * 0.7)
     actor = make_actor("Above")
     actor.scale.copy_(torch.tensor([[10.0], [2.0]]))
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES)
     plans = CANDIDATES[0, :, :, 0].numpy()
     ends = lambda _, after: float(after > 0.7)  # noqa: E731
     expected = [np.mean([by_hand(0.3, plan, [k] * 3, ends) for k in (0, 1)]) for plan in plans]
@@ -114,7 +114,7 @@ def test_no_reward_after_an_end(monkeypatch):
 
 
 def test_rewards_count_by_the_learned_probability_that_they_are_reached():
-    found = pets.returns_of(make_actor("learned"), torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(make_actor("learned"), torch.tensor([[0.3]]), CANDIDATES)
     ends = lambda before, _: 1 / (1 + np.exp(1 - before))  # noqa: E731
     expected = [np.mean([by_hand(0.3, plan, [k] * 3, ends) for k in (0, 1)]) for plan in CANDIDATES[0, :, :, 0].numpy()]
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
@@ -134,7 +134,7 @@ def test_a_value_follows_the_last_step_and_all_is_discounted(ending, penalty):
     ends = {"never": lambda *_: 0.0, "learned": lambda before, _: 1 / (1 + np.exp(1 - before))}[ending]
     actor = make_actor(ending, penalty_coefficient=penalty)
     actor.value = Parabola()
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES)
     told = {"ends": ends, "penalty": penalty, "gamma": 0.8, "value": lambda state: 3 * state**2 - 2}
     plans = CANDIDATES[0, :, :, 0].numpy()
     expected = [np.mean([by_hand(0.3, plan, [k] * 3, **told) for k in (0, 1)]) for plan in plans]
@@ -147,7 +147,7 @@ def test_a_particle_that_changes_its_member_takes_its_value_along():
     actor.value = Parabola()
     told = {"ends": lambda before, _: 1 / (1 + np.exp(1 - before)), "gamma": 0.8}
     told["value"] = lambda state: 3 * state**2 - 2
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), CANDIDATES)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES)
     paths = (1, 1, 0), (0, 0, 1)
     plans = CANDIDATES[0, :, :, 0].numpy()
     expected = [np.mean([by_hand(0.3, plan, path, **told) for path in paths]) for plan in plans]
@@ -166,25 +166,34 @@ def test_without_a_value_there_is_none():
     zero.value.scale.zero_()
     states, candidates = torch.randn(4, 3), torch.rand(4, 6, 15, 1)
     with torch.no_grad():
-        assert torch.equal(*(pets.returns_of(actor, states, candidates) for actor in actors))
+        assert torch.equal(*(pets.plan_returns(actor, states, candidates) for actor in actors))
 
 
 def test_particles_have_noise_of_the_members_size_and_candidates_share_it(monkeypatch):
     monkeypatch.setattr(Linear, "std", 0.5)
     actor = make_actor(horizon=1, num_particles=1000)
     same = CANDIDATES[:, :1, :1].expand(1, 2, 1, 1)
-    found = pets.returns_of(actor, torch.tensor([[0.3]]), same)[0]
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), same)[0]
     assert found[0] == found[1] == pytest.approx(5.3 + 0.5 * actor.noise[0, :, 0, 1].mean().item(), rel=1e-4)
     assert actor.noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_states_have_noise_too_and_each_step_has_its_own(monkeypatch):
+    monkeypatch.setattr(Linear, "std", 0.5)
+    actor = make_actor(horizon=2, num_particles=10)
+    found = pets.plan_returns(actor, torch.tensor([[0.3]]), CANDIDATES[:, :1, :2])
+    n, k = 0.5 * actor.noise[:, :, 0].numpy(), np.repeat([0, 1], 5)  # [step, particle, (s, r)]; each particle's member
+    first, second = 0.3 + 10 * k + n[0, :, 1], 0.3 + (k + 1) * 0.5 + n[0, :, 0] + 10 * k + n[1, :, 1]
+    assert found.item() == pytest.approx((first + second).mean(), rel=1e-5)
 
 
 def test_each_state_has_its_own_plans():
     states, candidates = torch.tensor([[0.3], [-0.6]]), torch.cat([CANDIDATES, -CANDIDATES])
     actor = make_actor()
-    both = pets.returns_of(actor, states, candidates)
+    both = pets.plan_returns(actor, states, candidates)
     for row in range(2):
         torch.testing.assert_close(
-            both[row : row + 1], pets.returns_of(actor, states[row : row + 1], candidates[row : row + 1])
+            both[row : row + 1], pets.plan_returns(actor, states[row : row + 1], candidates[row : row + 1])
         )
 
 
@@ -221,7 +230,7 @@ def test_candidates_are_within_bounds_and_spread_as_far_as_they_may(monkeypatch)
         seen.append(candidates)
         return candidates.sum(dim=(2, 3))
 
-    monkeypatch.setattr(pets, "returns_of", spy)
+    monkeypatch.setattr(pets, "plan_returns", spy)
     actor = make_actor(population=5000, num_best=50, horizon=2)
     plan = pets.plan(actor, torch.zeros(1, 1), torch.tensor([[[0.0], [0.9]]]))
     assert actor.cem_noise.abs().max() <= 2 and actor.cem_noise.std().item() == pytest.approx(0.88, abs=0.01)
@@ -237,8 +246,8 @@ def test_a_plan_is_near_the_best_that_brute_force_finds():
     actor = make_actor(population=200, num_best=20, cem_iterations=6)
     plan = pets.plan(actor, torch.zeros(1, 1), torch.zeros(1, 3, 1))[0, :, 0]
     grid = torch.cartesian_prod(*[torch.linspace(-1, 1, 9)] * 3)[None, :, :, None]
-    best = pets.returns_of(actor, torch.zeros(1, 1), grid).max()
-    assert pets.returns_of(actor, torch.zeros(1, 1), plan.view(1, 1, 3, 1)).item() > best.item() - 0.3
+    best = pets.plan_returns(actor, torch.zeros(1, 1), grid).max()
+    assert pets.plan_returns(actor, torch.zeros(1, 1), plan.view(1, 1, 3, 1)).item() > best.item() - 0.3
     assert (plan[:2] > 0.9).all()
 
 
@@ -307,6 +316,21 @@ def test_plans_are_the_same_again_and_whatever_else_is_asked():
 
 
 # --- Learning ---
+
+
+def test_scales_are_those_of_the_data():
+    """x and z with correction 1, as torch's std is, and one number does not vary; those of states are told."""
+    actor, batch, told = pets.Actor(3, 2, pets.Args()), random_batch(), torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    batch.actions[:, 1] = 0.5
+    actor.take(pets.Batch(*batch), told, "Walker2d")
+    s, a, r, following, _ = (column.numpy().astype(np.float64) for column in batch)
+    found = torch.cat([actor.dynamics.x_scale, actor.dynamics.z_scale], dim=1)
+    numbers = np.hstack([s, a, following - s, r[:, None]])
+    np.testing.assert_allclose(found[0], numbers.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(found[1], numbers.std(axis=0, ddof=1) + 1e-6, rtol=1e-5)
+    assert torch.equal(actor.scale.float(), told) and list(pets.TERMINATION_RULES)[int(actor.rule)] == "Walker2d"
+    actor.take(pets.Batch(*batch), told, "learned")
+    assert actor.rule == -1
 
 
 def test_update_trains_each_member_on_rows_of_its_own(monkeypatch):
@@ -457,7 +481,7 @@ def test_a_model_that_was_taken_over_learns_of_what_is_played_alone(tmp_path, pe
 
 
 def numpy_q(state, num_members, x):
-    """mean_m Q_m of FQE: layers, of which all but the last are normalised and then rectified."""
+    """mean_i Q'_i of FQE: layers, of which all but the last are normalised and then rectified."""
     values = []
     for member in range(num_members):
         weights, biases = (
