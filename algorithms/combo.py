@@ -5,7 +5,7 @@ distributed as rho, short rollouts of the policy in that model. The critic is pu
 its value is to be a lower bound where the model took over. With x = (s, a), z = (s' - s, r) and SAC's `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }
     L_pi = E_mix[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable

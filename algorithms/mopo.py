@@ -5,7 +5,7 @@ that model, which start at states of the data. Every reward in them is lowered b
 there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
     r~      = r - penalty_coefficient u(s, a),  (s', r) drawn from one of the elites           (section 4.2)
     y       = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
