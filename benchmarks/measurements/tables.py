@@ -138,7 +138,9 @@ def final_scores() -> str:
         f"{dataset_id}:\n\n{table(own, counts[dataset_id])}"
         for dataset_id, own in ours.groupby("dataset_id", sort=False)
     ]
-    return "\n" + "\n".join(parts) + beside_peers(runs) + "\n"
+    told = "Peers with their own configurations on the same data, in the same protocol, and Welch's 95 % interval:\n"
+    peers = beside_peers(runs)
+    return "\n" + "\n".join([*parts, told + peers] if peers else parts) + "\n"
 
 
 def put(page: Path, text: str) -> None:

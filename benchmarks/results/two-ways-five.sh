@@ -32,4 +32,9 @@ rollouts="--rollout-batch-size 2000 --rollout-every 250"
     run models 1500 mopo combo morel -- $fast $critic $dynamics $rollouts
     run mobile 1500 mobile -- $fast $critic $dynamics $rollouts --num-samples 2
     run mve 1500 mve -- $fast $critic $dynamics
+    run diffusion_ql 3000 diffusion_ql -- $fast $critic --eta 0.03 --actor-tau 0.02 --num-acting-actions 20
+    run cal_ql 1500 cal_ql -- $fast $critic --num-samples 4 --cql-alpha 0.5
+    run naf 1500 naf -- --gamma 0.95 --reward-scale 0.1 $critic
+    run transformer 1500 decision_transformer -- --context-length 5 --learning-rate 2e-3 --warmup-updates 100 --dropout 0
+    run pets 1500 pets -- --population 32 --num-best 5
 }
