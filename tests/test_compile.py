@@ -24,7 +24,7 @@ def double_precision():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
-    [(name, {}) for name in ALGORITHMS]
+    [(name, {}) for name in (*ALGORITHMS, "sac", "mbpo")]
     + [
         ("cql", {"variant": "rho", "lagrange": True}),
         ("cql", {"variant": "var"}),
@@ -33,6 +33,7 @@ def double_precision():
         ("discrete_cql", {"bc_weight": 1.0}),
         ("fqi", {"double": True}),
         ("mve", {"expansion": "steve"}),
+        ("sql", {"variant": "eql"}),
     ],
 )
 def test_compiled_updates_equal_eager_ones(algorithm, arguments, data, double_precision):
