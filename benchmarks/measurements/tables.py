@@ -71,7 +71,7 @@ def label(algorithm: str) -> str:
 def table(runs: pd.DataFrame, updates: pd.Series) -> str:
     """Of one dataset, the highest mean first."""
     lines = ["| algorithm | updates | final score | last five evaluations |", "|---|---|---|---|"]
-    for algorithm in runs.groupby("algorithm")["last"].mean().sort_values(ascending=False).index:
+    for algorithm in runs.groupby("algorithm")["last"].mean().sort_values(ascending=False, kind="stable").index:
         own = runs[runs["algorithm"] == algorithm]
         cells = [report.words([own[name].to_numpy()]) for name in ("last", "last five")]
         failed = (own["problem"] != "").sum()
