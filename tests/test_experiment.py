@@ -264,7 +264,7 @@ def with_small_moments(saved):
 
 WRONG_ENTRIES = [  # what is done to a checkpoint, and a word of the reason that is given
     (lambda saved: saved | {"learner": {"actor": {}}}, "Missing key"),
-    (lambda saved: {"weights": torch.zeros(1)}, "'arguments'"),
+    (lambda saved: {"weights": torch.zeros(1)}, "'step'"),
     (lambda saved: [saved], "list indices"),
     (lambda saved: {name: value for name, value in saved.items() if name != "random_state"}, "'random_state'"),
     (lambda saved: saved | {"step": "x"}, "invalid literal"),
