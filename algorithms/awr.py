@@ -15,7 +15,7 @@ Paper: Peng, Kumar, Zhang, Levine, "Advantage-Weighted Regression: Simple and Sc
 Learning", 2019, arXiv 1910.00177.
 Differences: the data are given, where the paper adds episodes of its own as it learns. --online-steps adds steps, one
 before each update, to data that stay; the authors play 2,048 steps, to an episode's end, before each 1,200 updates, and
-keep the newest 50,000. Actions are clipped before they are stored; theirs after. What is played counts from the next
+keep the newest 50,000. Actions are stored clipped; theirs as they were drawn. What is played counts from the next
 computation of the returns on, which cuts the episode that goes on. One optimiser step trains both networks; the authors
 take 200 steps of V and then 1,000 of pi, each on returns computed anew. Each step computes A with its own V and
 standardises it over the batch; their code does so once for all of the data. We have Adam, a mean action bounded by tanh

@@ -428,9 +428,11 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "validation_fraction", self.validation_fraction == 0, "there are no data to hold out")
         check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
-        (a, b, c, d), self.dataset_id = self.rollout_schedule, self.env_id
-        ordered = 1 <= a <= b and 0 <= c < d
-        check_argument(self, "rollout_schedule", ordered, "must be lengths 1 <= a <= b, then steps 0 <= c < d")
+        a, b, c, d = self.rollout_schedule
+        check_argument(
+            self, "rollout_schedule", 1 <= a <= b and 0 <= c < d, "must be lengths 1 <= a <= b, steps 0 <= c < d"
+        )
+        self.dataset_id = self.env_id
 
 
 def random_dataset(environment: gym.Env, args: Args) -> Dataset:

@@ -44,6 +44,8 @@ sys.path += [str(ROOT / "algorithms"), str(ROOT / "benchmarks")]
 SHORT = ["--hidden-dims", "16", "16", "--eval-episodes", "2", "--final-eval-episodes", "3"]
 DYNAMICS = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", "2", "--dynamics-batch-size", "2048"]
 DYNAMICS += ["--max-dynamics-epochs", "1"]
+# after DYNAMICS: the weights that are best come before the last ones, and the best two members are not all
+SOON_BEST = ["--num-models", "3", "--max-dynamics-epochs", "3", "--dynamics-learning-rate", "1e-5"]
 MODEL = [*DYNAMICS, "--rollout-batch-size", "100", "--rollout-every", "100"]
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],

@@ -11,6 +11,7 @@ import torch
 from conftest import (
     SHORT,
     SHORTER,
+    SOON_BEST,
     assert_model_beats_naive_forecasts,
     assert_one_line,
     checkpoint,
@@ -138,14 +139,7 @@ def test_the_course_of_a_run(spied, tmp_path):
     """A model before steps 0, 4, 8 and 12; five updates a step; lengths 1, 1, 2, 3: a new one empties the buffer."""
     fitted, rolled, batches = spied
     words = ["--num-updates", "62", "--batch-size", "16", "--real-ratio", "0.25", "--eval-every", "62"]
-    words += [
-        "--num-models",
-        "3",
-        "--max-dynamics-epochs",
-        "3",
-        "--dynamics-learning-rate",
-        "1e-5",
-    ]  # the first is best
+    words += SOON_BEST
     run = run_script("mbpo", *SHORT, *SHORTER["mbpo"], *words, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert "terminations in the model: Pendulum\n" in run.stdout
@@ -246,7 +240,7 @@ def test_mbpo_swings_the_pendulum_up_in_800_steps(tmp_path):
         *(
             (
                 ["--rollout-schedule", *schedule.split()],
-                "--rollout-schedule .*: must be lengths 1 <= a <= b, then steps",
+                "--rollout-schedule .*: must be lengths 1 <= a <= b, steps 0 <= c < d",
             )
             for schedule in ("0 1 0 1", "2 1 0 1", "1 1 1 1", "1 1 -1 1")
         ),

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     SHORT,
     SHORTER,
+    SOON_BEST,
     assert_one_line,
     assert_same,
     assert_same_runs,
@@ -196,14 +197,7 @@ def test_the_course_of_a_run(spied, tmp_path, make_dataset):
     data = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Pendulum-v1")
     words = ["--dataset-id", data, "--num-updates", "26", "--online-steps", "20", "--imagined-until", "33"]
     words += ["--batch-size", "16", "--imagined-ratio", "0.75", "--rollouts-kept", "2", "--eval-every", "50"]
-    words += [
-        "--num-models",
-        "3",
-        "--max-dynamics-epochs",
-        "3",
-        "--dynamics-learning-rate",
-        "1e-5",
-    ]  # the first is best
+    words += SOON_BEST
     run = run_script("naf", *MODEL, *words, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert "terminations in the model: Pendulum\n" in run.stdout

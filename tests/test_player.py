@@ -84,14 +84,19 @@ class Counter(gym.Env):
         return self.state, self.reward, over, False, {}
 
 
-def test_a_termination_is_one_and_a_time_limit_is_none(buffer):
+def played(buffer, limit, steps):
+    """The player after so many steps of Counter, and what they added."""
     rows = len(buffer.storage)
-    with gym.wrappers.TimeLimit(Counter(), 8) as environment:
+    with gym.wrappers.TimeLimit(Counter(), limit) as environment:
         player = Player(environment, buffer, 0)
-        for _ in range(44):
+        for _ in range(steps):
             play(player)
+    return player, buffer.take(torch.arange(rows, rows + steps))
+
+
+def test_a_termination_is_one_and_a_time_limit_is_none(buffer):
+    player, new = played(buffer, 8, 44)
     assert player.lengths == [8, 8, 5, 8, 8, 5] and len(player.actions) == 2
-    new = buffer.take(torch.arange(rows, rows + 44))
     np.testing.assert_array_equal(new.terminations.numpy(), np.isin(np.arange(44), [20, 41]).astype(np.float32))
     mean, std = buffer.normalization.numpy()
     counted = new.observations.numpy() * std + mean  # the array that the environment goes on writing to was copied
@@ -101,13 +106,8 @@ def test_a_termination_is_one_and_a_time_limit_is_none(buffer):
 
 
 def test_a_termination_at_the_time_limit_is_one(buffer):
-    rows = len(buffer.storage)
-    with gym.wrappers.TimeLimit(Counter(), 5) as environment:
-        player = Player(environment, buffer, 0)
-        for _ in range(15):
-            play(player)
-    ends = buffer.take(torch.arange(rows, rows + 15)).terminations
-    assert player.lengths == [5, 5, 5] and ends.nonzero().tolist() == [[14]]
+    player, new = played(buffer, 5, 15)
+    assert player.lengths == [5, 5, 5] and new.terminations.nonzero().tolist() == [[14]]
 
 
 def test_a_resumed_player_is_where_the_episode_was(buffer):

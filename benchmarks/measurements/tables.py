@@ -37,8 +37,8 @@ FOLDERS: tuple[str, ...] = (
     "hopper-medium-expert",
     "hopper-more",
     "walker2d-medium-expert",
+    "halfcheetah-medium-expert",
 )
-FOLDERS += ("halfcheetah-medium-expert",)
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
 COLUMNS = {  # of README.md's table
     "anchorl/pendulum/mixed-v0": "pendulum",
