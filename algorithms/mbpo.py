@@ -45,7 +45,7 @@ class HyperParameters:
     updates_per_step: int = 10  # updates after each step in the environment, G (paper: 20 or 40; a pendulum's code: 10)
     model_every: int = 250  # steps in the environment between models, and their rollouts (authors' code)
     rollout_schedule: tuple[int, int, int, int] = (1, 1, 20_000, 150_000)
-    """steps of a rollout, k, at first and at last, and the steps in the environment in between (authors' code)"""
+    """a b c d: rollouts of a steps until step c in the environment, of b from d on (authors' code: by task)"""
     rollout_batch_size: int = 100_000  # rollouts of each model, each from a state of the environment (authors' code)
     rollouts_kept: int = 4  # calls of rollouts in the model's buffer, more if some end early (authors; a pendulum's: 1)
     real_ratio: float = 0.05  # share of a batch that is of the environment (authors' code)
@@ -429,9 +429,7 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "real_ratio", 0 <= self.real_ratio <= 1, "must be in [0, 1]")
         check_argument(self, "num_elites", 1 <= self.num_elites <= self.num_models, "must be in [1, --num-models]")
         a, b, c, d = self.rollout_schedule
-        check_argument(
-            self, "rollout_schedule", 1 <= a <= b and 0 <= c < d, "must be lengths 1 <= a <= b, steps 0 <= c < d"
-        )
+        check_argument(self, "rollout_schedule", 1 <= a <= b and 0 <= c < d, "must be 1 <= a <= b, then 0 <= c < d")
         self.dataset_id = self.env_id
 
 
