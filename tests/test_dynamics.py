@@ -20,6 +20,7 @@ from conftest import (
     assert_one_line,
     assert_same,
     assert_same_runs,
+    brief,
     checkpoint,
     random_batch,
     random_episode,
@@ -45,6 +46,9 @@ def algorithm(request):
 def script(algorithm):
     return importlib.import_module(algorithm)
 
+
+# mopo's model, its loss, its update and `build` are the other ROLLING scripts' to the letter, as a test says
+of_each_text = pytest.mark.parametrize("algorithm", ["mopo", "mve", "naf"], indirect=True)
 
 ONLINE = "mbpo"  # whose text alone is looked at here
 EVERYWHERE = "Dynamics dynamics_loss"
@@ -127,6 +131,7 @@ def randomise(dynamics):
 # --- Loss and training ---
 
 
+@of_each_text
 def test_a_model_of_120_numbers_learns_their_noise(script):
     """A price of the bounds for each member draws them past each other, as there are more of them than members."""
     learner, _ = make_learner(script, 119, 4, num_models=7, dynamics_hidden_dims=(16,), dynamics_learning_rate=0.03)
@@ -244,6 +249,7 @@ def test_a_prediction_stays_within_a_hundred_standard_deviations_of_the_datas_me
         torch.testing.assert_close(found, expected)
 
 
+@of_each_text
 def test_ensemble_fits_a_noisy_linear_system_and_disagrees_off_the_data(script):
     """s' - s = 0.5 s - a + noise of a known size: the mean and the size of the noise are found, within the data."""
     learner, args = make_learner(script, 1, 1, dynamics_hidden_dims=(32, 32), dynamics_learning_rate=3e-3)
@@ -267,6 +273,7 @@ def test_ensemble_fits_a_noisy_linear_system_and_disagrees_off_the_data(script):
     assert (logit < -3).all()  # nothing ended
 
 
+@of_each_text
 def test_termination_head_learns_when_episodes_end(script):
     learner, args = make_learner(script, 1, 1, dynamics_hidden_dims=(16,), dynamics_learning_rate=1e-2)
     torch.manual_seed(0)
@@ -571,6 +578,7 @@ FEW += ["--hidden-dims", "16", "--eval-episodes", "1", "--final-eval-episodes", 
 ROLLOUTS = ["--rollout-batch-size", "50", "--rollout-every", "10"]
 SMALL = {algorithm: [*FEW, *(ROLLOUTS if algorithm != "mve" else [])] for algorithm in SCRIPTS}
 SMALL["naf"] += ["--imagined-ratio", "0.5"]
+BRIEF = brief("mopo")
 
 
 def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
@@ -583,7 +591,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
 
     monkeypatch.setattr(script, "dynamics_update", spy)
     folder = tmp_path / "run"
-    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
+    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5", *BRIEF]
     run = run_script(algorithm, *SMALL[algorithm], *arguments, "--run-dir", str(folder))
     assert run.returncode == 0, run.stderr
     assert checkpoint(folder)["learner"]["dynamics"]["epoch"] == 3
@@ -642,7 +650,8 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
     indirect=True,
 )
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
-    arguments = [*SMALL[algorithm], "--max-dynamics-epochs", "20", "--dynamics-patience", "20", "--num-updates", "25"]
+    arguments = [*SMALL[algorithm], "--max-dynamics-epochs", "8", "--dynamics-patience", "8", "--num-updates", "25"]
+    arguments += BRIEF
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = Started(algorithm, *arguments, "--run-dir", str(killed))
@@ -653,14 +662,14 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
     process.send_signal(signal.SIGKILL)
     process.wait()
     stopped = checkpoint(killed)
-    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 20
+    assert stopped["step"] == 0 and 1 <= stopped["learner"]["dynamics"]["epoch"] < 8
     assert run_script(algorithm, *arguments, "--resume", "--run-dir", str(killed)).returncode == 0
     assert_same_runs(whole, killed)
 
 
 def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_dataset):
     first, second = tmp_path / "first", tmp_path / "second"
-    arguments = [*SMALL[algorithm], "--num-updates", "5"]
+    arguments = [*SMALL[algorithm], "--num-updates", "5", *BRIEF]
     assert run_script(algorithm, *arguments, "--max-dynamics-epochs", "2", "--run-dir", str(first)).returncode == 0
     run = run_script(algorithm, *arguments, "--seed", "1", "--dynamics", str(first), "--run-dir", str(second))
     assert run.returncode == 0, run.stderr
@@ -671,7 +680,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
 
     elsewhere = first.rename(tmp_path / "elsewhere")
     again = ["--seed", "1", "--dynamics", str(first), "--run-dir", str(second), "--num-updates", "8", "--resume"]
-    resumed = run_script(algorithm, *SMALL[algorithm], *again)
+    resumed = run_script(algorithm, *SMALL[algorithm], *BRIEF, *again)
     assert resumed.returncode == 0, resumed.stderr
 
     stopped = shutil.copytree(elsewhere, tmp_path / "stopped")
@@ -679,7 +688,8 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     cloned = tmp_path / "cloned"
     assert (
         run_script(
-            "bc", "--num-updates", "1", "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(cloned)
+            *("bc", "--num-updates", "1", "--eval-episodes", "1", "--final-eval-episodes", "1"),
+            *("--run-dir", str(cloned), *BRIEF),
         ).returncode
         == 0
     )
@@ -717,15 +727,15 @@ def test_the_actors_learning_rate_decays(algorithm, tmp_path, pendulum):
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * 3 / 4)), 0.5])
 
 
-@pytest.mark.parametrize(
-    ("env_id", "termination", "said"),
-    [
-        ("Pendulum-v1", "auto", "Pendulum"),
-        ("Pendulum-v1", "rule", "Pendulum"),
-        ("Pendulum-v1", "learned", "learned"),
-        ("Pendulum-v1", "never", "never"),
-        (None, "auto", "learned"),
+@pytest.mark.parametrize(  # all scripts have the same `ending_of`, which has a test of its own
+    ("algorithm", "env_id", "termination", "said"),
+    [(name, "Pendulum-v1", *pair) for name in SCRIPTS for pair in (("auto", "Pendulum"), ("never", "never"))]
+    + [
+        ("mopo", "Pendulum-v1", "rule", "Pendulum"),
+        ("mopo", "Pendulum-v1", "learned", "learned"),
+        ("mopo", None, "auto", "learned"),
     ],
+    indirect=["algorithm"],
 )
 def test_a_run_says_what_ends_its_rollouts(algorithm, env_id, termination, said, tmp_path, make_dataset):
     dataset_id = make_dataset(**({} if env_id is None else {"env": env_id}))

@@ -22,6 +22,7 @@ from conftest import (
     SHORTER,
     assert_one_line,
     assert_same,
+    brief,
     checkpoint,
     random_episode,
     run_script,
@@ -79,9 +80,9 @@ def test_run_folder(algorithm, tmp_path, data):
     folder = tmp_path / "run"
     arguments = [
         "--num-updates",
-        "50",
+        "40",
         "--eval-every",
-        "20",
+        "30",
         "--log-every",
         "10",
         "--run-dir",
@@ -89,7 +90,7 @@ def test_run_folder(algorithm, tmp_path, data):
         "--seed",
         "3",
     ]
-    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()), plot=True)
+    run = run_script(algorithm, *arguments, *SHORT, *SHORTER.get(algorithm, ()), plot=algorithm in ("iql", "fqi"))
     assert run.returncode == 0, run.stderr
     expected = {"args.json", "metrics.csv", "checkpoint.pt", "policy.pt", "result.json", "learning_curve.png"}
     assert {path.name for path in folder.iterdir()} - {".lock"} == expected
@@ -103,8 +104,8 @@ def test_run_folder(algorithm, tmp_path, data):
     assert next(iter(rows[0])) == "step"
     rows = [row for row in rows if int(row["step"]) > 1]  # before it, a model's own rows
     rows = [row for row in rows if row["critic/loss" if algorithm in DISCRETE else "actor/loss"]]
-    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50]
-    assert [bool(row["eval/score"]) for row in rows] == [False, True, False, True, True]
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40]
+    assert [bool(row["eval/score"]) for row in rows] == [False, False, True, True]
     loss = "critic/loss" if algorithm in DISCRETE else "actor/loss"
     assert all(np.isfinite(float(row[loss])) for row in rows)
 
@@ -113,7 +114,7 @@ def test_run_folder(algorithm, tmp_path, data):
         algorithm,
         data.dataset.dataset_id,
         3,
-        50,
+        40,
     )
     final = data.dataset.score(np.array(result["final_returns"]))
     assert len(final) == len(result["final_lengths"]) == 3
@@ -130,7 +131,8 @@ def test_run_folder(algorithm, tmp_path, data):
         "versions",
     } <= result.keys()
 
-    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    if algorithm in ("iql", "fqi"):  # every script leaves the curve to common/experiment.py
+        assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     last = run.stdout.strip().splitlines()[-1]
     assert (
         f"score {final.mean():.1f} +- " in last and "dataset average" in last and str(folder) in last and " s, " in last
@@ -220,20 +222,21 @@ def test_the_same_seed_gives_the_same_bits_however_often_a_run_is_looked_at(algo
 
     def train(name, *arguments):
         np.random.seed(len(name))  # what was drawn before a run does not matter, either
-        words = ["--num-updates", "45", *arguments, *SHORT, *SHORTER.get(algorithm, ())]
+        words = ["--num-updates", "24", "--batch-size", "32", *SHORT, *SHORTER.get(algorithm, ()), *brief(algorithm)]
+        words += arguments
         run = run_script(algorithm, *words, "--run-dir", str(tmp_path / name))
         assert run.returncode == 0, run.stderr
         rows = csv.DictReader((tmp_path / name / "metrics.csv").open())
         rows = {row["step"]: {key: row[key] for key in row if key.split("/")[0] in ("actor", "critic")} for row in rows}
         return checkpoint(tmp_path / name), rows
 
-    often, rows_often = train("often", "--eval-every", "9", "--log-every", "1", "--checkpoint-every", "2")
-    seldom, rows_seldom = train("seldom", "--eval-every", "45", "--log-every", "15", "--eval-episodes", "3")
+    often, rows_often = train("often", "--eval-every", "8", "--log-every", "1", "--checkpoint-every", "2")
+    seldom, rows_seldom = train("seldom", "--eval-every", "24", "--log-every", "12", "--eval-episodes", "3")
     for key in ("learner", "random_state"):
         assert_same(often[key], seldom[key])
-    for step in ("15", "30", "45"):
+    for step in ("12", "24"):
         assert rows_often[step] == rows_seldom[step]
-    other, _ = train("other", "--eval-every", "45", "--seed", "1")
+    other, _ = train("other", "--eval-every", "24", "--seed", "1")
     for weight, same in other["learner"]["actor"].items():
         if same.dim() == 2 and not weight.endswith("scale"):  # which is the data's
             assert not torch.equal(same, seldom["learner"]["actor"][weight])

@@ -9,62 +9,80 @@ import json
 import pytest
 from conftest import assert_model_beats_naive_forecasts, run_script
 
-SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000"]
-FAST = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "1e-3", "--tau", "0.02"]
-FEW = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "20"]
-FLOW = ["--gamma", "0.95", "--flow-hidden-dims", "64", "64", "--num-acting-actions", "32"]
-WARM_START = ["--warm-start", "300", "--vae-learning-rate", "1e-3", *FEW]
-DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "10"]
-DYNAMICS += ["--num-models", "3", "--num-elites", "2"]
-ONLINE = ["--num-updates", "3000", "--online-steps", "2500"]
-SOON = ["--expansion", "last", "--alpha", "10"]
-MODEL = [*DYNAMICS, "--rollout-batch-size", "5000", "--rollout-every", "250"]
-STEEP = ["--eta", "20", "--actor-tau", "0.02", "--gamma", "0.95", "--reward-scale", "0.1", "--batch-size", "128"]
-PLAN = ["--population", "32", "--num-best", "5", "--eval-episodes", "1", "--final-eval-episodes", "3"]
-SEQUENCE = ["--hidden-dims", "64", "--context-length", "5", "--learning-rate", "2e-3", "--warmup-updates", "100"]
-SOONER = ["--actor-learning-rate", "1e-3", "--critic-learning-rate", "3e-3", "--tau", "0.05"]
-AT_ONCE = ["--num-updates", "1200", "--updates-per-step", "2", "--random-steps", "100", "--batch-size", "128"]
+SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000", "--eval-episodes", "20", "--final-eval-episodes", "20"]
+CRITIC = ["--critic-learning-rate", "3e-3", "--tau", "0.05", "--gamma", "0.9"]
+BOTH = [*CRITIC, "--actor-learning-rate", "3e-3"]
+VALUE = [*BOTH, "--value-learning-rate", "3e-3", "--reward-scale", "0.1"]
+CAREFUL = [*VALUE, "--critic-learning-rate", "1e-3", "--value-learning-rate", "1e-3"]
+VAE = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "10"]
+SAMPLES = ["--batch-size", "128", "--actor-learning-rate", "1e-3", "--num-samples", "2"]
+DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "6"]
+DYNAMICS += ["--num-models", "3", "--num-elites", "2", "--batch-size", "128"]
+MODEL = [*DYNAMICS, "--rollout-batch-size", "2000", "--rollout-every", "125"]
+NOISE = ["--flow-hidden-dims", "64", "64", "--num-acting-actions", "32"]
+STEEP = ["--eta", "20", "--actor-tau", "0.05", "--reward-scale", "0.1", "--batch-size", "128"]
+STAY = ["--threshold", "0.1", "--alpha-learning-rate", "1e-2", "--vae-learning-rate", "1e-3"]
+AT_ONCE = ["--updates-per-step", "2", "--batch-size", "128", "--random-steps", "100"]
+SEQUENCE = ["--learning-rate", "2e-3", "--warmup-updates", "100", "--batch-size", "128", "--context-length", "5"]
 RUNS = {
     "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
-    "td3_bc": ["--num-updates", "3000", *FAST],
-    "sac_bc": ["--num-updates", "2500", *FAST],
-    "rebrac": ["--num-updates", "2000", "--tau", "0.02", "--batch-size", "256"],
-    "diffusion_ql": ["--num-updates", "1200", *FAST, *STEEP, "--num-acting-actions", "20"],
-    "fql": ["--num-updates", "1500", *FAST, "--flow-learning-rate", "1e-3", "--alpha", "0.03"],
-    "iql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
-    "sql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
-    "xql": ["--num-updates", "2500", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1"],
-    "idql": ["--num-updates", "3000", *FAST, "--value-learning-rate", "1e-3", "--reward-scale", "0.1", *FLOW],
-    "awr": ["--num-updates", "2500", *FAST[:2], "--value-learning-rate", "1e-3", "--returns-every", "250"],
-    "awac": ["--num-updates", "2500", *FAST, "--beta", "10"],
-    "bcq": ["--num-updates", "2000", "--critic-learning-rate", "3e-3", "--tau", "0.05", *FEW],
-    "cql": ["--num-updates", "2000", *FAST, "--gamma", "0.95", "--num-samples", "4", "--cql-alpha", "0.5"],
-    "cal_ql": ["--num-updates", "1500", *SOONER, "--gamma", "0.9", "--batch-size", "128", "--num-samples", "2"],
-    "edac": ["--num-updates", "1500", *FAST, "--gamma", "0.95", "--num-critics", "5"],
-    "rlpd": [*FAST, "--gamma", "0.95", "--num-critics", "4", *AT_ONCE],
-    "bear": [
+    "td3_bc": ["--num-updates", "1200", *BOTH, "--gamma", "0.95", "--alpha", "10"],
+    "sac_bc": ["--num-updates", "1000", *BOTH],
+    "rebrac": ["--num-updates", "1000", *BOTH, "--gamma", "0.95", "--batch-size", "256"],
+    "diffusion_ql": [
+        "--num-updates",
+        "500",
+        *CRITIC,
+        *STEEP,
+        "--actor-learning-rate",
+        "1e-3",
+        "--num-acting-actions",
+        "10",
+    ],
+    "fql": ["--num-updates", "800", *BOTH, "--flow-learning-rate", "3e-3", "--flow-steps", "5", "--alpha", "0.03"],
+    "iql": ["--num-updates", "1200", *VALUE, "--beta", "10"],
+    "sql": ["--num-updates", "1200", *CAREFUL],
+    "xql": ["--num-updates", "1200", *CAREFUL],
+    "idql": ["--num-updates", "1200", *CAREFUL, *NOISE],
+    "awr": [
+        "--num-updates",
+        "1200",
+        "--actor-learning-rate",
+        "3e-3",
+        "--value-learning-rate",
+        "3e-3",
+        "--returns-every",
+        "250",
+    ],
+    "awac": ["--num-updates", "1000", *BOTH, "--gamma", "0.95", "--beta", "10"],
+    "bcq": ["--num-updates", "800", *CRITIC, "--vae-learning-rate", "3e-3", *VAE],
+    "bear": ["--num-updates", "1000", *BOTH, "--warm-start", "200", *STAY, *VAE],
+    "cql": ["--num-updates", "1000", *CRITIC, *SAMPLES, "--cql-alpha", "0.5"],
+    "cal_ql": ["--num-updates", "1000", *CRITIC, *SAMPLES],
+    "edac": ["--num-updates", "1000", *BOTH, "--num-critics", "5"],
+    "rlpd": ["--num-updates", "800", *BOTH, "--num-critics", "4", *AT_ONCE],
+    "mopo": ["--num-updates", "1000", *BOTH, *MODEL],
+    "combo": ["--num-updates", "1000", *BOTH, *MODEL],
+    "mobile": ["--num-updates", "1000", *BOTH, *MODEL, "--num-samples", "2"],
+    "morel": ["--num-updates", "1000", *BOTH, *MODEL],
+    "mve": ["--num-updates", "1000", *BOTH, *DYNAMICS, "--expansion", "last", "--alpha", "10"],
+    "pets": [
         "--num-updates",
         "1500",
-        *FAST,
-        "--gamma",
-        "0.95",
-        "--alpha-learning-rate",
-        "1e-2",
-        "--threshold",
-        "0.1",
-        *WARM_START,
+        "--population",
+        "32",
+        "--num-best",
+        "5",
+        "--eval-episodes",
+        "3",
+        "--final-eval-episodes",
+        "3",
     ],
-    "mopo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
-    "combo": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
-    "mobile": ["--num-updates", "2500", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL, "--num-samples", "2"],
-    "morel": ["--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *MODEL],
-    "mve": [*SOON, "--num-updates", "2000", "--batch-size", "128", *FAST, "--gamma", "0.95", *DYNAMICS],
-    "pets": ["--num-updates", "1500", *PLAN],
-    "naf": [*ONLINE, "--critic-learning-rate", "1e-3", "--tau", "0.02", "--gamma", "0.95"],
-    "decision_transformer": ["--num-updates", "700", "--batch-size", "128", *SEQUENCE, "--dropout", "0"],
+    "naf": ["--num-updates", "2000", "--online-steps", "1500", *CRITIC, "--critic-learning-rate", "1e-3"],
+    "decision_transformer": ["--num-updates", "700", *SEQUENCE, "--hidden-dims", "64", "--dropout", "0"],
 }
 DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
-DISCRETE_FAST += ["--final-eval-episodes", "1"]  # the curve is judged
+DISCRETE_FAST += ["--eval-episodes", "10", "--final-eval-episodes", "1"]  # the curve is judged
 DISCRETE_RUNS = {
     "fqi": ["--num-updates", "1000", "--critic-learning-rate", "1e-3", "--tau", "0.2"],
     "discrete_iql": [*DISCRETE_FAST, "--actor-learning-rate", "1e-3", "--value-learning-rate", "1e-3"],
