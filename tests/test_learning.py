@@ -9,93 +9,62 @@ import json
 import pytest
 from conftest import assert_model_beats_naive_forecasts, run_script
 
-SMALL = ["--hidden-dims", "64", "64", "--eval-every", "100000", "--eval-episodes", "20", "--final-eval-episodes", "20"]
-CRITIC = ["--critic-learning-rate", "3e-3", "--tau", "0.05", "--gamma", "0.9"]
-BOTH = [*CRITIC, "--actor-learning-rate", "3e-3"]
-VALUE = [*BOTH, "--value-learning-rate", "3e-3", "--reward-scale", "0.1"]
-CAREFUL = [*VALUE, "--critic-learning-rate", "1e-3", "--value-learning-rate", "1e-3"]
-VAE = ["--vae-hidden-dims", "64", "64", "--num-target-actions", "5", "--num-acting-actions", "10"]
-SAMPLES = ["--batch-size", "128", "--actor-learning-rate", "1e-3", "--num-samples", "2"]
-DYNAMICS = ["--dynamics-hidden-dims", "64", "64", "--dynamics-batch-size", "512", "--max-dynamics-epochs", "6"]
-DYNAMICS += ["--num-models", "3", "--num-elites", "2", "--batch-size", "128"]
-MODEL = [*DYNAMICS, "--rollout-batch-size", "2000", "--rollout-every", "125"]
-NOISE = ["--flow-hidden-dims", "64", "64", "--num-acting-actions", "32"]
-STEEP = ["--eta", "20", "--actor-tau", "0.05", "--reward-scale", "0.1", "--batch-size", "128"]
-STAY = ["--threshold", "0.1", "--alpha-learning-rate", "1e-2", "--vae-learning-rate", "1e-3"]
-AT_ONCE = ["--updates-per-step", "2", "--batch-size", "128", "--random-steps", "100"]
-SEQUENCE = ["--learning-rate", "2e-3", "--warmup-updates", "100", "--batch-size", "128", "--context-length", "5"]
+SMALL = "--hidden-dims 64 64 --eval-every 100000 --eval-episodes 20 --final-eval-episodes 20"
+CRITIC = "--critic-learning-rate 3e-3 --tau 0.05 --gamma 0.9"
+ACTOR = "--actor-learning-rate 3e-3"
+VALUE = f"{ACTOR} --tau 0.05 --gamma 0.9 --reward-scale 0.1 --critic-learning-rate 1e-3 --value-learning-rate 1e-3"
+SAMPLES = f"{CRITIC} --actor-learning-rate 1e-3 --num-samples 2 --batch-size 128"
+VAE = f"{CRITIC} --vae-hidden-dims 64 64 --num-target-actions 5 --num-acting-actions 10"
+MODEL = "--num-models 3 --num-elites 2 --dynamics-hidden-dims 64 64 --dynamics-batch-size 512 --max-dynamics-epochs 6"
+DYNAMICS = f"{CRITIC} {ACTOR} {MODEL} --batch-size 128"
+ROLLOUTS = "--rollout-batch-size 2000 --rollout-every 125"
 RUNS = {
-    "bc": ["--num-updates", "1000", "--learning-rate", "1e-3"],
-    "td3_bc": ["--num-updates", "1200", *BOTH, "--gamma", "0.95", "--alpha", "10"],
-    "sac_bc": ["--num-updates", "1000", *BOTH],
-    "rebrac": ["--num-updates", "1000", *BOTH, "--gamma", "0.95", "--batch-size", "256"],
-    "diffusion_ql": [
-        "--num-updates",
-        "500",
-        *CRITIC,
-        *STEEP,
-        "--actor-learning-rate",
-        "1e-3",
-        "--num-acting-actions",
-        "10",
-    ],
-    "fql": ["--num-updates", "800", *BOTH, "--flow-learning-rate", "3e-3", "--flow-steps", "5", "--alpha", "0.03"],
-    "iql": ["--num-updates", "1200", *VALUE, "--beta", "10"],
-    "sql": ["--num-updates", "1200", *CAREFUL],
-    "xql": ["--num-updates", "1200", *CAREFUL],
-    "idql": ["--num-updates", "1200", *CAREFUL, *NOISE],
-    "awr": [
-        "--num-updates",
-        "1200",
-        "--actor-learning-rate",
-        "3e-3",
-        "--value-learning-rate",
-        "3e-3",
-        "--returns-every",
-        "250",
-    ],
-    "awac": ["--num-updates", "1000", *BOTH, "--gamma", "0.95", "--beta", "10"],
-    "bcq": ["--num-updates", "800", *CRITIC, "--vae-learning-rate", "3e-3", *VAE],
-    "bear": ["--num-updates", "1000", *BOTH, "--warm-start", "200", *STAY, *VAE],
-    "cql": ["--num-updates", "1000", *CRITIC, *SAMPLES, "--cql-alpha", "0.5"],
-    "cal_ql": ["--num-updates", "1000", *CRITIC, *SAMPLES],
-    "edac": ["--num-updates", "1000", *BOTH, "--num-critics", "5"],
-    "rlpd": ["--num-updates", "800", *BOTH, "--num-critics", "4", *AT_ONCE],
-    "mopo": ["--num-updates", "1000", *BOTH, *MODEL],
-    "combo": ["--num-updates", "1000", *BOTH, *MODEL],
-    "mobile": ["--num-updates", "1000", *BOTH, *MODEL, "--num-samples", "2"],
-    "morel": ["--num-updates", "1000", *BOTH, *MODEL],
-    "mve": ["--num-updates", "1000", *BOTH, *DYNAMICS, "--expansion", "last", "--alpha", "10"],
-    "pets": [
-        "--num-updates",
-        "1500",
-        "--population",
-        "32",
-        "--num-best",
-        "5",
-        "--eval-episodes",
-        "3",
-        "--final-eval-episodes",
-        "3",
-    ],
-    "naf": ["--num-updates", "2000", "--online-steps", "1500", *CRITIC, "--critic-learning-rate", "1e-3"],
-    "decision_transformer": ["--num-updates", "700", *SEQUENCE, "--hidden-dims", "64", "--dropout", "0"],
+    "bc": "--num-updates 1000 --learning-rate 1e-3",
+    "td3_bc": f"--num-updates 1200 {CRITIC} {ACTOR} --gamma 0.95 --alpha 10",
+    "sac_bc": f"--num-updates 1000 {CRITIC} {ACTOR}",
+    "rebrac": f"--num-updates 1000 {CRITIC} {ACTOR} --gamma 0.95 --batch-size 256",
+    "diffusion_ql": f"--num-updates 500 {CRITIC} --actor-learning-rate 1e-3 --actor-tau 0.05 --eta 20"
+    " --reward-scale 0.1 --batch-size 128 --num-acting-actions 10",
+    "fql": f"--num-updates 600 {CRITIC} {ACTOR} --flow-learning-rate 3e-3 --flow-steps 5 --alpha 0.03",
+    "iql": f"--num-updates 1200 {VALUE} --critic-learning-rate 3e-3 --value-learning-rate 3e-3 --beta 10",
+    "sql": f"--num-updates 1200 {VALUE}",
+    "xql": f"--num-updates 1200 {VALUE}",
+    "idql": f"--num-updates 1000 {VALUE} --flow-hidden-dims 64 64 --num-acting-actions 32",
+    "awr": f"--num-updates 1200 {ACTOR} --value-learning-rate 3e-3 --returns-every 250",
+    "awac": f"--num-updates 1000 {CRITIC} {ACTOR} --gamma 0.95 --beta 3",
+    "bcq": f"--num-updates 800 {VAE} --vae-learning-rate 3e-3",
+    "bear": f"--num-updates 1000 {VAE} --vae-learning-rate 1e-3 {ACTOR} --alpha-learning-rate 1e-2 --threshold 0.1"
+    " --warm-start 200",
+    "cql": f"--num-updates 1000 {SAMPLES} --cql-alpha 0.5",
+    "cal_ql": f"--num-updates 1200 {SAMPLES}",
+    "edac": f"--num-updates 1000 {CRITIC} {ACTOR} --num-critics 5",
+    "rlpd": f"--num-updates 600 {CRITIC} {ACTOR} --num-critics 4 --updates-per-step 2 --random-steps 100"
+    " --batch-size 128",
+    "mopo": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS}",
+    "combo": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS}",
+    "mobile": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS} --num-samples 2",
+    "morel": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS}",
+    "mve": f"--num-updates 1000 {DYNAMICS} --expansion last --alpha 10",
+    "pets": "--num-updates 1200 --num-models 3 --num-particles 3 --population 32 --num-best 5 --eval-episodes 5"
+    " --final-eval-episodes 5",
+    "naf": f"--num-updates 1500 --online-steps 1200 {CRITIC} --reward-scale 0.1",
+    "decision_transformer": "--num-updates 700 --hidden-dims 64 --context-length 5 --dropout 0 --learning-rate 2e-3"
+    " --warmup-updates 100 --batch-size 128",
 }
-DISCRETE_FAST = ["--num-updates", "2000", "--critic-learning-rate", "1e-3", "--tau", "0.05", "--eval-every", "400"]
-DISCRETE_FAST += ["--eval-episodes", "10", "--final-eval-episodes", "1"]  # the curve is judged
+CURVE = "--eval-every 400 --eval-episodes 10 --final-eval-episodes 1"  # the curve is judged
+DISCRETE = f"--num-updates 2000 --critic-learning-rate 1e-3 --tau 0.05 {CURVE}"
 DISCRETE_RUNS = {
-    "fqi": ["--num-updates", "1000", "--critic-learning-rate", "1e-3", "--tau", "0.2"],
-    "discrete_iql": [*DISCRETE_FAST, "--actor-learning-rate", "1e-3", "--value-learning-rate", "1e-3"],
-    "discrete_cql": DISCRETE_FAST,
-    "discrete_bcq": [*DISCRETE_FAST, "--behaviour-learning-rate", "1e-3"],
+    "fqi": "--num-updates 1000 --critic-learning-rate 1e-3 --tau 0.2",
+    "discrete_iql": f"{DISCRETE} --actor-learning-rate 1e-3 --value-learning-rate 1e-3",
+    "discrete_cql": DISCRETE,
+    "discrete_bcq": f"{DISCRETE} --behaviour-learning-rate 1e-3",
 }
 
 
-def train(algorithm, tmp_path, *arguments):
-    """The final score of a short run, from fifty states that the curve does not start from."""
-    run = run_script(
-        algorithm, *SMALL, *(RUNS | DISCRETE_RUNS)[algorithm], *arguments, "--run-dir", str(tmp_path / "run")
-    )
+def train(algorithm, tmp_path, arguments=""):
+    """The final score of a short run, from twenty states that the curve does not start from."""
+    words = f"{SMALL} {(RUNS | DISCRETE_RUNS)[algorithm]} {arguments}".split()
+    run = run_script(algorithm, *words, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     return json.loads((tmp_path / "run" / "result.json").read_text())["final_score"]
 
@@ -124,14 +93,13 @@ def assert_rollouts_are_like_the_data(folder, data):
 
 @pytest.mark.slow
 def test_combo_with_logsumexp_passes_behaviour_cloning(tmp_path, pendulum):
-    few = ["--num-samples", "2", "--num-updates", "2500"]
-    assert train("combo", tmp_path, "--regularizer", "logsumexp", *few) > 48
+    assert train("combo", tmp_path, "--regularizer logsumexp --num-samples 2 --num-updates 2500") > 48
 
 
 @pytest.mark.slow
 def test_naf_with_rollouts_passes_behaviour_cloning_offline(tmp_path, pendulum):
-    half = ["--imagined-ratio", "0.5", *MODEL, "--batch-size", "128"]
-    assert train("naf", tmp_path, *half, "--num-updates", "2500", "--online-steps", "0") > 48
+    half = f"--imagined-ratio 0.5 --batch-size 128 {MODEL} {ROLLOUTS}"
+    assert train("naf", tmp_path, f"{half} --num-updates 2500 --online-steps 0") > 48
 
 
 def test_behaviour_cloning_learns_the_average_of_the_data(tmp_path, pendulum):
@@ -139,7 +107,7 @@ def test_behaviour_cloning_learns_the_average_of_the_data(tmp_path, pendulum):
 
 
 def test_cloning_the_best_episodes_only_learns_the_good_controller(tmp_path, pendulum):
-    assert train("bc", tmp_path, "--top-fraction", "0.2") > 85
+    assert train("bc", tmp_path, "--top-fraction 0.2") > 85
 
 
 @pytest.mark.parametrize("algorithm", ["discrete_iql", "discrete_cql", "discrete_bcq"])
