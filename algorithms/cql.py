@@ -29,10 +29,12 @@ Differences: the squared error has no factor 1/2, as in the authors' code; one o
 loss seeing the others as they were before it. The authors' actor clones for its first 40,000 updates, this one for
 none unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
 integral. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' last
-layers start within 0.003, as in rlkit. rho is the policy of the last target update, which is the actor as this update
-finds it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1. With
---online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's code (arXiv 2303.05479), to which
-CQL is the baseline, plays an episode before as many updates, on data and new steps alike or, in AntMaze, on halves.
+layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, their temperature's loss has its logarithm in its
+place, and their cloning clips the data's actions at 1e-6 from the bounds, ours at 1e-3. rho is the policy of the last
+target update, which is the actor as this update finds it, or uniform. In a continuous space no state of the data occurs
+twice: the count d(s) |D| is 1. With --online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's
+code (arXiv 2303.05479), to which CQL is the baseline, plays an episode before as many updates, on data and new steps
+alike or, in AntMaze, on halves.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """

@@ -13,8 +13,9 @@ A threshold of 0 is Double DQN; towards 1 it is behaviour cloning.
 Paper: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms", 2019,
 arXiv 1910.01708; BCQ for continuous actions is arXiv 1812.02900.
 Differences: the error is squared, where the authors' code has Huber's loss: at the rare ends of episodes Q is far off
-at first, and the square counts that in full. Observations are normalised. The penalty on logits is from the authors'
-code. So is the slow target network, which they take everywhere but in Atari.
+at first, and the square counts that in full. Observations are normalised, batches have 256 rows (theirs 64 outside
+Atari). The penalty on logits is from the authors' code. So is the slow target network, which they take everywhere but
+in Atari.
 
 Run: python algorithms/discrete_bcq.py --dataset-id anchorl/cartpole/mixed-v0
 """

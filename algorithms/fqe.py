@@ -315,7 +315,7 @@ def summarize(args: Args, members: Tensor, truth: np.ndarray | None) -> tuple[di
     }
     compared = "no environment to compare with"
     if truth is not None:
-        error = truth.std() / math.sqrt(len(truth))
+        error = truth.std() / math.sqrt(max(len(truth) - 1, 1))
         compared = f"in the environment {truth.mean():.1f} (standard error {error:.1f})"
     return result, f"estimate {mean:.1f} ({low:.1f} to {high:.1f}), {compared}"
 

@@ -26,9 +26,9 @@ the others best. Where beta is wrong, is and wis are, and wdr is right only as f
 its ends the mass of what is clipped; beta is a mixture of such. conservative > 0 pushes Q down where pi leaves the data
 and up at their actions: with weight enough, fqe is a lower bound in the mean.
 
-Papers: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000 (is, wis); Thomas, Brunskill,
-"Data-Efficient Off-Policy Policy Evaluation for Reinforcement Learning", 2016, arXiv 1604.00923 (wdr); Le, Voloshin,
-Yue, 2019, arXiv 1903.08738 (fqe); Kumar, Zhou, Tucker, Levine, 2020, arXiv 2006.04779 (the penalty, in learning).
+Papers: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000 (is); Thomas, Brunskill,
+"Data-Efficient Off-Policy Policy Evaluation for Reinforcement Learning", 2016, arXiv 1604.00923 (wis, wdr); Le,
+Voloshin, Yue, 2019, arXiv 1903.08738 (fqe); Kumar, Zhou, Tucker, Levine, 2020, arXiv 2006.04779 (the penalty).
 Differences: slow targets and layer normalisation, as in fqe.py, but all members see all episodes. The dynamics forecast
 means, whose rollouts lack the spread of noise; states are held to the range of the data.
 
@@ -191,7 +191,7 @@ def fit_behaviour(batch: Batch, held_out: Tensor, dims: int, legal: int, args: H
                 outputs[:, :legal] -= 1e9 * (batch.observations[:, :legal] == 0)
                 found = max((float(log_beta(outputs[held_out], taken, t).mean()), float(t)) for t in temperatures)
                 best = max(best, (*found, log_beta(outputs, batch.actions, found[1])), key=lambda each: each[0])
-    mean, std = taken.mean(dim=0), taken.std(dim=0) + 1e-3
+    mean, std = taken.mean(dim=0), taken.std(dim=0, correction=0) + 1e-3
     alone = log_clipped_normal(taken, mean, std) if dims > len(mean) else (taken * mean.log().nan_to_num()).sum(dim=1)
     return best[2], {"temperature": best[1], "log_likelihood": best[0], "of_frequencies": float(alone.mean())}
 

@@ -62,10 +62,11 @@ def test_vae_loss(learner, args):
     batch, noise = random_batch(), normal(8, 4)
     with torch.no_grad():  # so that some of the encoder's deviations are clamped
         learner.encoder.net[-1].bias[4:].sub_(4)
+        learner.encoder.net[-1].bias[4].add_(20)
     loss, metrics = bcq.vae_loss(learner, batch, noise, args)
     observations, actions = batch.observations.numpy(), batch.actions.numpy()
     encoded = numpy_network(learner.encoder, observations, actions)
-    assert (encoded[:, 4:] < -4).any() and (encoded[:, 4:] > -4).any()
+    assert (encoded[:, 4:] < -4).any() and (encoded[:, 4:] > 15).any()
     mean, log_std = encoded[:, :4], np.clip(encoded[:, 4:], -4, 15)
     decoded = np.tanh(numpy_network(learner.actor.decoder, observations, mean + np.exp(log_std) * noise.numpy()))
     reconstruction = np.mean((decoded - actions) ** 2)

@@ -37,6 +37,7 @@ def learner(args):
         for module in (learner.target_critic, learner.actor.policy, learner.decoder):
             for parameter in module.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
+        learner.actor.policy.log_std.bias.copy_(torch.tensor([-5.0, 2.0]))  # rows on either side of each end
         learner.alpha.log.fill_(math.log(0.3))
     return learner
 

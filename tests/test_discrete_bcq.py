@@ -88,3 +88,14 @@ def test_update_trains_both_and_moves_the_target_by_tau(learner, args):
     after, online = learner.target_critic.parameters(), learner.actor.critic.parameters()
     for old, new, target in zip(before, after, online, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+def test_what_beta_would_take_alone_is_not_taken_where_it_is_illegal(args):
+    """Beta is sure of an illegal action: without its mask no other would be likely."""
+    args.legal_actions = True
+    torch.manual_seed(0)
+    actor = discrete_bcq.build(5, 3, args, CPU, Adam).actor
+    with torch.no_grad():
+        actor.behaviour.net[-1].bias[2] = 5
+    observations = torch.cat([torch.tensor([1.0, 1.0, 0.0]).expand(100, -1), torch.randn(100, 2)], dim=1)
+    assert (actor(observations).argmax(dim=1) != 2).all()

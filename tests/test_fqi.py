@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SHORT, assert_one_line, discrete_batch, numpy_mlp, random_episode, run_script
 
+from common.evaluation import load_policy
 from common.optim import Adam
 
 CPU = torch.device("cpu")
@@ -93,6 +94,9 @@ def test_the_discounted_return_is_that_of_the_evaluated_episodes(tmp_path, cartp
     assert float(row["eval/discounted_return"]) == pytest.approx(2, abs=0.02)  # 1 + 1/2 + 1/4 + ...
     difference = float(row["critic/q_initial"]) - float(row["eval/discounted_return"])
     assert float(row["critic/overestimate"]) == pytest.approx(difference)
+    starts = cartpole.transitions.observations[cartpole.episode_starts]
+    q = load_policy(tmp_path / "run").actor.critic(starts).amax(dim=1).mean().item()
+    assert float(row["critic/q_initial"]) == pytest.approx(q, rel=1e-5)
 
 
 # --- Bad input ---

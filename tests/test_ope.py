@@ -402,12 +402,12 @@ def continuous(episodes, seed=0, **shapes):
     rewards = torch.from_numpy(states - (actions - states) ** 2)
     s, a, r = (torch.as_tensor(each).float().flatten() for each in (states, actions, rewards))
     following = torch.from_numpy(np.stack([-states[:, 0] / 2, -states[:, 1] / 2], axis=1)).float().flatten()
-    batch = ope.Batch(s[:, None], a[:, None], r, following[:, None], torch.arange(2 * episodes).float() % 2)
+    batch = ope.Batch(s[:, None], a[:, None], r / 2.5, following[:, None], torch.arange(2 * episodes).float() % 2)
     lengths = torch.full((episodes,), 2)
     known = {"normalization": torch.tensor([[0.0], [1.0]]), "num_actions": 0, "num_legal": 0}
     buffer = SimpleNamespace(episode_starts=torch.arange(episodes) * 2, episode_lengths=lengths, **known)
     log_beta = torch.from_numpy(np.log(numpy_clipped_normal(actions, 0, STD)))
-    return ope.Evidence(buffer, batch, 1.0, rewards, log_beta, ope.bootstrap(episodes, 100))
+    return ope.Evidence(buffer, batch, 2.5, rewards, log_beta, ope.bootstrap(episodes, 100))
 
 
 def half(**changes):
