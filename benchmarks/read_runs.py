@@ -83,7 +83,7 @@ def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:
     """Raises BadInput for a column that it lacks, and for text among numbers."""
     numbers = ["score", "return_mean", *KNOWN, *FINAL]
     with explain(f"cannot read {path}"), np.errstate(all="ignore"):  # what is beyond a whole number is refused
-        names = dict.fromkeys(KEYS[:2], str) | dict.fromkeys(("seed", "num_updates"), int)
+        names = dict.fromkeys(KEYS[:2], str) | {name: int for name in ("seed", "num_updates") if name in needed}
         table = pd.read_csv(path, dtype=names | dict.fromkeys(numbers, float))  # type: ignore[arg-type]
     missing = [name for name in needed if name not in table]
     check(not missing, f"{path}: lacks the column {', '.join(missing)}; give a folder that benchmarks/run.py wrote")

@@ -219,13 +219,18 @@ def test_of_several_datasets_without_reference_scores_none_is_compared(tmp_path,
 
 # --- Runs that failed ---
 
-RESULTS = "algorithm,dataset_id,seed,eval_episodes,problem,final_returns,final_score,final_return_mean\n"
+RESULTS = "algorithm,dataset_id,seed,eval_episodes,problem,final_returns,final_score,final_return_mean,num_updates\n"
 
 
 def grid(folder, runs, results, steps=(1, 2, 3)):
-    """A folder as benchmarks/run.py leaves it. `results`: rows of results.csv, without the dataset, which is "a"."""
+    """A folder as benchmarks/run.py leaves it. `results`: rows of results.csv, without the dataset, which is "a". One
+    of a run that failed has no number of updates.
+    """
     write(folder / "evaluations.csv", runs, steps)
-    lines = [",".join([row.split(",")[0], "a", *row.split(",", 1)[1:]]) + "\n" for row in results]
+    lines = []
+    for row in results:
+        name, rest = row.split(",", 1)
+        lines.append(f"{name},a,{rest},{'' if rest.split(',')[2] else 3}\n")
     (folder / "results.csv").write_text(RESULTS + "".join(lines))
     return folder
 
