@@ -12,12 +12,12 @@ there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) a
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-Of a batch the share --real-ratio is data, without penalty. u is the --penalty, of the elites k in standard deviations
-of the data: max_k |std_k| (max_std, section 4.3) or |sqrt(E_k[std_k^2] + Var_k[mean_k])| (ensemble_std).
+Of a batch the share --real-ratio is data, without penalty. u is the --penalty, of the elites k, with s in deviations of
+the data and r as scaled: max_k |std_k| (max_std, section 4.3) or |sqrt(E_k[std_k^2] + Var_k[mean_k])| (ensemble_std).
 
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: u is over the elites and in standard deviations of the data; the authors' is over all members and in the
+Differences: u is over the elites, with s in deviations of the data; the authors' is over all members and in the
 environment's units. z is normalised. Each member draws every batch anew, stops on its own and has its own bounds of
 variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one step trains
 pi, Q and the temperature. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model.

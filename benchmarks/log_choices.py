@@ -4,11 +4,12 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from log_cells import Table, count_blanks, is_blank, to_flags, to_floats
+from log_cells import Table, as_text, count_blanks, is_blank, to_flags, to_floats
 
 from common.command_line import BadInput, check
 
 MOST_CHOICES = 1000  # a column of more different values is taken for an amount, or an id
+NOT_KNOWN = "na", "nan", "n/a", "#n/a", "null"  # how programs write a blank cell among numbers
 
 
 class Choices(NamedTuple):
@@ -29,7 +30,7 @@ def read_choices(
     cells = to_names(table, name, used)
     lists = None if legal_list is None else split_lists(table, legal_list)
     known = {*cells[used], *legal_columns, *(each for listed in lists or [] for each in listed)}
-    names = sorted(known, key=lambda each: (0, int(each), "") if is_whole(each) else (1, 0, each))
+    names = sorted(known, key=lambda each: (0, int(each), each) if is_whole(each) else (1, 0, each))
     where = f"{table.path}, column {name}"
     advice = "amounts are columns that begin with --action-prefix"
     check(len(names) <= MOST_CHOICES, f"{where} holds {len(names)} different values, too many for choices: {advice}")
@@ -65,22 +66,27 @@ def check_legal(table: Table, legal: np.ndarray, taken: np.ndarray, used: np.nda
 
 
 def to_names(table: Table, name: str, used: np.ndarray) -> np.ndarray:
-    """A column [rows] of choices as texts: 2 of 2, 2.0 and "2". Raises BadInput where a `used` cell is blank, or a
-    number with a fraction.
+    """A column [rows] of choices as texts: 2 of 2, 2.0 and "2"; else as they are written, for ids may be long, or alike
+    as numbers. Raises BadInput where a `used` cell is blank, or a number with a fraction.
     """
-    blank = is_blank(table, name) & used
+    numbers, blank = to_floats(table, name), is_blank(table, name) & used
     where = f"{table.path}, column {name}"
+    words = as_text(table, name)[used & np.isnan(numbers)]
+    if words.isin(("", *NOT_KNOWN)).all():  # else "na" may be the name of a choice among others
+        blank = used & np.isnan(numbers)
     if blank.any():
         raise BadInput(f"{where}: {count_blanks(table, blank)}: each step needs the choice that was taken")
-    numbers = to_floats(table, name)
     fractions = used & np.isfinite(numbers) & (numbers % 1 != 0)
     if fractions.any():
         row = int(np.argmax(fractions))
         what = f"{where}: {numbers[row]:g} in row {table.data.index[row] + 1} is no choice"
         raise BadInput(f"{what}: amounts are columns that begin with --action-prefix")
-    if table.data[name].dtype.kind == "b" or not np.isfinite(numbers[used]).all():
-        return table.data[name].astype(str).str.strip().to_numpy()
-    return np.array([f"{number:.0f}" for number in numbers])
+    if table.data[name].dtype.kind == "f":
+        return np.array([f"{number:.0f}" for number in numbers])
+    text, zeros = table.data[name].astype(str).str.strip(), rf"{re.escape(table.decimal)}0*$"
+    if not text[used].str.fullmatch(rf"-?\d+({zeros})?").all():
+        return text.to_numpy()
+    return text.str.replace(zeros, "", regex=True).to_numpy()
 
 
 def split_lists(table: Table, name: str) -> list[list[str]]:

@@ -93,11 +93,13 @@ def read_table(path: Path, keys: list[str], dialect: Dialect | None, args: Table
         with explain(f"cannot read {path}"), parquet.ParquetFile(path) as file:
             table = file.read(columns=keys)
     else:
-        texts = [key for key in keys if key.strip() in (args.episode, args.legal_list)]
+        texts = [key for key in keys if key.strip() in (args.episode, args.discrete_action, args.legal_list)]
         table, decimal = read_csv(path, dialect, keys, texts, args.decimal)
     check(len(table) > 0, f"{path}: the table is empty: it has a header and no rows")
     table = table.rename_columns([name.strip() for name in table.column_names])
-    return Table(path, table.to_pandas(ignore_metadata=True), decimal)  # metadata may say that a column is the index
+    exact = args.discrete_action is not None  # else, beside a blank cell, long ids would become rounded floats
+    data = table.to_pandas(ignore_metadata=True, integer_object_nulls=exact)  # metadata may say a column is the index
+    return Table(path, data, decimal)
 
 
 def in_order(names: list[str], prefix: str) -> list[str]:

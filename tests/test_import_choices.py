@@ -75,6 +75,38 @@ def test_whole_numbers_are_numbered_by_size(folder, suffix, cells):
     assert buffer.transitions.actions.tolist() == [1, 2, 2, 0, 1]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("cells", "names", "taken"),
+    [
+        (
+            [10**18 + 3, 10**18 + 2, 10**18 + 3, 10**18 + 1, 10**18 + 2, None],
+            [10**18 + n for n in (1, 2, 3)],
+            [2, 1, 2, 0, 1],
+        ),
+        (["1E5", "10E4", "1E5", "7", "7", ""], ["7", "10E4", "1E5"], [2, 1, 2, 0, 0]),
+        (["007", "7", "07", "0007", "00007", ""], ["00007", "0007", "007", "07", "7"], [2, 4, 3, 1, 0]),
+    ],
+)
+def test_ids_stay_as_they_are_written(folder, suffix, cells, names, taken):
+    """Also those that are the same number in double precision."""
+    cells = pd.Series(cells, dtype="Int64" if None in cells else object)
+    dataset, buffer = imported(table(dose=cells), folder, suffix=suffix)
+    assert dataset.action_names == [str(name) for name in names]
+    assert buffer.transitions.actions.tolist() == taken
+
+
+def test_whole_numbers_may_have_decimal_commas(folder):
+    values = table(dose=["2,0", "10", "2", "10,0", "2", ""], obs_age=np.arange(6), reward=np.arange(6))
+    dataset, buffer = imported(values, folder, "--decimal", ",")
+    assert dataset.action_names == ["2", "10"] and buffer.transitions.actions.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_na_is_a_choice_among_words(folder):
+    dataset, _ = imported(table(dose=["low", "NA", "low", "NA", "low", ""]), folder)
+    assert dataset.action_names == ["NA", "low"]
+
+
 def test_logical_values_are_two_choices(folder):
     dataset, buffer = imported(table(dose=[True, False, True, False, True, False]), folder, suffix=".parquet")
     assert dataset.action_names == ["False", "True"] and buffer.transitions.actions.tolist() == [1, 0, 1, 0, 1]
@@ -130,6 +162,11 @@ def test_densities_of_amounts_may_be_above_1(folder):
             {"dose": ["low", None, "high", "none", "low", ""]},
             [],
             "column dose: 1 of 6 cells are blank, the first in row 2: each",
+        ),
+        (
+            {"dose": ["1", "NA", "2", "nan", "1", "NA"]},  # R writes what is missing so
+            [],
+            "column dose: 2 of 6 cells are blank, the first in row 2: each",
         ),
         (
             {"dose": [1, 2.5, 3, 1, 2, 3]},
