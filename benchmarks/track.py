@@ -64,8 +64,10 @@ def follow(run_dir: Path, arguments: dict[str, Any], skip: int) -> None:
     import wandb  # slow to import, and it may not be there
 
     names: Any = {name: arguments[f"wandb_{name}"] for name in ("project", "group", "entity")}
-    # a run that was killed goes on under the id that W&B keeps in this folder
-    run = wandb.init(**names, name=run_dir.name, dir=run_dir, config=arguments, resume="auto")
+    names["name"] = f"{arguments['algorithm']}-{run_dir.name}"  # in a grid the folders are 0, 1, ...
+    # W&B keeps the run's id in this folder until the run ends: a tracker that was killed, too, goes on under it
+    run = wandb.init(**names, dir=run_dir, config=arguments, resume="auto")
+    skip = skip if run.resumed else 0  # a new run of W&B's has none of the rows
     run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
     run.define_metric("dynamics/*", step_metric="dynamics/epoch")
     over = False
@@ -85,7 +87,7 @@ def main(args: Args) -> None:
     check_argument(args, "skip", args.skip >= 0, "must not be negative")
     with explain(f"no run in {args.run_dir}"):
         arguments = json.loads((args.run_dir / "args.json").read_text())
-        check({"wandb_project", "num_updates"} <= set(arguments), "args.json is not of a run")
+        check({"algorithm", "wandb_project", "num_updates"} <= set(arguments), "args.json is not of a run")
     run_dir, done = args.run_dir.resolve(), threading.Event()
     threading.Thread(target=watch, args=(run_dir, args.patience, done), daemon=True).start()
     try:

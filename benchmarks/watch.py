@@ -1,8 +1,9 @@
 """A trained policy as a moving picture: an episode of it, alone or beside one of the data.
 
-The policy plays in the evaluation environment of the run's dataset. With --beside-data, the data's episode of median
-return is shown beside it, and the policy starts where that episode did. Its recorded observations are put back into the
-environment as poses (Pendulum, CartPole, and MuJoCo's environments whose observations are positions and velocities).
+The policy plays in the evaluation environment of the run's dataset, or in the one that SAC learned in. With
+--beside-data, the data's episode of median return is shown beside it, and the policy starts where that episode did. Its
+recorded observations are put back into the environment as poses (Pendulum, CartPole, and MuJoCo's environments whose
+observations are positions and velocities).
 
 Pendulum and CartPole are drawn by pygame (`pip install -e '.[watch]'`); MuJoCo needs a GL backend, which the variable
 MUJOCO_GL names: without a screen egl, unless it says osmesa.
@@ -87,7 +88,7 @@ def main(args: Args) -> None:
 
 
 def read_run(args: Args) -> tuple[Policy, Dataset, str]:
-    """The policy, its dataset and the algorithm's name. Raises BadInput."""
+    """The policy, its dataset (of SAC, an empty one) and the algorithm's name. Raises BadInput."""
     policy = load_policy(args.run_dir, args.script)
     with explain(f"cannot read {args.run_dir / 'args.json'}"):
         saved = json.loads((args.run_dir / "args.json").read_text())
@@ -96,7 +97,13 @@ def read_run(args: Args) -> tuple[Policy, Dataset, str]:
         check(texts, "dataset_id, env_id and algorithm must be texts")
     named = args.env_id is not None or ":" not in str(env_id)  # no file says what is imported
     check(named, f"give --env-id {env_id}, or another one: its module would be run")
-    return policy, load_dataset(dataset_id, env_id, discrete=policy.discrete), str(name)
+    if dataset_id == saved.get("env_id"):  # SAC and MBPO learn from no dataset: the environment's id stands for it
+        check(not args.beside_data, f"--beside-data: {args.run_dir} is a run of {name}, which learns from no dataset")
+        names, bounds = [*map(str, range(policy.normalization.shape[1]))], policy.action_range.numpy()
+        dataset = Dataset(dataset_id, 0, names, *bounds, lambda: iter(()), env_id, discrete=policy.discrete)
+    else:
+        dataset = load_dataset(dataset_id, env_id, discrete=policy.discrete)
+    return policy, dataset, str(name)
 
 
 def median_episode(dataset: Dataset) -> Episode:

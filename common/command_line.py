@@ -13,6 +13,7 @@ import tyro
 from tqdm import tqdm
 
 BUILT_IN_ID = "anchorl/pendulum/mixed-v0"
+TRACKER = Path(__file__).resolve().parents[1] / "benchmarks" / "track.py"  # what --track starts
 
 
 class BadInput(ValueError): ...  # something impossible was asked for: one line, what, where, what to do. Exit code 2
@@ -88,6 +89,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (type(value) is int and not least <= value < 2**63, f"must be at least {least}"),
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
+                (name == "track" and value and not TRACKER.is_file(), f"there is no {TRACKER}: copy it, too"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (type(value) is float and name.endswith(("rate", "reward_scale")) and value <= 0, "must be positive"),
                 (name.endswith("dims") and not 1 <= min(value, default=0) <= max(value) <= 10**5, "1 to 100,000 each"),
@@ -120,8 +122,7 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
     try:
         return main(tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__))  # exit code 2, too
     except (OSError, BadInput, Diverged) as error:  # OSError: a full disk, a closed output
-        code = 1 if isinstance(error, OSError) else 2 if isinstance(error, BadInput) else 3
-        words = f"error: {error}"
+        code, words = 1 if isinstance(error, OSError) else 2 if isinstance(error, BadInput) else 3, f"error: {error}"
     except KeyboardInterrupt as stopped:
         code, words = 128 + interruption.number, str(stopped)
     interruption.close()

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import Diverged, ExperimentArgs, check, explain, interruption, warn
+from common.command_line import TRACKER, Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
 from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
 
@@ -103,8 +103,7 @@ class Run:
         if not args.resume:
             self.metrics_path.unlink(missing_ok=True)
             self.save_checkpoint()  # from here on, a run that is killed can be resumed
-        # W&B, which may fail or hang, has a process of its own, which Ctrl-C does not reach
-        track = [Path(__file__).parents[1] / "benchmarks" / "track.py", self.dir, "--skip", len([*self.rows()])]
+        track = [TRACKER, self.dir, "--skip", len([*self.rows()])]  # a process of its own, which Ctrl-C does not reach
         self.tracker = Popen([sys.executable, *map(str, track)], start_new_session=True) if args.track else None
         interruption.waiting = True
 

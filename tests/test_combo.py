@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     assert_each_trains_its_own,
+    checkpoint,
     draws,
     numpy_sample,
     numpy_twins,
@@ -92,6 +93,7 @@ def test_q_is_pushed_down_at_rollouts_and_up_at_data(learner, args):
 
 
 def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):
+    """The rest is drawn from a buffer that has room for three calls of 50 rollouts of 4 steps."""
     batches, total_loss = [], combo.total_loss
 
     def spy(learner, batch, noise, args):
@@ -101,11 +103,13 @@ def test_data_comes_first_in_a_batch(monkeypatch, tmp_path, pendulum):
     monkeypatch.setattr(combo, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", "0.25", "--num-updates", "4", "--dynamics-hidden-dims", "8"]
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+    arguments += ["--rollout-length", "4", "--rollouts-kept", "3"]
     run = run_script(
         "combo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
     )
     assert run.returncode == 0, run.stderr
     assert len(batches) == 4
+    assert len(checkpoint(tmp_path / "run")["learner"]["model_buffer"]["rewards"]) == 3 * 50 * 4
     data = pendulum.transitions
     for batch in batches:
         real = torch.isin(batch.rewards, data.rewards)
@@ -126,3 +130,14 @@ def test_rollouts_take_the_policys_actions(learner, args):
     raw = torch.tensor([[0.0], [1.0]])
     actions = combo.rollout(learner.actor, learner.dynamics, random_batch(10), raw, "Pendulum", args).actions
     assert actions.shape == (50, 2) and actions.mean() > 0.8 and actions.abs().max() <= 1
+
+
+def test_rollouts_draw_the_policys_actions(learner, args):
+    """Of a policy that is standard normal before tanh; its mean action would always be 0."""
+    args.rollout_length = 2
+    with torch.no_grad():
+        for parameter in (*learner.actor.mean.parameters(), *learner.actor.log_std.parameters()):
+            parameter.zero_()
+    raw = torch.tensor([[0.0], [1.0]])
+    rolled = combo.rollout(learner.actor, learner.dynamics, random_batch(500), raw, "Pendulum", args)
+    assert rolled.actions.atanh().std().item() == pytest.approx(1, rel=0.1)

@@ -5,7 +5,7 @@ import math
 import mopo
 import pytest
 import torch
-from conftest import random_batch, run_script, sac_learner
+from conftest import checkpoint, random_batch, run_script, sac_learner
 
 
 @pytest.fixture
@@ -34,6 +34,17 @@ STD = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]], [[6.0, 8.0]]])
 )
 def test_uncertainty_by_hand(penalty, expected):
     assert mopo.uncertainty(MEAN, STD, penalty).tolist() == pytest.approx([expected])
+
+
+def test_rollouts_draw_the_policys_actions(learner, args):
+    """Of a policy that is standard normal before tanh; its mean action would always be 0."""
+    args.rollout_length = 2
+    with torch.no_grad():
+        for parameter in (*learner.actor.mean.parameters(), *learner.actor.log_std.parameters()):
+            parameter.zero_()
+    raw = torch.tensor([[0.0], [1.0]])
+    rolled, _ = mopo.rollout(learner.actor, learner.dynamics, random_batch(500), raw, "Pendulum", args)
+    assert rolled.actions.atanh().std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_rewards_of_the_model_are_penalised(args):
@@ -76,6 +87,7 @@ def test_update_leaves_the_dynamics_alone_and_the_target_follows(learner, args):
 
 @pytest.mark.parametrize(("real_ratio", "num_real"), [("0", 0), ("0.25", 4), ("1", 16)])
 def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_path, pendulum):
+    """Rollouts are drawn from a buffer that has room for three calls of 50 rollouts of 4 steps."""
     batches, total_loss = [], mopo.total_loss
 
     def spy(learner, batch, noise, args):
@@ -85,11 +97,13 @@ def test_batches_mix_data_and_rollouts(real_ratio, num_real, monkeypatch, tmp_pa
     monkeypatch.setattr(mopo, "total_loss", spy)
     arguments = ["--batch-size", "16", "--real-ratio", real_ratio, "--num-updates", "4", "--dynamics-hidden-dims", "8"]
     arguments += ["--rollout-batch-size", "50", "--max-dynamics-epochs", "1", "--dynamics-batch-size", "2048"]
+    arguments += ["--rollout-length", "4", "--rollouts-kept", "3"]
     run = run_script(
         "mopo", *arguments, "--eval-episodes", "1", "--final-eval-episodes", "1", "--run-dir", str(tmp_path / "run")
     )
     assert run.returncode == 0, run.stderr
     assert len(batches) == 4
+    assert len(checkpoint(tmp_path / "run")["learner"]["model_buffer"]["rewards"]) == 3 * 50 * 4
     data = pendulum.transitions
     for batch in batches:
         assert batch.rewards.shape == (16,)

@@ -15,6 +15,8 @@ from conftest import ROOT, SHORT, assert_one_line, run_script
 from filelock import FileLock
 from wandb.proto import wandb_internal_pb2
 
+from common.command_line import TRACKER
+
 
 def wandb_records(path):
     """The protobuf records of a .wandb file: a header of 7 bytes, then LevelDB's log format in blocks of 32 KiB."""
@@ -54,7 +56,7 @@ class Recorder:
     """Stands for wandb's run."""
 
     def __init__(self):
-        self.settings, self.rows, self.summary, self.finished = {}, [], {}, 0
+        self.settings, self.rows, self.summary, self.finished, self.resumed = {}, [], {}, 0, True
 
     def init(self, **settings):
         self.settings = settings
@@ -90,12 +92,19 @@ def test_a_finished_run_is_shown_whole(run_dir, recorder, monkeypatch):
     assert [row["step"] for row in recorder.rows] == [10, 20, 30] and recorder.finished == 1
     assert recorder.summary["num_updates"] == 30 and "final_returns" not in recorder.summary
     assert recorder.settings["config"]["algorithm"] == "bc" and recorder.settings["project"] == "mine"
-    assert recorder.settings["dir"] == run_dir and recorder.settings["name"] == "run"  # from wherever W&B writes
+    assert recorder.settings["dir"] == run_dir and recorder.settings["name"] == "bc-run"  # from wherever W&B writes
 
 
 def test_a_resumed_run_goes_on_with_what_is_new(run_dir, recorder):
     assert run_script("track", str(run_dir), "--skip", "2").returncode == 0
     assert [row["step"] for row in recorder.rows] == [30]
+
+
+def test_what_is_new_to_wandb_gets_all_rows(run_dir, recorder):
+    """A training that was killed alone let its tracker end the run of W&B's: resumed, it is another one."""
+    recorder.resumed = False
+    assert run_script("track", str(run_dir), "--skip", "2").returncode == 0
+    assert [row["step"] for row in recorder.rows] == [10, 20, 30]
 
 
 def test_the_result_of_a_shorter_run_is_not_this_ones(run_dir, recorder):
@@ -111,7 +120,7 @@ def test_rows_are_shown_as_they_come(tmp_path, recorder):
             time.sleep(0.02)
         return [row["step"] for row in recorder.rows]
 
-    arguments = dict.fromkeys(("wandb_project", "wandb_group", "wandb_entity", "num_updates"))
+    arguments = dict.fromkeys(("algorithm", "wandb_project", "wandb_group", "wandb_entity", "num_updates"))
     metrics = tmp_path / "metrics.csv"
     with FileLock(tmp_path / ".lock"):
         thread = threading.Thread(target=track.follow, args=(tmp_path, arguments, 0))
@@ -174,6 +183,15 @@ def test_an_outage_does_not_reach_the_training(tmp_path, capfd):
     assert run.returncode == 0 and "warning" not in run.stderr
     assert (tmp_path / "run" / "result.json").exists()
     assert capfd.readouterr().err.count("warning: W&B failed (OSError('no network')): training goes on") == 1
+
+
+def test_no_tracker_is_one_line_before_the_run(tmp_path, monkeypatch):
+    """As beside a copy of a script and common/ alone."""
+    assert track.__file__ == str(TRACKER)
+    monkeypatch.setattr("common.command_line.TRACKER", tmp_path / "track.py")
+    run = run_script("bc", "--track", "--run-dir", str(tmp_path / "run"))
+    assert_one_line(run, f"--track True: there is no {tmp_path}/track.py: copy it, too")
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_run_is_one_line(tmp_path):

@@ -5,7 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import SHORT, assert_one_line, random_episode, run_script, write_policy
+from conftest import SHORT, SHORTER, assert_one_line, random_episode, run_script, write_policy
 from PIL import Image
 from watch import median_episode, set_pose
 
@@ -98,6 +98,19 @@ def test_the_environment_of_a_run_is_no_code_that_is_run(tmp_path):
     pytest.importorskip("pygame")
     run = run_script("watch", *words, "--env-id", "gymnasium:Pendulum-v1")
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "mbpo"])
+def test_a_policy_that_learned_from_no_dataset_plays_alone(algorithm, tmp_path):
+    words = [*FEW, *SHORTER[algorithm], "--num-updates", "2", "--run-dir", str(tmp_path / "run")]
+    assert run_script(algorithm, *words).returncode == 0
+    words = [str(tmp_path / "run"), "--out", str(tmp_path / "policy.gif"), "--max-steps", "3"]
+    assert_one_line(run_script("watch", *words, "--beside-data"), f"{algorithm}, which learns from no dataset")
+    assert_one_line(run_script("watch", *words, "--env-id", "CartPole-v1"), "actions must be vectors of real numbers")
+    pytest.importorskip("pygame")
+    run = run_script("watch", *words)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"{algorithm} on Pendulum-v1: return ")
 
 
 def test_no_environment_is_one_line(tmp_path, make_dataset):
