@@ -99,8 +99,8 @@ def read_run(args: Args) -> tuple[Policy, Dataset, str]:
     check(named, f"give --env-id {env_id}, or another one: its module would be run")
     if dataset_id == saved.get("env_id"):  # SAC and MBPO learn from no dataset: the environment's id stands for it
         check(not args.beside_data, f"--beside-data: {args.run_dir} is a run of {name}, which learns from no dataset")
-        names, bounds = [*map(str, range(policy.normalization.shape[1]))], policy.action_range.numpy()
-        dataset = Dataset(dataset_id, 0, names, *bounds, lambda: iter(()), env_id, discrete=policy.discrete)
+        names, (low, high) = [*map(str, range(policy.normalization.shape[1]))], policy.action_range.numpy()
+        dataset = Dataset(dataset_id, 0, names, low, high, lambda: iter(()), env_id, discrete=policy.discrete)
     else:
         dataset = load_dataset(dataset_id, env_id, discrete=policy.discrete)
     return policy, dataset, str(name)

@@ -38,6 +38,7 @@ FOLDERS: tuple[str, ...] = (
     "hopper-more",
     "walker2d-medium-expert",
     "halfcheetah-medium-expert",
+    "medium-expert-50k",
 )
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
 COLUMNS = {  # of README.md's table
