@@ -25,18 +25,20 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
 
     A run that failed has a `problem`, and the same value at every evaluation: `failed_score` or, without one and where
     returns stand for scores, the dataset's lowest, and of scores at most 0, the random policy's. Where nothing of the
-    dataset was evaluated it has one row, and no value.
+    dataset was evaluated it has one row, and no value. Runs that ended well and were not evaluated, as where no
+    environment is named, have no row: `attrs["unevaluated"]` counts them by dataset.
 
     Raises BadInput for a file that is none of run.py's, and for a run that is there twice.
     """
     files = [_read_file(path / "evaluations.csv" if path.is_dir() else path, unequal) for path in paths]
-    both = pd.concat([table for pair in files for table in pair], ignore_index=True)
+    both = pd.concat([table for tables in files for table in tables[:2]], ignore_index=True)
     twice = both[both.duplicated([*KEYS, "num_updates"]) | (both.groupby(KEYS)["source"].transform("nunique") > 1)]
     run = " ".join(map(str, twice[KEYS].to_numpy()[:1].flat))
     check(twice.empty, f"{run} is in more than one of the files, or has two rows of an update")
 
-    rows = pd.concat([evaluations for evaluations, _ in files], ignore_index=True)
-    check(len(rows) > 0, "nothing to report on: no run ended well")
+    rows = pd.concat([evaluations for evaluations, _, _ in files], ignore_index=True)
+    why = "no run was evaluated (no environment, or none ended well)"
+    check(len(rows) > 0, f"nothing to report on: {why}: benchmarks.select compares policies by the data alone")
     datasets = rows.groupby("dataset_id")
     scored = rows["score"].notna().groupby(rows["dataset_id"]).transform("all")
     rows["unit"] = np.where(scored, "score", "return")
@@ -46,18 +48,20 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
     spread = numbers.transform("max") - numbers.transform("min")
     rows["episode_error"] *= (spread["score"] / spread["return_mean"]).where(scored, 1.0)  # of a return: of its score
 
-    failed = pd.concat([failures for _, failures in files], ignore_index=True)
+    failed = pd.concat([failures for _, failures, _ in files], ignore_index=True)
     failed = failed.merge(rows[["dataset_id", "unit", "num_updates"]].drop_duplicates(), on="dataset_id", how="left")
     failed["num_updates"] = failed["num_updates"].fillna(0).astype(int)
     lowest = failed["dataset_id"].map(datasets["value"].min()).astype(float)
     random = lowest.clip(upper=0.0) if failed_score is None else failed_score
     failed["value"] = failed["final"] = lowest.where(failed["unit"] != "score", random)
     rows = pd.concat([rows.assign(problem=""), failed], ignore_index=True)
-    return rows.sort_values([*KEYS, "num_updates"], kind="stable")
+    rows = rows.sort_values([*KEYS, "num_updates"], kind="stable")
+    rows.attrs["unevaluated"] = pd.concat([runs for _, _, runs in files])["dataset_id"].value_counts().to_dict()
+    return rows
 
 
-def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The evaluations, and the runs that failed."""
+def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The evaluations, the runs that failed, and those that ended well and were not evaluated."""
     check(file.is_file(), f"no {file}: give a folder that benchmarks/run.py wrote, or its evaluations.csv")
     results = file.with_name("results.csv")
     rows = _read_table(file, NEEDED)
@@ -72,11 +76,16 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
         planned = runs.assign(problem="")
     else:  # on a dataset all algorithms the same seeds
         planned = runs[KEYS[:2]].drop_duplicates().merge(runs[KEYS[1:]].drop_duplicates()).assign(problem="missing")
-    failed = planned.merge(runs, how="left", indicator="there").query("there == 'left_only'").drop(columns="there")
-    check(len(rows) + len(failed) > 0, f"{file}: holds no evaluation")
+    check(len(rows) + len(cells) > 0, f"{file}: holds no evaluation")
+    failed, unevaluated = _without(planned, runs), _without(_without(cells[KEYS], planned[KEYS]), runs)
     known = [name for name in [*KNOWN, *FINAL] if name not in rows]
     rows = rows.merge(cells.reindex(columns=[*KEYS, *known]), on=KEYS, how="left")
-    return rows[[*NEEDED, *KNOWN, *FINAL]].assign(source=str(file)), failed.assign(source=str(file))
+    return rows[[*NEEDED, *KNOWN, *FINAL]].assign(source=str(file)), failed.assign(source=str(file)), unevaluated
+
+
+def _without(some: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `some` whose KEYS are not among those of `runs`."""
+    return some.merge(runs, how="left", indicator="there").query("there == 'left_only'").drop(columns="there")
 
 
 def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:

@@ -175,6 +175,7 @@ def notes(rows: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
         rows.dropna(subset="value").groupby(KEYS).filter(lambda run: len(run) <= 5)["dataset_id"].unique()
     )
     returns = ", ".join(runs[runs["unit"] == "return"]["dataset_id"].unique())
+    quiet = ", ".join(f"{count} on {dataset_id}" for dataset_id, count in rows.attrs["unevaluated"].items())
     lacking = gaps(runs)
     seeds = f"{fewest} seeds" if fewest > 1 else "one seed"
     lines_if = {
@@ -184,6 +185,8 @@ def notes(rows: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
         f"{fewest} to {most} seeds: the fewer, the less sure": fewest < most,
         f"five evaluations or fewer, so the last five are the whole run: {short}": short,
         f"no reference scores, so returns, which are not compared over datasets: {returns}": returns,
+        "runs that ended well but were not evaluated (no environment?) and are not here; benchmarks.select compares "
+        f"policies by the data alone: {quiet}": quiet,
         f"means over datasets, who beats whom and profiles need each algorithm on each; missing: {lacking}": lacking,
     }
     return lines + [line for line, applies in lines_if.items() if applies]

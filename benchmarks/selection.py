@@ -45,7 +45,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from report import STYLE, markdown
 from scratch import replace
 
-from common.command_line import check, explain, warn
+from common.command_line import check, check_argument, explain, warn
 from common.data import load_dataset
 from common.evaluation import NoEnvironment, evaluate, load_policy, load_script, make_environments
 
@@ -75,6 +75,8 @@ class Args:
     """episodes of --truth"""
     script: Path | None = None
     """path of the script that trained the policies, if it is not in algorithms/"""
+    gamma: float = 0.0
+    """discount; 0: that of the runs"""
     num_updates: int = 10_000
     """gradient steps of each network that ope.py fits"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -289,11 +291,12 @@ def page(text: list[str], tables: list[pd.DataFrame], image: bytes) -> str:
 
 def main(args: Args) -> None:
     check(args.top >= 1 and args.eval_episodes >= 1, "--top and --eval-episodes must be at least 1")
+    check_argument(args, "gamma", 0 <= args.gamma < 1, "must be in (0, 1), or 0 for that of the runs")
     policies = find_policies(args)
     with explain(f"--out {args.out}: cannot be made"):
         args.out.mkdir(parents=True, exist_ok=True)
     ope: Any = load_script("ope")
-    names = "held_out", "script", "num_updates", "hidden_dims", "tau", "seed"
+    names = "held_out", "script", "gamma", "num_updates", "hidden_dims", "tau", "seed"
     ope.main(ope.Args(policies=policies, out=args.out / "ope.json", **{name: getattr(args, name) for name in names}))
     result = json.loads((args.out / "ope.json").read_text())
     table = table_of(result, args.by)

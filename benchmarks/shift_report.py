@@ -6,7 +6,7 @@ than ten: of short pieces) is left out of all that is fitted or searched. At the
 `data` is D's own, `policy` is pi(s), `random` is drawn uniformly, of discrete ones among the legal. The numbers of
 `data` are the scale. `visits` are the (s, a) of pi's own episodes in the environment.
 
-    G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01
+    G           sum_t gamma^t r_t from a visit on, beyond the time limit, until gamma^t < 0.01; none if cut before
     S           standard deviation of the discounted returns-to-go in D: what Q has to tell apart
     Q above     share of Q(s, a) > max(r_max, r_max / (1 - gamma)) + S / 10, r_max the highest reward in D: too high to
                 be true
@@ -181,7 +181,7 @@ def judge_values(scene: Scene) -> Findings:
     shares = {name: float((values > possible).float().mean()) for name, values in mean.items()}
     rows.append(judged(f"Q above {possible:.4g}", shares, ".1%", "at most 10%", lambda share: share > 0.1))
     panels: Panels = {}
-    if visits is not None:
+    if visits is not None and bool(visits.returns.isfinite().any()):
         known = visits.returns.isfinite()
         came, believed = visits.returns[known], mean["visits"][known]
         bias = float((believed - came).mean()) / max(spread, 1e-9)
@@ -331,7 +331,7 @@ def draw_training(axes: Any, run: Trained) -> None:
 def draw_returns(axes: Any, returns: dict[str, Tensor]) -> None:
     axes.set(title="Q where the policy goes", xlabel="discounted return that came, G", ylabel="Q")
     if not returns:
-        axes.text(0.5, 0.5, "no critic, or no environment", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no critic, or no G", ha="center", transform=axes.transAxes)
         return
     axes.scatter(returns["came"], returns["believed"], s=4, color=COLOURS["visits"], linewidths=0, rasterized=True)
     axes.axline((float(returns["came"].mean()),) * 2, slope=1, color="black", linewidth=1, label="Q = G")
@@ -379,6 +379,8 @@ def main(args: Args) -> None:
         print(f"skipped, for {run.args.algorithm} has one critic: critics")
     if visits is None:
         print("skipped, for there is no environment: visits")
+    elif run.critic is not None and "returns" not in panels:
+        print("skipped, for every episode was cut too soon to know it: G")
     print("", *headlines(rows), sep="\n")
     if args.out is not None:
         draw(run, rows, panels, args.out)

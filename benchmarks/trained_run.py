@@ -21,6 +21,8 @@ from common.data import ReplayBuffer, flatten_observations, hold_out, load_datas
 from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
 
+MOST_FURTHER = 10_000  # steps that an episode is played on after its time limit, for its G
+
 
 class Trained(NamedTuple):
     """A run, read from its folder. Its actions are vectors in [-1, 1], discrete ones one-hot vectors of num_actions."""
@@ -150,7 +152,9 @@ class Recorder(gym.Wrapper):
 
 
 def visit(run: Trained, num_episodes: int) -> Visits | None:
-    """Plays the policy; None without an environment. For gamma 1, G is known of episodes that terminate alone."""
+    """Plays the policy; None without an environment. In an episode that was cut, G is known of a visit if gamma^t is
+    below 0.01 at the cut: for gamma 1 of none, and of fewer where that takes more than MOST_FURTHER steps.
+    """
     buffer, dataset, gamma = run.buffer, run.buffer.dataset, run.gamma
     if not num_episodes or dataset.env_id is None:
         return None
@@ -160,16 +164,16 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
         warn(f"{reason}: there are no visits")
         return None
     limit = recorders[0].spec.max_episode_steps
-    horizon = min(10_000, math.ceil(math.log(0.01) / math.log(gamma))) if 0 < gamma < 1 else 1
+    horizon = math.ceil(math.log(0.01) / math.log(gamma)) if 0 < gamma < 1 else 1
     for recorder in recorders:
-        recorder.set_wrapper_attr("_max_episode_steps", limit + horizon)  # of Gymnasium's TimeLimit
+        recorder.set_wrapper_attr("_max_episode_steps", limit + min(MOST_FURTHER, horizon))  # of Gymnasium's TimeLimit
     evaluate(run.policy, recorders)
     columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for number, episode in enumerate(recorders):
         rewards = run.reward_scale * (torch.tensor(episode.rewards, dtype=torch.float64) + run.reward_shift)
         returns = discounted_returns(rewards, gamma)
         if not episode.terminated:
-            returns[max(0, len(returns) - horizon) :] = torch.nan
+            returns[max(0, len(returns) - horizon) if gamma < 1 else 0 :] = torch.nan
         numbers = torch.full((len(returns),), number)
         fields = torch.stack(episode.observations[:-1]), torch.stack(episode.actions), returns, numbers
         for column, values in zip(columns, fields, strict=True):

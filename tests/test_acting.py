@@ -79,6 +79,30 @@ def test_a_run_that_never_acts_is_refused(runs, tmp_path):
     assert_one_line(run, "bc: a run that never acts; give it --online-steps, or take it away")
 
 
+@pytest.mark.parametrize(
+    ("lacks", "line"),
+    [
+        ("online_steps", "0: a run that never acts"),
+        ("dataset_id", "cannot read the args.json of a run in .*: .*0 lacks dataset_id: take it away"),
+    ],
+)
+def test_the_run_of_an_older_version_is_one_line(runs, tmp_path, lacks, line):
+    path = runs / "iql" / "0" / "args.json"
+    saved = json.loads(path.read_text())
+    del saved[lacks]
+    path.write_text(json.dumps(saved))
+    assert_one_line(run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out")), line)
+
+
+def test_older_runs_from_scratch_have_no_online_steps(runs, tmp_path):
+    path = runs / "sac" / "args.json"
+    saved = json.loads(path.read_text())
+    del saved["online_steps"]
+    path.write_text(json.dumps(saved))
+    run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     assert_one_line(run_script(SCRIPT, str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
 

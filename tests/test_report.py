@@ -219,6 +219,9 @@ def test_of_several_datasets_without_reference_scores_none_is_compared(tmp_path,
 
 # --- Runs that failed ---
 
+NOTHING = (
+    r"no run was evaluated \(no environment, or none ended well\): benchmarks\.select compares policies by the data"
+)
 RESULTS = "algorithm,dataset_id,seed,eval_episodes,problem,final_returns,final_score,final_return_mean,num_updates\n"
 
 
@@ -298,7 +301,23 @@ def test_a_folder_where_all_failed_counts_beside_others(tmp_path):
     all_failed = grid(tmp_path / "x", {}, ["x,0,1,exit code 3,,,"])
     good = grid(tmp_path / "y", {("y", "a", 0): [50] * 3}, ["y,0,1,,,,"])
     assert report.measures(report.read((all_failed, good)))["last"].tolist() == [0, 50]
-    assert_one_line(run_script("report", str(all_failed)), "no run ended well")
+    assert_one_line(run_script("report", str(all_failed)), f"nothing to report on: {NOTHING}")
+
+
+def test_runs_without_an_environment_are_told_of(tmp_path, capsys):
+    """Alone, beside one that failed, and beside runs that were evaluated, of the same grid and of another one."""
+    unevaluated = ["x,0,1,,,,", "x,1,1,,,,", "y,0,1,,,,"]
+    for rows in (unevaluated, [*unevaluated, "y,1,1,exit code 3,,,"]):
+        assert_one_line(run_script("report", str(grid(tmp_path / "log", {}, rows))), f"report on: {NOTHING}")
+    both = grid(tmp_path / "both", {("z", "a", 0): [50] * 3}, ["z,0,1,,,,"])
+    report.main(report.Args((both,)))
+    assert "not evaluated" not in capsys.readouterr().out
+    with (both / "results.csv").open("a") as file:
+        file.write("z,log,0,1,,,,,3\nz,log,1,1,,,,,3\n")
+    report.main(report.Args((both, tmp_path / "log")))
+    text = capsys.readouterr().out
+    note = r"- runs that ended well but were not evaluated .*benchmarks\.select .*: 3 on a, 2 on log\n"
+    assert re.search(note, text) and "| a | z | 1 | 0 |" in text and "log | z" not in text
 
 
 def test_a_run_that_failed_here_and_ended_well_there_is_refused(tmp_path):

@@ -188,6 +188,8 @@ def test_kept_policies_come_in_the_order_of_their_updates(tmp_path):
         (["runs/a", "runs/a"], "a policy is named twice"),
         (["runs/a", "runs/b"], "no policy at runs/a/policy.pt: give the folder of a run that has saved a checkpoint"),
         (["runs/a", "runs/b", "--top", "0"], "--top and --eval-episodes must be at least 1"),
+        (["runs/a", "runs/b", "--gamma", "1"], "--gamma 1.0: must be in (0, 1), or 0 for that of the runs"),
+        (["runs/a", "runs/b", "--gamma", "-0.9"], "--gamma -0.9: must be in (0, 1), or 0 for that of the runs"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, line):
@@ -196,14 +198,15 @@ def test_bad_input_is_one_line(tmp_path, arguments, line):
 
 
 def test_two_runs_of_cartpole_are_ranked_beside_their_truth(tmp_path):
-    for script in ("fqi", "discrete_cql"):
-        words = ["--num-updates", "200", "--hidden-dims", "16", "--run-dir", str(tmp_path / script)]
+    for script, gamma in (("fqi", "0.99"), ("discrete_cql", "1")):
+        words = ["--gamma", gamma, "--num-updates", "200", "--hidden-dims", "16", "--run-dir", str(tmp_path / script)]
         run = run_script(script, *SHORT, *words)
         assert run.returncode == 0, run.stderr
-    small = ["--num-updates", "30", "--hidden-dims", "16", "--eval-episodes", "2"]
+    small = ["--gamma", "0.9", "--num-updates", "30", "--hidden-dims", "16", "--eval-episodes", "2"]
     paths = [str(tmp_path / name) for name in ("fqi", "discrete_cql")]
     run = run_script("benchmarks.select", *paths, "--out", str(tmp_path / "out"), "--truth", *small)
     assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "ope.json").read_text())["gamma"] == 0.9
     assert "| by chance |" in run.stdout and "truth" in run.stdout
     written = json.loads((tmp_path / "out" / "ope.json").read_text())
     assert {*written["policies"]} == {*paths}

@@ -16,10 +16,12 @@ import torch
 from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, checkpoint, random_episode, run_script
 from matplotlib.image import imread
 
+from benchmarks import shift_report
 from benchmarks.shift_report import Row, covered, headlines, judge_actions, judge_values, set_scene, table, taken_near
 
 sys.path.append(str(ROOT / "benchmarks"))
 import shift_measures as measures
+import trained_run
 from shift_actions import NUM_DRAWS, bins_of, choice_masses, draw_random, masses_of_random, vector_masses
 from trained_run import load_run, visit
 
@@ -322,12 +324,38 @@ def test_returns_that_were_cut_are_not_known(make_dataset, tmp_path):
         dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Short-v0")
         words = [*SHORT, "--num-updates", "1", "--gamma", "0.5", "--dataset-id", dataset_id]
         assert run_script("td3_bc", *words, "--run-dir", str(tmp_path / "run")).returncode == 0
-        visits = visit(load_run(tmp_path / "run"), 2)
+        run = load_run(tmp_path / "run")
+        visits, undiscounted = visit(run, 2), visit(run._replace(gamma=1.0), 2)
     finally:
         del gym.registry["Short-v0"]
     known = [2 - 0.5**k for k in (4, 3, 2, 1, 0)]
     assert visits.returns[:5].tolist() == known
     assert visits.returns[5:].isnan().all() and len(visits.returns) == 10
+    assert undiscounted.returns[:5].tolist() == [5, 4, 3, 2, 1]
+    assert undiscounted.returns[5:].isnan().all() and len(undiscounted.returns) == 10
+
+
+def test_where_gamma_1_or_a_long_horizon_leaves_visits_unknown(runs, monkeypatch):
+    """A pendulum never terminates: 200 steps to the limit, and of 0.9^t 44 until it is below 0.01."""
+    run = load_run(runs("td3_bc", "--gamma", "0.9"))
+    assert visit(run, 2).returns.isfinite().all()
+    assert visit(run._replace(gamma=1.0), 2).returns.isnan().all()
+    monkeypatch.setattr(trained_run, "MOST_FURTHER", 20)
+    known = visit(run, 2).returns.isfinite().view(2, 200)
+    assert known[:, : 200 + 20 - 44].all() and not known[:, 200 + 20 - 44 :].any()
+
+
+def test_without_a_known_g_there_is_no_verdict_on_it(runs, monkeypatch, capsys):
+    run = load_run(runs("cql"))
+    visits = visit(run, 2)
+    visits.returns[:] = torch.nan
+    found, panels = judge_values(set_scene(run, visits, 100))
+    assert [row.name.split()[0] for row in found] == ["Q", "Q", "critics"] and "returns" not in panels
+    monkeypatch.setattr(shift_report, "visit", lambda *_: visits)
+    shift_report.main(shift_report.Args(runs("cql"), num_states=60, num_updates=5))
+    text = capsys.readouterr().out
+    assert "skipped, for every episode was cut too soon to know it: G\n" in text and "nan" not in text
+    assert re.search(r"^alarming where the policy goes: \d of 4", text, flags=re.MULTILINE)
 
 
 def test_values_of_a_known_critic(runs):

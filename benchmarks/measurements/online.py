@@ -32,6 +32,7 @@ import report
 from common.command_line import check, explain, launch
 from common.data import load_dataset
 
+NEEDED = "algorithm", "dataset_id", "seed", "num_updates"  # in args.json
 COLUMNS = ["script", "seed", "steps", "value", "unit"]
 
 
@@ -49,7 +50,7 @@ class Args:
 
 def steps_of(saved: dict[str, Any], update: int) -> int:
     """Steps in the environment by then: from the switch on, or from the first random one."""
-    if saved["online_steps"]:
+    if saved.get("online_steps"):  # runs of older versions lack it, and have none
         return update - saved["num_updates"]
     return saved["random_steps"] + math.ceil(update / saved.get("updates_per_step", 1))
 
@@ -60,13 +61,16 @@ def read_runs(folder: Path) -> pd.DataFrame:
     check(bool(runs), f"{folder}: no finished run in it")
     with explain(f"cannot read the args.json of a run in {folder}"):
         saved = {run: json.loads((run / "args.json").read_text()) for run in runs}
+        for run, own in saved.items():
+            lacking = ", ".join(name for name in NEEDED if name not in own)
+            check(not lacking, f"{run} lacks {lacking}: take it away")
     ids = {own["dataset_id"] for own in saved.values() if not own.get("random_steps") or "data_ratio" in own}
     datasets = [load_dataset(dataset_id) for dataset_id in sorted(ids)]
     check(len(datasets) == 1, f"{folder}: runs on {' and '.join(sorted(ids)) or 'no dataset'}; it must be one dataset")
     scored = datasets[0].reference_returns is not None
     parts = []
     for run, own in saved.items():
-        acts = own["online_steps"] or own.get("random_steps")
+        acts = own.get("online_steps") or own.get("random_steps")
         check(bool(acts), f"{run}: a run that never acts; give it --online-steps, or take it away")
         with explain(str(run / "metrics.csv")):
             rows = pd.read_csv(run / "metrics.csv").dropna(subset="eval/return_mean")
