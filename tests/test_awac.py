@@ -120,6 +120,8 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": awac.actor_loss(learner.actor, u, batch, args.beta)[0],
     }
     assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic"))
+    total, _ = awac.total_loss(learner, batch, noise, args)
+    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 def test_update_moves_the_target_by_tau(learner, args):

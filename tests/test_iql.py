@@ -119,6 +119,7 @@ def test_value_rises_above_the_mean_with_the_expectile(expectile, expected):
 
 
 def test_each_loss_trains_its_own_network_only(learner, args):
+    perturb(learner.target_critic)
     batch = random_batch()
     u = iql.advantage(learner.value, learner.target_critic, batch)
     losses = {
@@ -127,6 +128,8 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": iql.actor_loss(learner.actor, u, batch, args.beta, args.weight_clip)[0],
     }
     assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic", "value"))
+    total, _ = iql.total_loss(learner, batch, args)
+    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 def test_update_moves_the_target_by_tau(learner, args):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rebrac
 import torch
-from conftest import assert_one_line, numpy_mlp, random_batch, run_script
+from conftest import SHORT, assert_one_line, numpy_mlp, random_batch, run_script
 
 from common.optim import Adam
 
@@ -96,24 +96,22 @@ def test_the_data_act_at_s_prime_as_in_the_next_row_of_the_episode():
     np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=1e-6)
 
 
-def test_a_run_hands_the_next_actions_to_its_updates(pendulum, tmp_path):
-    arguments = [
-        "--hidden-dims",
-        "8",
-        "8",
-        "--num-updates",
-        "3",
-        "--log-every",
-        "1",
-        "--eval-episodes",
-        "1",
-        "--final-eval-episodes",
-        "1",
-    ]
-    run = run_script("rebrac", *arguments, "--run-dir", str(tmp_path / "run"))
-    assert run.returncode == 0, run.stderr
-    header, *rows = (line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines())
-    assert all(float(row[header.index("critic/penalty")]) > 0 for row in rows)
+def test_a_run_hands_the_next_actions_to_its_updates(pendulum, tmp_path, monkeypatch):
+    batches, critic_loss = [], rebrac.critic_loss
+
+    def spy(learner, batch, *others):
+        batches.append(batch)
+        return critic_loss(learner, batch, *others)
+
+    monkeypatch.setattr(rebrac, "critic_loss", spy)
+    arguments = ["--num-updates", "3", "--batch-size", "64", *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("rebrac", *arguments).returncode == 0
+    data = pendulum.transitions
+    following = rebrac.following_actions(data.actions, pendulum.episode_lengths)
+    assert len(batches) == 3
+    for batch in batches:
+        rows = (batch.observations[:, None] == data.observations).all(dim=-1).int().argmax(dim=1)
+        torch.testing.assert_close(batch.next_actions, following[rows], equal_nan=True)
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner, args):
@@ -149,10 +147,12 @@ def test_the_actors_update_leaves_the_critic_alone(learner, args):
 
 
 def test_targets_move_by_tau(learner, args):
-    before = [parameter.clone() for parameter in learner.target_critic.parameters()]
+    before = copy.deepcopy(learner)
     rebrac.update(learner, batch_of_the_data(), 2, args)
-    for old, new, online in zip(before, learner.target_critic.parameters(), learner.critic.parameters(), strict=True):
-        torch.testing.assert_close(new, old + args.tau * (online - old))
+    for name in ("actor", "critic"):
+        networks = getattr(before, f"target_{name}"), getattr(learner, f"target_{name}"), getattr(learner, name)
+        for old, new, online in zip(*(network.parameters() for network in networks), strict=True):
+            torch.testing.assert_close(new, old + args.tau * (online - old))
 
 
 @pytest.mark.parametrize("flag", ["--actor-beta", "--critic-beta"])

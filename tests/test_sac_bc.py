@@ -105,6 +105,8 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     assert_each_trains_its_own(losses, sac_networks(learner))
     imitation, _ = sac_bc.imitation_loss(*learner.actor.distribution(batch.observations), batch.actions)
     assert_each_trains_its_own({"actor": imitation}, sac_networks(learner))
+    total, _ = sac_bc.total_loss(learner, batch, noise, args)
+    assert total.item() == pytest.approx((sum(losses.values()) + args.alpha * imitation).item(), rel=1e-5)
 
 
 def test_bad_input_is_one_line(tmp_path):
