@@ -1,3 +1,5 @@
+"""Each network learns at the rate of its own, which the defaults, being equal, do not show."""
+
 import importlib
 
 import pytest
