@@ -56,7 +56,8 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
     failed["value"] = failed["final"] = lowest.where(failed["unit"] != "score", random)
     rows = pd.concat([rows.assign(problem=""), failed], ignore_index=True)
     rows = rows.sort_values([*KEYS, "num_updates"], kind="stable")
-    rows.attrs["unevaluated"] = pd.concat([runs for _, _, runs in files])["dataset_id"].value_counts().to_dict()
+    unevaluated = pd.concat([runs for _, _, runs in files]).drop_duplicates()
+    rows.attrs["unevaluated"] = unevaluated["dataset_id"].value_counts().to_dict()
     return rows
 
 

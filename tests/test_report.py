@@ -313,7 +313,7 @@ def test_runs_without_an_environment_are_told_of(tmp_path, capsys):
     report.main(report.Args((both,)))
     assert "not evaluated" not in capsys.readouterr().out
     with (both / "results.csv").open("a") as file:
-        file.write("z,log,0,1,,,,,3\nz,log,1,1,,,,,3\n")
+        file.write("z,log,0,1,,,,,3\nz,log,1,1,,,,,3\nx,a,0,1,,,,,3\n")  # the last in both folders
     report.main(report.Args((both, tmp_path / "log")))
     text = capsys.readouterr().out
     note = r"- runs that ended well but were not evaluated .*benchmarks\.select .*: 3 on a, 2 on log\n"
