@@ -14,11 +14,12 @@ Paper: Nair, Gupta, Dalal, Levine, "AWAC: Accelerating Online Reinforcement Lear
 arXiv 2006.09359.
 Differences: as in the authors' code, weights are divided by their mean over the batch (the paper has a factor 1 / Z(s)
 and then leaves it out), and each loss sees the other network as it was before the step. The authors' actor has four
-hidden layers (MuJoCo), a weight decay of 1e-4 and a standard deviation between exp(-6) and 1; here the actor is
-iql.py's. Their batches have 128 rows offline and 1,024 online. Actions drawn from pi are clipped to the environment's
-range. Observations are normalised. Layers start as PyTorch's do; the authors' start with biases of 0 and with last
-layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the critics). With --online-steps pi takes a step before each
-update; the authors take 1,000 steps, and then as many updates. Theirs, too, draw from data and new steps alike.
+hidden layers (MuJoCo), a weight decay of 1e-4 and a standard deviation between exp(-6) and 1, at first exp(-3); here
+the actor is iql.py's, whose starts at 1. Their batches have 128 rows offline and 1,024 online. Actions drawn from pi
+are clipped to the environment's range. Observations are normalised. Layers start as PyTorch's do, and target critics as
+copies; the authors' start with biases of 0, with last layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the
+critics), and target critics with weights of their own. With --online-steps pi takes a step before each update; the
+authors take 1,000 steps, and then as many updates. Theirs, too, draw from data and new steps alike.
 
 Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -16,7 +16,8 @@ Differences: |.|^2 is a sum over the action's dimensions, as in the authors' cod
 time limit cut, the data hold no action at s': the target of that step has no price (the authors drop the step). The
 import of D4RL files that lack next observations drops it, too; then the step before it has no price. Observations are
 normalised. Layers start as PyTorch's do; the authors' start with biases of 0.1 and with last layers near 0 (uniform
-within 1e-3 in the actor, 3e-3 in the critic). As theirs, evaluations are of the actor, not of the target actor.
+within 1e-3 in the actor, 3e-3 in the critic). Their target actor follows the actor as it was before the step. As
+theirs, evaluations are of the actor, not of the target actor.
 
 Run: python algorithms/rebrac.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -12,9 +12,10 @@ target critic and `temperature` SAC's entropy coefficient:
            lambda = 1 / E|min_i Q_i(s, a_pi)|,  a_pi ~ pi(.|s), differentiable
     L_temperature = E[ -temperature (log pi(a_pi | s) + target entropy) ]
 
-alpha weighs imitation: at 0 this is SAC on fixed data, but for lambda. TD3+BC's alpha weighs Q instead. A larger alpha
-learns faster and ends lower: on the built-in data 0.01, 0.1, 1 and 10 score 102.4, 100.1, 95.6 and 94.1 after 4,000
-updates, but 60, 74, 91 and 92 on average over the evaluations after 1,000, 2,000, 3,000 and 4,000 (three seeds).
+alpha weighs imitation: at 0 this is SAC on fixed data, but for lambda and the target. TD3+BC's alpha weighs Q instead.
+A larger alpha learns faster and ends lower: on the built-in data 0.01, 0.1, 1 and 10 score 102.4, 100.1, 95.6 and 94.1
+after 4,000 updates, but 60, 74, 91 and 92 on average over the evaluations after 1,000, 2,000, 3,000 and 4,000 (three
+seeds).
 
 Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
 Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.

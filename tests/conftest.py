@@ -46,8 +46,6 @@ DYNAMICS = ["--dynamics-hidden-dims", "8", "--num-models", "2", "--num-elites", 
 DYNAMICS += ["--max-dynamics-epochs", "1"]
 # after DYNAMICS: the weights that are best come before the last ones, and the best two members are not all
 SOON_BEST = ["--num-models", "3", "--max-dynamics-epochs", "3", "--dynamics-learning-rate", "1e-5"]
-for task in ("Pendulum", "CartPole"):
-    gym.register(f"{task}-brief-v0", gym.spec(f"{task}-v1").entry_point, max_episode_steps=20)
 MODEL = [*DYNAMICS, "--rollout-batch-size", "100", "--rollout-every", "100"]
 SHORTER = {
     "bcq": ["--vae-hidden-dims", "16", "16", "--num-target-actions", "3", "--num-acting-actions", "5"],
@@ -279,6 +277,10 @@ def batch_of(script: Any, data: Batch) -> Any:
         columns |= {"returns_to_go": data.rewards, "timesteps": numbers % 7, "mask": numbers % 3 > 0}
         columns = {name: torch.stack([column.roll(1, dims=0), column], dim=1) for name, column in columns.items()}
     return script.Batch(**{name: columns[name] for name in script.Batch._fields})
+
+
+gym.register("Pendulum-brief-v0", gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
+gym.register("CartPole-brief-v0", gym.spec("CartPole-v1").entry_point, max_episode_steps=20)
 
 
 def brief(algorithm: str) -> list[str]:

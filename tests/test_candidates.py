@@ -44,6 +44,10 @@ def test_what_cannot_be_asked(tmp_path, pendulum):
     assert run_script("bc", "--num-updates", "1", *SHORT, "--run-dir", str(folder)).returncode == 0
     with pytest.raises(BadInput, match=r"bc does not choose among candidates, as bcq, .* do"):
         candidates.play(folder, candidates.Args((folder,)))
+    with pytest.raises(BadInput, match=r"--csv .*: there is no folder .*none"):
+        candidates.main(candidates.Args((folder,), csv=tmp_path / "none" / "rows.csv"))
+    with pytest.raises(BadInput, match="give the folder of a run"):
+        candidates.main(candidates.Args(()))
     for wrong in ({"counts": (0,)}, {"episodes": 0}):
         with pytest.raises(BadInput, match=r"--(counts|episodes) .*0.*: must be at least 1"):
             candidates.main(candidates.Args((folder,), **wrong))

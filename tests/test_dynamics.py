@@ -408,17 +408,20 @@ class Stairs:
 
 @pytest.fixture
 def climb(script, monkeypatch):
-    """A function that gives the transitions of rollouts, from states of 0, of a policy that climbs by about 1."""
+    """A function that gives the transitions of rollouts, from states of 0, of a policy that climbs by about 1: by
+    tanh(mean + std noise), whose mean and log std may be given.
+    """
     learner, args = make_learner(script, 1, 1, rollout_length=5)
     with torch.no_grad():
-        learner.actor.mean.bias.fill_(5.0)
-        learner.actor.log_std.bias.fill_(-5.0)
-        learner.actor.mean.weight.zero_()
-        learner.actor.log_std.weight.zero_()
+        for head in (learner.actor.mean, learner.actor.log_std):
+            head.weight.zero_()
     starts = random_batch(20, 1, 1)._replace(observations=torch.zeros(20, 1))
     monkeypatch.setitem(script.TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
 
-    def roll_out(ending):
+    def roll_out(ending, mean=5.0, log_std=-5.0):
+        with torch.no_grad():
+            learner.actor.mean.bias.fill_(mean)
+            learner.actor.log_std.bias.fill_(log_std)
         halt = [torch.tensor([1.0, 0.0])] if script.__name__ == "morel" else []  # whose members here always agree
         found = script.rollout(learner.actor, Stairs, starts, torch.tensor([[10.0], [2.0]]), ending, *halt, args)
         return (
@@ -426,6 +429,13 @@ def climb(script, monkeypatch):
         )  # the others' has the uncertainties beside them
 
     return roll_out
+
+
+@rolling
+def test_rollouts_draw_the_policys_actions(climb):
+    """Of a policy that is standard normal before tanh; its mean action would always be 0."""
+    _, actions, *_ = climb("Pendulum", mean=0.0, log_std=0.0)
+    assert actions.atanh().std().item() == pytest.approx(1, rel=0.3)
 
 
 @rolling

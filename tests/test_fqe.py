@@ -398,7 +398,8 @@ def test_run_folder(tmp_path):
     assert (result["true_return_mean"], result["true_return_std"]) == pytest.approx((returns.mean(), returns.std()))
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert run.stderr.count("warning: --num-updates 50: ") == 1 and "ask for 6,000 or more" in run.stderr
-    assert "estimate" in run.stdout and "in the environment" in run.stdout
+    words = f"in the environment {returns.mean():.1f} (standard error {returns.std():.1f})"  # of two: std / sqrt(2 - 1)
+    assert "estimate" in run.stdout and words in run.stdout
 
 
 def test_discrete_actions_in_the_environment(tmp_path):

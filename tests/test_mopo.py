@@ -36,17 +36,6 @@ def test_uncertainty_by_hand(penalty, expected):
     assert mopo.uncertainty(MEAN, STD, penalty).tolist() == pytest.approx([expected])
 
 
-def test_rollouts_draw_the_policys_actions(learner, args):
-    """Of a policy that is standard normal before tanh; its mean action would always be 0."""
-    args.rollout_length = 2
-    with torch.no_grad():
-        for parameter in (*learner.actor.mean.parameters(), *learner.actor.log_std.parameters()):
-            parameter.zero_()
-    raw = torch.tensor([[0.0], [1.0]])
-    rolled, _ = mopo.rollout(learner.actor, learner.dynamics, random_batch(500), raw, "Pendulum", args)
-    assert rolled.actions.atanh().std().item() == pytest.approx(1, rel=0.1)
-
-
 def test_rewards_of_the_model_are_penalised(args):
     class Elites:
         @staticmethod

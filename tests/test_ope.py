@@ -375,6 +375,13 @@ def test_fit_behaviour_finds_the_probabilities(logged):
     assert told["log_likelihood"] > told["of_frequencies"]
 
 
+def test_one_held_out_row_has_a_likelihood():
+    """Of a single row there is no deviation that divides by n - 1."""
+    batch = ope.Batch(*(torch.rand(5, 1) for _ in range(2)), torch.rand(5), torch.rand(5, 1), torch.ones(5))
+    _, told = ope.fit_behaviour(batch, torch.arange(5) == 0, 5 * 3, 0, small(num_updates=20))
+    assert np.isfinite(list(told.values())).all()
+
+
 def test_what_is_forbidden_is_never_chosen():
     """Of three actions the mask allows two or three; where only one is left, its probability is 1."""
     torch.manual_seed(0)

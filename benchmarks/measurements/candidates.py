@@ -1,8 +1,8 @@
 """How many candidates should Q choose among? A finished run's policy, played with the first few of its candidates.
 
 For the scripts whose policy is the best by Q of --num-acting-actions proposals: bcq, bear, diffusion_ql, fql and idql.
-With one candidate Q has no say. Where the score falls as candidates are added, Q errs on actions that the data lack,
-and picks them for it. A line of the CSV file is one run and one number of candidates, over fresh episodes.
+With one candidate Q has no say. Where the score falls as candidates are added, Q tells them apart by its errors. A line
+of the CSV file is one run and one number of candidates, over fresh episodes.
 
 Run: python -m benchmarks.measurements.candidates runs/idql --counts 1 4 16 64
 """
@@ -23,8 +23,13 @@ from trained_run import load_run
 from common.command_line import check, launch
 from common.evaluation import FINAL_SEED, evaluate, make_environments
 
-NOISE = {"bcq": ("latents", 0), "bear": ("noise", 0), "diffusion_ql": ("noise", 1), "fql": ("noise", 0)}
-NOISE["idql"] = ("noise", 0)  # the actor's buffer that the candidates are made of, and along which dimension
+NOISE = {  # the actor's buffer that the candidates are made of, and along which dimension
+    "bcq": ("latents", 0),
+    "bear": ("noise", 0),
+    "diffusion_ql": ("noise", 1),
+    "fql": ("noise", 0),
+    "idql": ("noise", 0),
+}
 COLUMNS = ("algorithm", "dataset_id", "seed", "num_updates", "candidates", "return_mean", "score", "standard_error")
 
 
@@ -62,6 +67,9 @@ def play(folder: Path, args: Args) -> list[tuple]:
 
 
 def main(args: Args) -> None:
+    check(bool(args.run_dirs), "give the folder of a run, or of several")
+    there = args.csv is None or args.csv.parent.is_dir()
+    check(there, f"--csv {args.csv}: there is no folder {args.csv and args.csv.parent}")
     check(all(count >= 1 for count in args.counts), f"--counts {args.counts}: must be at least 1")
     check(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
     rows = [row for folder in args.run_dirs for row in play(folder, args)]
