@@ -25,12 +25,13 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+from warm_python import warm_python
 
 from common.command_line import BUILT_IN_ID, interruption, launch
-from common.data import BUILT_IN_DISCRETE_ID, Batch, ReplayBuffer, load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, Batch, Dataset, ReplayBuffer, load_dataset
 from common.data import Batch as Episode
 from common.data import _read_episodes as read_episodes
-from common.evaluation import Policy
+from common.evaluation import Policy, make_environments
 from common.optim import Adam
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +94,18 @@ def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ.pop("MINARI_DATASETS_PATH")
     if previous is not None:
         os.environ["MINARI_DATASETS_PATH"] = previous
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with warm_python(tmp_path_factory.mktemp("python")) as path:
+        yield path
+
+
+@pytest.fixture
+def warm(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test makes of `sys.executable` starts at once."""
+    monkeypatch.setattr(sys, "executable", python)
 
 
 @pytest.fixture(scope="session")
@@ -219,14 +232,16 @@ def read_once(dataset: minari.MinariDataset, known: dict[str, list[Episode]] = {
     return iter(known[name])
 
 
-def draw_nothing(*_: Any) -> None:
-    """In the place of a learning curve's drawing."""
+def short_environments(dataset: Dataset, count: int) -> list[gym.Env]:
+    """Those that a run of `run_script` is evaluated in: their episodes end after 20 steps."""
+    return [gym.wrappers.TimeLimit(environment, 20) for environment in make_environments(dataset, count)]
 
 
-def run_script(algorithm: str, *arguments: str, plot: bool = False, **environment: str) -> Outcome:
+def run_script(algorithm: str, *arguments: str, whole: bool = False, plot: bool = False, **environment: str) -> Outcome:
     """A script's command line in this process, which spares the seconds that a fresh one takes to import torch.
 
-    Two more half seconds: the built-in datasets are read once, and there is no learning curve without `plot`.
+    Three more half seconds: the built-in datasets are read once, evaluations end their episodes after 20 steps, if not
+    `whole`, and there is no learning curve without `plot`.
     """
     module = importlib.import_module(algorithm)
     out, err = io.StringIO(), io.StringIO()
@@ -237,6 +252,7 @@ def run_script(algorithm: str, *arguments: str, plot: bool = False, **environmen
         mock.patch.object(sys, "argv", [f"{algorithm}.py", *arguments]),
         mock.patch.dict(os.environ, environment),
         mock.patch("common.data._read_episodes", read_once),
+        contextlib.nullcontext() if whole else mock.patch("common.experiment.make_environments", short_environments),
         contextlib.nullcontext() if plot else mock.patch("common.experiment.Run._plot", lambda *_: None),
     ):
         try:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHORT, SHORTER, run_script
+from conftest import SHORT, SHORTER, run_script, short_environments
 from measurements import candidates
 from trained_run import load_run
 
@@ -21,6 +21,7 @@ def rows(folder, counts):
 
 @pytest.mark.parametrize("algorithm", sorted(candidates.NOISE))
 def test_all_candidates_are_the_policy_and_of_one_q_has_no_say(algorithm, tmp_path, monkeypatch, pendulum):
+    monkeypatch.setattr(candidates, "make_environments", short_environments)
     folder = tmp_path / "run"
     counts = [*SHORTER[algorithm], "--num-acting-actions", "5"]
     assert run_script(algorithm, "--num-updates", "3", *SHORT, *counts, "--run-dir", str(folder)).returncode == 0

@@ -26,10 +26,11 @@ from conftest import (
     checkpoint,
     random_episode,
     run_script,
+    short_environments,
 )
 
 from common.command_line import BUILT_IN_ID, BadInput, Diverged
-from common.evaluation import FINAL_SEED, evaluate, load_policy, make_environments
+from common.evaluation import FINAL_SEED, evaluate, load_policy
 from common.experiment import Run
 from common.optim import Adam
 
@@ -139,7 +140,7 @@ def test_run_folder(algorithm, tmp_path, data):
     )
     assert "score" in run.stderr  # the progress bar
 
-    environments = make_environments(data.dataset, 2)  # the policy on disk is the one that was evaluated
+    environments = short_environments(data.dataset, 2)  # the policy on disk is the one that was evaluated
     returns, lengths = evaluate(load_policy(folder), environments, 3, FINAL_SEED)
     np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-4)
     assert lengths.tolist() == result["final_lengths"]

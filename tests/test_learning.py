@@ -64,7 +64,7 @@ DISCRETE_RUNS = {
 def train(algorithm, tmp_path, arguments=""):
     """The final score of a short run, from twenty states that the curve does not start from."""
     words = f"{SMALL} {(RUNS | DISCRETE_RUNS)[algorithm]} {arguments}".split()
-    run = run_script(algorithm, *words, "--run-dir", str(tmp_path / "run"))
+    run = run_script(algorithm, *words, "--run-dir", str(tmp_path / "run"), whole=True)
     assert run.returncode == 0, run.stderr
     return json.loads((tmp_path / "run" / "result.json").read_text())["final_score"]
 

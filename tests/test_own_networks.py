@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import DISCRETE, ROOT, SHORT, SHORTER, assert_one_line, checkpoint, run_script
+from conftest import DISCRETE, ROOT, SHORT, SHORTER, assert_one_line, checkpoint, run_script, short_environments
 
 from common.command_line import BadInput
-from common.evaluation import FINAL_SEED, evaluate, load_policy, load_script, make_environments
+from common.evaluation import FINAL_SEED, evaluate, load_policy, load_script
 
 CHANGED = {"iql": "Actor", "td3_bc": "Actor", "sac_bc": "Actor", "bcq": "Decoder"}  # classes
 CHANGED |= {"discrete_iql": "Actor", "discrete_cql": "Critic"}
@@ -77,7 +77,7 @@ def test_the_policy_that_is_loaded_is_the_one_that_was_evaluated(script, change,
     path, folder = train(script, change)
     data = request.getfixturevalue("cartpole" if script in DISCRETE else "pendulum")
     policy = load_policy(folder, script=path)
-    returns, _ = evaluate(policy, make_environments(data.dataset, 2), 3, FINAL_SEED)
+    returns, _ = evaluate(policy, short_environments(data.dataset, 2), 3, FINAL_SEED)
     assert returns.mean() == json.loads((folder / "result.json").read_text())["final_return_mean"]
 
     module = load_script(path.stem, path)

@@ -19,13 +19,14 @@ from conftest import (
     random_batch,
     random_episode,
     run_script,
+    short_environments,
     write_policy,
 )
 from torch import nn
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
-from common.evaluation import FINAL_SEED, evaluate, load_policy, make_environments
+from common.evaluation import FINAL_SEED, evaluate, load_policy
 from common.optim import Adam
 
 CPU = torch.device("cpu")
@@ -412,10 +413,10 @@ def test_the_policys_file_is_enough_to_plan_as_the_run_did(tmp_path, pendulum):
     policy = load_policy(tmp_path)
     assert list(pets.TERMINATION_RULES)[int(policy.actor.rule)] == "Pendulum"
     torch.testing.assert_close(policy.actor.scale, pendulum.normalization)
-    returns, _ = evaluate(policy, make_environments(pendulum.dataset, 2), 3, FINAL_SEED)
+    returns, _ = evaluate(policy, short_environments(pendulum.dataset, 2), 3, FINAL_SEED)
     assert returns.tolist() == json.loads((tmp_path / "result.json").read_text())["final_returns"]
 
-    (environment,) = make_environments(pendulum.dataset, 1)  # a user's loop, which evaluation is the same as
+    (environment,) = short_environments(pendulum.dataset, 1)  # a user's loop, which evaluation is the same as
     observation, total, reward, over = environment.reset(seed=FINAL_SEED)[0], 0.0, None, False
     while not over:
         policy.actor.follow([0], [reward])
@@ -550,7 +551,7 @@ def test_a_run_with_a_value_needs_fqes_folder_no_more(evaluated, tmp_path):
     policy = load_policy(cut)
     assert_same(policy.actor.state_dict(), checkpoint(whole)["learner"]["actor"])
     assert policy.actor.value.gamma == pytest.approx(0.99) and policy.actor.value.scale[1] != 1
-    environments = make_environments(load_dataset("anchorl/pendulum/mixed-v0"), 2)
+    environments = short_environments(load_dataset("anchorl/pendulum/mixed-v0"), 2)
     returns, _ = evaluate(policy, environments, 3, FINAL_SEED)
     assert returns.tolist() == json.loads((cut / "result.json").read_text())["final_returns"]
 

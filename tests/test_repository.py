@@ -126,7 +126,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.splitlines()[0])
-def test_the_readme_runs(step, home, make_dataset, datasets_path, monkeypatch):
+def test_the_readme_runs(step, home, make_dataset, datasets_path, warm, monkeypatch):
     """Python as it stands; commands, too, but short, and a dataset one would download is made here under its id."""
     monkeypatch.chdir(home)
     if step.startswith("# clinic.py"):
@@ -240,7 +240,7 @@ SLOW = (
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BENCHMARKS]
 )
-def test_benchmarks_run(name, home, pendulum, monkeypatch):
+def test_benchmarks_run(name, home, pendulum, warm, monkeypatch):
     (home / "logs.csv").write_text(LOGS)
     monkeypatch.chdir(home)
     execute([f"benchmarks/{name}", *BENCHMARKS[name]], monkeypatch)

@@ -76,7 +76,7 @@ def cell_of(folder):
     return run.Cell("fake", "some/data-v0", 0, folder / "fake" / "some-data-v0" / "0")
 
 
-def test_a_grid_is_its_cells(tmp_path, pendulum):
+def test_a_grid_is_its_cells(tmp_path, pendulum, warm):
     out = tmp_path / "grid"
     arguments = ["--algorithms", "bc", "iql", "--seeds", "2", "--out", str(out)]
     ran = run_script("run", *arguments, "--", *FEW)
@@ -105,7 +105,7 @@ def test_a_grid_is_its_cells(tmp_path, pendulum):
     assert other.returncode == 2 and "holds runs with" in other.stderr
 
 
-def test_an_algorithm_may_have_arguments_of_its_own(tmp_path, pendulum):
+def test_an_algorithm_may_have_arguments_of_its_own(tmp_path, pendulum, warm):
     best = "bc --top-fraction 0.1"
     arguments = ["--algorithms", "bc", best, "--seeds", "1", "--out", str(tmp_path), "--", *FEW]
     assert run_script("run", *arguments).returncode == 0
@@ -134,7 +134,7 @@ def test_progress_is_a_line_per_running_cell_and_the_time_that_is_left(tmp_path,
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 3 cells ended, about 3 min left"
 
 
-def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pendulum):
+def test_a_failing_cell_is_reported_with_its_log_and_stops_no_other(tmp_path, pendulum, warm):
     arguments = ["--algorithms", "bc", "iql", "--seeds", "1", "--out", str(tmp_path / "grid")]
     ran = run_script("run", *arguments, "--", *FEW, "--expectile", "0.8")  # which bc.py does not know
     assert ran.returncode == 1
