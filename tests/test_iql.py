@@ -140,11 +140,21 @@ def test_update_moves_the_target_by_tau(learner, args):
         torch.testing.assert_close(new, old + args.tau * (target - old))
 
 
+def learning_rates(folder):
+    numbers = [value for value in checkpoint(folder)["learner"]["optimizer"].values() if not value.dim()]
+    return [float(rate) for rate in numbers[::2]]  # each group's, and then its steps
+
+
 @pytest.mark.parametrize("script", ["iql", "sql", "xql", "idql"])
 def test_the_actors_learning_rate_decays(script, tmp_path):
     """Half a cosine: the fourth of four updates has what is left after three quarters of the way."""
     arguments = "--num-updates", "4", *SHORT, *SHORTER.get(script, []), "--run-dir", str(tmp_path / "run")
     assert run_script(script, *arguments).returncode == 0
-    numbers = [value for value in checkpoint(tmp_path / "run")["learner"]["optimizer"].values() if not value.dim()]
-    rates = [float(rate) for rate in numbers[::2]]  # each group's, and then its steps
-    assert rates == pytest.approx([3e-4 * 0.5 * (1 + np.cos(np.pi * 3 / 4)), 3e-4, 3e-4])
+    expected = [3e-4 * 0.5 * (1 + np.cos(np.pi * 3 / 4)), 3e-4, 3e-4]
+    assert learning_rates(tmp_path / "run") == pytest.approx(expected)
+
+
+def test_the_actors_learning_rate_is_whole_again_while_it_acts(tmp_path):
+    arguments = "--num-updates", "4", "--online-steps", "1", *SHORT, "--run-dir", str(tmp_path / "run")
+    assert run_script("iql", *arguments).returncode == 0
+    assert learning_rates(tmp_path / "run") == pytest.approx([3e-4, 3e-4, 3e-4])
