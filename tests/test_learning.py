@@ -9,7 +9,7 @@ import json
 import pytest
 from conftest import assert_model_beats_naive_forecasts, run_script
 
-SMALL = "--hidden-dims 64 64 --eval-every 100000 --eval-episodes 20 --final-eval-episodes 20"
+SMALL = "--hidden-dims 64 64 --eval-every 100000 --eval-episodes 1 --final-eval-episodes 20"
 CRITIC = "--critic-learning-rate 3e-3 --tau 0.05 --gamma 0.9"
 ACTOR = "--actor-learning-rate 3e-3"
 VALUE = f"{ACTOR} --tau 0.05 --gamma 0.9 --reward-scale 0.1 --critic-learning-rate 1e-3 --value-learning-rate 1e-3"
@@ -45,8 +45,7 @@ RUNS = {
     "mobile": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS} --num-samples 2",
     "morel": f"--num-updates 1000 {DYNAMICS} {ROLLOUTS}",
     "mve": f"--num-updates 1000 {DYNAMICS} --expansion last --alpha 10",
-    "pets": "--num-updates 1200 --num-models 3 --num-particles 3 --population 32 --num-best 5 --eval-episodes 5"
-    " --final-eval-episodes 5",
+    "pets": "--num-updates 1200 --num-models 3 --num-particles 3 --population 32 --num-best 5 --final-eval-episodes 5",
     "naf": f"--num-updates 1500 --online-steps 1200 {CRITIC} --reward-scale 0.1",
     "decision_transformer": "--num-updates 700 --hidden-dims 64 --context-length 5 --dropout 0 --learning-rate 2e-3"
     " --warmup-updates 100 --batch-size 128",

@@ -113,6 +113,20 @@ def test_final_scores_by_hand():
     assert [float(cell) for cell in line.split("|")[2].split("±")] == pytest.approx([scores.mean(), half], abs=0.15)
 
 
+def test_runs_of_other_lengths_are_rows_of_their_own_and_the_longest_are_in_the_overview():
+    means = {}
+    for folder in ("hopper-medium-expert", "medium-expert-50k"):
+        rows = list(csv.DictReader((ROOT / "benchmarks/results" / folder / "results.csv").open()))
+        cell = "td3_bc", "zoo/hopper/medium-expert-v0"
+        own = [row for row in rows if (row["algorithm"], row["dataset_id"]) == cell]
+        means[f"{int(own[0]['num_updates']):,}"] = np.mean([float(row["final_score"]) for row in own])
+    made = tables.final_scores().split("zoo/hopper/medium-expert-v0:")[1].split("\nzoo/")[0]
+    lines = [line.split("|") for line in made.splitlines() if line.startswith("| TD3+BC |")]
+    assert {line[2].strip(): line[3].split()[0] for line in lines} == {key: f"{means[key]:.1f}" for key in means}
+    (line,) = (line for line in tables.overview().splitlines() if line.startswith("| TD3+BC |"))
+    assert line.split("|")[4].split()[0] == f"{means['100,000']:.1f}"
+
+
 @pytest.mark.parametrize("row", PEERS, ids=lambda row: " ".join(row[:3]))
 def test_the_peer_stands_beside_ours_as_measured(row):
     dataset_id, label, updates, theirs, ours = row

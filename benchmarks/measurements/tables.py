@@ -69,15 +69,15 @@ def label(algorithm: str) -> str:
     return f"{name}, `{own}`" if own else name
 
 
-def table(runs: pd.DataFrame, updates: pd.Series) -> str:
+def table(runs: pd.DataFrame) -> str:
     """Of one dataset, the highest mean first."""
     lines = ["| algorithm | updates | final score | last five evaluations |", "|---|---|---|---|"]
-    for algorithm in runs.groupby("algorithm")["last"].mean().sort_values(ascending=False, kind="stable").index:
-        own = runs[runs["algorithm"] == algorithm]
+    groups = dict(list(runs.groupby(["algorithm", "updates"])))
+    for (algorithm, updates), own in sorted(groups.items(), key=lambda group: -group[1]["last"].mean()):
         cells = [report.words([own[name].to_numpy()]) for name in ("last", "last five")]
         failed = (own["problem"] != "").sum()
         cells[0] += f", {failed} failed" if failed else ""
-        lines.append(" | ".join([f"| {label(algorithm)}", f"{updates[algorithm]:,}", *cells]) + " |")
+        lines.append(" | ".join([f"| {label(algorithm)}", f"{updates:,}", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,14 +101,14 @@ def beside_peers(runs: pd.DataFrame) -> str:
     return "\n".join(["", *head, *lines]) + "\n" if lines else ""
 
 
-def measured() -> tuple[pd.DataFrame, pd.Series]:
-    """A row per run, and how many updates an algorithm had on a dataset."""
-    folders = [RESULTS / name for name in FOLDERS] + sorted((RESULTS / "peers").glob("*"))
-    rows = pd.concat([read((folder,), unequal=True) for folder in folders])
-    runs = measures(rows)
-    counts = rows.groupby(["dataset_id", "algorithm"])["num_updates"].max()
-    runs["updates"] = [counts[run.dataset_id, run.algorithm] for run in runs.itertuples()]
-    return runs, counts
+def measured() -> pd.DataFrame:
+    """A row per run, with how many `updates` the algorithm had on the dataset in its folder."""
+    tables = []
+    for folder in [RESULTS / name for name in FOLDERS] + sorted((RESULTS / "peers").glob("*")):
+        rows = read((folder,), unequal=True)
+        counts = rows.groupby(["dataset_id", "algorithm"])["num_updates"].max().rename("updates")
+        tables.append(measures(rows).join(counts, on=["dataset_id", "algorithm"]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def mean_and_half_width(scores: np.ndarray) -> str:
@@ -120,8 +120,9 @@ def mean_and_half_width(scores: np.ndarray) -> str:
 
 
 def overview() -> str:
-    """The algorithms under their plain names, and a column for each of COLUMNS."""
-    runs, _ = measured()
+    """The algorithms under their plain names, and a column for each of COLUMNS: of their longest runs."""
+    runs = measured()
+    runs = runs[runs["updates"] == runs.groupby(["algorithm", "dataset_id"])["updates"].transform("max")]
     lines = [f"| algorithm | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     scores = runs.groupby(["algorithm", "dataset_id"])["last"].apply(np.array)
     for algorithm in sorted(set(runs["algorithm"]), key=lambda name: label(name).lower()):
@@ -133,12 +134,9 @@ def overview() -> str:
 
 def final_scores() -> str:
     """A table for each dataset, and one of the peers."""
-    runs, counts = measured()
+    runs = measured()
     ours = runs[~runs["algorithm"].str.startswith(PEERS)]
-    parts = [
-        f"{dataset_id}:\n\n{table(own, counts[dataset_id])}"
-        for dataset_id, own in ours.groupby("dataset_id", sort=False)
-    ]
+    parts = [f"{dataset_id}:\n\n{table(own)}" for dataset_id, own in ours.groupby("dataset_id", sort=False)]
     told = "Peers with their own configurations on the same data, in the same protocol, and Welch's 95 % interval:\n"
     peers = beside_peers(runs)
     return "\n" + "\n".join([*parts, told + peers] if peers else parts) + "\n"
