@@ -295,17 +295,6 @@ def batch_of(script: Any, data: Batch) -> Any:
     return script.Batch(**{name: columns[name] for name in script.Batch._fields})
 
 
-gym.register("Pendulum-brief-v0", gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
-gym.register("CartPole-brief-v0", gym.spec("CartPole-v1").entry_point, max_episode_steps=20)
-
-
-def brief(algorithm: str) -> list[str]:
-    """Arguments that end episodes after 20 steps, for tests that no score matters to: most of a short run's time is
-    that of its evaluations.
-    """
-    return ["--env-id", "CartPole-brief-v0" if algorithm in DISCRETE else "Pendulum-brief-v0"]
-
-
 def what_it_needs(algorithm: str, folder: Path) -> list[str]:
     """Arguments beside SHORT: those of SHORTER or, for FQE, a policy, which is written into `folder`."""
     if algorithm == "fqe":
@@ -318,7 +307,9 @@ FORKS.set_forkserver_preload(SCRIPTS)
 
 
 class Started:
-    """A script in a process of its own, to be killed or interrupted; of subprocess.Popen, what the tests need."""
+    """A script in a process of its own, to be killed or interrupted; of subprocess.Popen, what the tests need. It is
+    evaluated as by `run_script`.
+    """
 
     def __init__(self, algorithm: str, *arguments: str) -> None:
         self.errors = Path(tempfile.mkstemp()[1])
@@ -350,7 +341,8 @@ def _run(algorithm: str, words: list[str], environment: dict[str, str], errors: 
     os.environ.update(environment)
     sys.argv = words
     module = importlib.import_module(algorithm)
-    launch(module.main, module.Args)
+    with mock.patch("common.experiment.make_environments", short_environments):
+        launch(module.main, module.Args)
 
 
 def networks_of(holder: Any, *names: str) -> dict[str, list[torch.nn.Parameter]]:

@@ -20,7 +20,6 @@ from conftest import (
     assert_one_line,
     assert_same,
     assert_same_runs,
-    brief,
     checkpoint,
     random_batch,
     random_episode,
@@ -588,7 +587,6 @@ FEW += ["--hidden-dims", "16", "--eval-episodes", "1", "--final-eval-episodes", 
 ROLLOUTS = ["--rollout-batch-size", "50", "--rollout-every", "10"]
 SMALL = {algorithm: [*FEW, *(ROLLOUTS if algorithm != "mve" else [])] for algorithm in SCRIPTS}
 SMALL["naf"] += ["--imagined-ratio", "0.5"]
-BRIEF = brief("mopo")
 
 
 def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypatch, tmp_path, pendulum):
@@ -601,7 +599,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
 
     monkeypatch.setattr(script, "dynamics_update", spy)
     folder = tmp_path / "run"
-    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5", *BRIEF]
+    arguments = ["--dynamics-learning-rate", "1e-30", "--dynamics-patience", "2", "--num-updates", "5"]
     run = run_script(algorithm, *SMALL[algorithm], *arguments, "--run-dir", str(folder))
     assert run.returncode == 0, run.stderr
     assert checkpoint(folder)["learner"]["dynamics"]["epoch"] == 3
@@ -661,7 +659,6 @@ def test_ctrl_c_in_the_middle_of_the_dynamics(algorithm, tmp_path, pendulum):
 )
 def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(algorithm, tmp_path, pendulum):
     arguments = [*SMALL[algorithm], "--max-dynamics-epochs", "8", "--dynamics-patience", "8", "--num-updates", "25"]
-    arguments += BRIEF
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
     process = Started(algorithm, *arguments, "--run-dir", str(killed))
@@ -679,7 +676,7 @@ def test_a_run_killed_in_the_middle_of_the_dynamics_goes_on_to_the_same_bits(alg
 
 def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_dataset):
     first, second = tmp_path / "first", tmp_path / "second"
-    arguments = [*SMALL[algorithm], "--num-updates", "5", *BRIEF]
+    arguments = [*SMALL[algorithm], "--num-updates", "5"]
     assert run_script(algorithm, *arguments, "--max-dynamics-epochs", "2", "--run-dir", str(first)).returncode == 0
     run = run_script(algorithm, *arguments, "--seed", "1", "--dynamics", str(first), "--run-dir", str(second))
     assert run.returncode == 0, run.stderr
@@ -690,7 +687,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
 
     elsewhere = first.rename(tmp_path / "elsewhere")
     again = ["--seed", "1", "--dynamics", str(first), "--run-dir", str(second), "--num-updates", "8", "--resume"]
-    resumed = run_script(algorithm, *SMALL[algorithm], *BRIEF, *again)
+    resumed = run_script(algorithm, *SMALL[algorithm], *again)
     assert resumed.returncode == 0, resumed.stderr
 
     stopped = shutil.copytree(elsewhere, tmp_path / "stopped")
@@ -699,7 +696,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     assert (
         run_script(
             *("bc", "--num-updates", "1", "--eval-episodes", "1", "--final-eval-episodes", "1"),
-            *("--run-dir", str(cloned), *BRIEF),
+            *("--run-dir", str(cloned)),
         ).returncode
         == 0
     )

@@ -22,7 +22,6 @@ from conftest import (
     SHORTER,
     assert_one_line,
     assert_same,
-    brief,
     checkpoint,
     random_episode,
     run_script,
@@ -223,7 +222,7 @@ def test_the_same_seed_gives_the_same_bits_however_often_a_run_is_looked_at(algo
 
     def train(name, *arguments):
         np.random.seed(len(name))  # what was drawn before a run does not matter, either
-        words = ["--num-updates", "24", "--batch-size", "32", *SHORT, *SHORTER.get(algorithm, ()), *brief(algorithm)]
+        words = ["--num-updates", "24", "--batch-size", "32", *SHORT, *SHORTER.get(algorithm, ())]
         words += arguments
         run = run_script(algorithm, *words, "--run-dir", str(tmp_path / name))
         assert run.returncode == 0, run.stderr

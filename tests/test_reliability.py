@@ -30,7 +30,6 @@ from conftest import (
     assert_one_line,
     assert_same,
     assert_same_runs,
-    brief,
     checkpoint,
     run_script,
     what_it_needs,
@@ -54,7 +53,7 @@ KILLED = "iql", "bcq", "mopo", "sac", "fqe"  # one of each kind of learner; the 
 def test_a_run_that_crashed_resumes_to_the_same_bits(algorithm, tmp_path, monkeypatch):
     """Somewhere after a checkpoint nothing more is saved; compare with the run that was never stopped."""
     arguments = ["--num-updates", "60", "--checkpoint-every", "15", "--log-every", "7", "--eval-every", "40", *SHORT]
-    arguments += ["--batch-size", "32", *what_it_needs(algorithm, tmp_path), *brief(algorithm)]
+    arguments += ["--batch-size", "32", *what_it_needs(algorithm, tmp_path)]
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     assert run_script(algorithm, *arguments, "--run-dir", str(whole)).returncode == 0
 
