@@ -37,10 +37,14 @@ def test_all_candidates_are_the_policy_and_of_one_q_has_no_say(algorithm, rows, 
     folder = tmp_path / "run"
     own = train(algorithm, folder, "--num-updates", "3", "--num-acting-actions", "5")
     found = rows(folder)
-    assert found.keys() == {"1 candidate", "5 candidates"}  # there are no nine
+    assert found.keys() == {"z = 0", "1 candidate", "5 candidates"}  # there are no nine
     assert found["5 candidates"] == pytest.approx(own, rel=1e-6)
 
     run = load_run(folder)
+    name, dim = acting.NOISE[algorithm]
+    first_is_0 = not getattr(run.policy.actor, name).select(dim, 0).any()
+    assert first_is_0 == (algorithm in ("bear", "fql"))
+    assert (found["z = 0"] == pytest.approx(found["1 candidate"], rel=1e-6)) == first_is_0
     critic = getattr(run.policy.actor, "target_critic", None) or run.policy.actor.critic
     with torch.no_grad():
         for weight in critic.layers[-1].parameters():

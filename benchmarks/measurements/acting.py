@@ -1,9 +1,9 @@
 """How should what was learned act? A finished run's policy, played in more ways than its own.
 
 Of bcq, bear, diffusion_ql, fql and idql, whose policy is the best by Q of --num-acting-actions candidates: with the
-first few of them. With one Q has no say. Where the score falls as candidates are added, Q tells them apart by its
-errors. Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean of the actors of the last
-1 / tau updates or so. Where it does better, the actor wavers from update to update.
+first few of them, and with one alone whose noise z is 0. With one Q has no say. Where the score falls as candidates are
+added, Q tells them apart by its errors. Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean
+of the actors of the last 1 / tau updates or so. Where it does better, the actor wavers from update to update.
 
 A line of the CSV file is one run and one way, over fresh episodes.
 
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from torch import nn
 
@@ -55,6 +56,8 @@ def ways(actor: nn.Module, algorithm: str, folder: Path, counts: tuple[int, ...]
     if algorithm in NOISE:
         buffer, dim = NOISE[algorithm]
         noise = getattr(actor, buffer)
+        setattr(actor, buffer, torch.zeros_like(noise.narrow(dim, 0, 1)))
+        yield "z = 0"
         for count in (count for count in counts if count <= noise.shape[dim]):
             setattr(actor, buffer, noise.narrow(dim, 0, count))
             yield f"{count} candidate{'s' * (count > 1)}"
