@@ -97,8 +97,8 @@ def datasets_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with warm_python(tmp_path_factory.mktemp("python")) as path:
+def python() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder, warm_python(Path(folder)) as path:  # a socket's path must be short
         yield path
 
 

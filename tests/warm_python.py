@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,8 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CLIENT = """#!{python} -IS
-import json, os, signal, socket, sys
+CLIENT = """import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
 socket.send_fds(server, [json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
@@ -34,8 +34,9 @@ sys.exit(int(lines.readline()))
 @contextmanager
 def warm_python(folder: Path) -> Iterator[str]:
     """The path of an executable, which is to be started as `python` is."""
-    path, executable = folder / "socket", folder / "python"
-    executable.write_text(CLIENT.format(python=sys.executable, path=str(path)))
+    path, client, executable = folder / "socket", folder / "client.py", folder / "python"
+    client.write_text(CLIENT.format(path=str(path)))
+    executable.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(client))} "$@"\n')
     executable.chmod(0o755)
     with subprocess.Popen([sys.executable, __file__, str(path)]) as server:
         while not path.exists():

@@ -4,8 +4,8 @@ Of bcq, bear, diffusion_ql, fql and idql, whose policy is the best by Q of --num
 first few of them, and with one alone whose noise z is 0. With one Q has no say. Where the score falls as candidates are
 added, Q tells them apart by its errors.
 
-Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean of the actors of the last 1 / tau
-updates or so. Where it does better, the actor wavers from update to update.
+Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean of the actor's last 1 / tau steps or
+so. Where it does better, the actor wavers from step to step.
 
 A line of the CSV file is one run and one way, over fresh episodes.
 
