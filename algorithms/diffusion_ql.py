@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import mish
 from torch.nn.utils import clip_grad_norm_
 
 Metrics = dict[str, Tensor]
@@ -79,11 +78,28 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
+def mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + e^x)), by one exponential: tanh(log(1 + e^x)) = n / (n + 2),  n = e^x (e^x + 2)
+
+    PyTorch's own takes three times as long in a compiled update, of which it was then more than half.
+    """
+    e = x.clamp(max=20).exp()  # from about 9 on, n / (n + 2) is rounded to 1
+    n = e * (e + 2)
+    return x * n / (n + 2)
+
+
+class Mish(nn.Module):
+    """mish, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mish(x)
+
+
 def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
     """Linear layers with Mish between them."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
-        layers += [nn.Linear(input_dim, width), nn.Mish()]
+        layers += [nn.Linear(input_dim, width), Mish()]
         input_dim = width
     return [*layers, nn.Linear(input_dim, output_dim)]
 

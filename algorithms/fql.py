@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import layer_norm
 
 Metrics = dict[str, Tensor]
 
@@ -68,11 +68,26 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh(u)) / 2 = x sigmoid(2u),  u = sqrt(2 / pi) (x + 0.044715 x^3): the authors' form of GELU
+
+    PyTorch's own, approximate="tanh", takes longer in a compiled update.
+    """
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+class GELU(nn.Module):
+    """gelu, as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
 def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[nn.Module]:
     """Linear layers with GELU between them."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
-        layers += [nn.Linear(input_dim, width), nn.GELU(approximate="tanh")]  # the authors' form of it
+        layers += [nn.Linear(input_dim, width), GELU()]
         input_dim = width
     return [*layers, nn.Linear(input_dim, output_dim)]
 
@@ -153,7 +168,7 @@ class Critic(nn.Module):
         """Observations [batch, observation_dim], actions [..., batch, action_dim]: values [2, ..., batch]."""
         x = join(observations, actions).flatten(0, -2).expand(2, -1, -1)
         for layer, norm in zip(self.layers[:-1], self.norms, strict=True):
-            x = norm(gelu(layer(x), approximate="tanh"))  # in this order: the authors' code
+            x = norm(gelu(layer(x)))  # in this order: the authors' code
         return self.layers[-1](x).view(2, *actions.shape[:-1])
 
 

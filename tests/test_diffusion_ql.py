@@ -90,6 +90,17 @@ def numpy_sample(diffusion, observations, noise):
 # --- Losses ---
 
 
+def test_mish_is_that_of_pytorch():
+    """Values and slopes, far out, too: where e^x would be infinite, and where it is almost 0."""
+    x = torch.cat([torch.linspace(-40, 40, 801), torch.tensor([-1e4, 1e4])]).double().requires_grad_()
+    ours, theirs = diffusion_ql.mish(x), torch.nn.functional.mish(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
+    slopes = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-15)
+    single = diffusion_ql.mish(x.detach().float())
+    torch.testing.assert_close(single.double(), theirs, rtol=1e-5, atol=1e-12)
+
+
 def test_diffusion_loss(learner):
     batch, noise, times = random_batch(), normal(8, 2), torch.arange(8) % 3
     loss, _ = diffusion_ql.diffusion_loss(learner.actor.diffusion, batch, noise, times)

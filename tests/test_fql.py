@@ -74,6 +74,17 @@ def numpy_normed_twins(critic, observations, actions):
 # --- Losses ---
 
 
+def test_gelu_is_the_tanh_form_of_pytorch():
+    """Values and slopes, far out, too."""
+    x = torch.cat([torch.linspace(-40, 40, 801), torch.tensor([-1e4, 1e4])]).double().requires_grad_()
+    ours, theirs = fql.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+    slopes = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-14)
+    single = fql.gelu(x.detach().float())
+    torch.testing.assert_close(single.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_flow_loss(learner):
     batch, noise, times = random_batch(), normal(8, 2), torch.linspace(0, 1, 8).unsqueeze(1)
     loss, _ = fql.flow_loss(learner.flow, batch, noise, times)
