@@ -43,7 +43,7 @@ def test_all_candidates_are_the_policy_and_of_one_q_has_no_say(algorithm, rows, 
     run = load_run(folder)
     name, dim = acting.NOISE[algorithm]
     first_is_0 = not getattr(run.policy.actor, name).select(dim, 0).any()
-    assert first_is_0 == (algorithm in ("bear", "fql"))
+    assert first_is_0 == (algorithm in ("bear", "fql", "idql"))
     assert (found["z = 0"] == pytest.approx(found["1 candidate"], rel=1e-6)) == first_is_0
     critic = getattr(run.policy.actor, "target_critic", None) or run.policy.actor.critic
     with torch.no_grad():
