@@ -360,6 +360,8 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "gamma", 0 <= self.gamma < 1, "must be in [0, 1)")
         check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
+        used = self.lagrange or self.target_gap == Args.target_gap
+        check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
 
 

@@ -390,6 +390,12 @@ class Args(HyperParameters, ExperimentArgs):
         enough = self.num_samples > 1 or self.variant != "var"
         check_argument(self, "num_samples", enough, "must be at least 2 with --variant var, for a variance")
         check_argument(self, "gap_softness", self.gap_softness > 0, "must be positive")
+        used = self.variant == "h" or self.gap_softness == Args.gap_softness
+        check_argument(self, "gap_softness", used, "has a say with --variant h alone")
+        used = self.variant == "rho" or self.rho == Args.rho
+        check_argument(self, "rho", used, "has a say with --variant rho alone")
+        used = self.lagrange or self.target_gap == Args.target_gap
+        check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         both = self.max_backup and self.entropy_in_backup
         check_argument(self, "entropy_in_backup", not both, "not with --max-backup, whose action is chosen, not drawn")
 

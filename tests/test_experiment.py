@@ -533,6 +533,20 @@ def test_bad_input_is_one_line_and_exit_2(arguments, pattern, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "pattern"),
+    [
+        ("cql", ["--target-gap", "1"], "--target-gap 1.0: has a say with --lagrange alone"),
+        ("cql", ["--rho", "uniform"], "--rho uniform: has a say with --variant rho alone"),
+        ("cql", ["--gap-softness", "2", "--variant", "var"], "--gap-softness 2.0: has a say with --variant h alone"),
+        ("cal_ql", ["--target-gap", "1"], "--target-gap 1.0: has a say with --lagrange alone"),
+    ],
+)
+def test_an_argument_without_the_one_it_needs_is_refused(algorithm, arguments, pattern, tmp_path):
+    assert_one_line(run_script(algorithm, *arguments, "--run-dir", str(tmp_path / "run")), pattern)
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_data_is_one_line_and_exit_2(make_dataset, tmp_path):
     broken = random_episode(0)
     broken["rewards"][4] = np.nan
