@@ -321,7 +321,7 @@ def main(args: Args) -> None:
         )
     torch.set_num_threads(args.threads)
     print(*(f"{name:>24}" if "second" in name else f"{name:>9}" for name in COLUMNS), sep=" ")
-    table = []
+    table: list[list[Any]] = [COLUMNS]
     for algorithm in args.algorithms:
         for row in measure(args, algorithm):
             table.append(row)
@@ -329,10 +329,10 @@ def main(args: Args) -> None:
                 *(f"{value:>{max(9, 24 * ('second' in name))}}" for name, value in zip(COLUMNS, row, strict=True)),
                 flush=True,
             )
-    if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+        if args.csv is not None:  # each time, so that a run that is stopped keeps what it has
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
+            with args.csv.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":
