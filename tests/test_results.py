@@ -26,8 +26,9 @@ ROWS, PEERS = rows_of(RESULTS, "These are older: three seeds"), rows_of(TOOLS, "
 
 
 def script_of(label):
-    """`IQL, --no-cosine-decay` is iql.py, `discrete CQL` discrete_cql.py, `TD3+BC` td3_bc.py."""
-    return re.sub(r"[ +]", "_", re.sub(r"^10% |,.*", "", label)).lower()
+    """`IQL, --no-cosine-decay` is iql.py, `discrete CQL` discrete_cql.py, `TD3+BC` td3_bc.py, `DT` its long name's."""
+    label = "Decision Transformer" if label == "DT" else label
+    return re.sub(r"[ +-]", "_", re.sub(r"^10% |,.*", "", label)).lower()
 
 
 def mean_and_range(scores):
@@ -143,6 +144,7 @@ SPEEDS = {  # the files behind the tables of speed, in their order, and the mode
     "throughput.csv": ("eager", "compile", "d3rlpy"),
     "throughput-avx2.csv": ("eager", "compile"),
     "throughput-amx.csv": ("eager", "compile", "compile bf16"),
+    "throughput-one-core.csv": ("eager", "compile", "compile bf16"),
 }
 PARTS = {"MOPO, its model": "mopo:dynamics", "MOPO, 50,000 rollouts of 5 steps": "mopo:rollout"}
 
