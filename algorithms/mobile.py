@@ -4,7 +4,7 @@ An ensemble of networks learns the dynamics from the data. SAC learns from short
 states of the data. Each member says where a step of them leads, and the target critic what that is worth: the further
 these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
-    p_k(z | x) = Normal(mean_k(x), std_k(x)),  L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    p_k(z|x) = Normal(mean_k, std_k), L_model = sum_k E[ ((z - mean_k)/std_k)^2 + 2 log std_k ] + cross-entropy of ends
     u(s, a) = sqrt(Var_k[T_k]) over the elites k,  T_k = E[ min_i Q'_i(s', a') ],  s' ~ p_k(.|s, a), a' ~ pi(.|s')
     y       = r + gamma (1 - termination) min_i Q'_i(s', a') - penalty_coefficient u(s, a)  (of data: without u)
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]

@@ -4,7 +4,7 @@ An ensemble learns the dynamics from the data. SAC learns from short rollouts of
 data. Where two members foretell too different states, (s, a) is unknown: after its reward comes HALT, never left, which
 pays -kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' - s, r), SAC's entropy `temperature`:
 
-    p_k(z | x) = Normal(mean_k(x), std_k(x)),  L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ]
+    p_k(z|x) = Normal(mean_k, std_k), L_model = sum_k E[ ((z - mean_k)/std_k)^2 + 2 log std_k ] + cross-entropy of ends
     disc(s, a) = max_ij |f_i(s, a) - f_j(s, a)|,  f_k: mean_k(x)'s part of s';  unknown: > threshold max_data disc
     V(HALT) = -kappa / (1 - gamma),  -kappa = min(0, min_data r) - halt_penalty
     r~      = r + gamma V(HALT) and termination = 1 where unknown, else r,  (s', r) drawn from one of the elites

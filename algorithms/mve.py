@@ -9,7 +9,7 @@ data. After the data's s_-1, a_-1, r_-1, d_-1, s_0 come t = 0 .. H - 1, for each
     y_t = r_t + gamma (1 - d_t) y_{t+1},  y_H = min_i Q'_i(s_H, clip(pi'(s_H) + clip(noise, -c, c), -1, 1))
     L_Q = sum_t E[ reach_t sum_i (y_t - Q_i(s_t, a_t))^2 ] / (H + 1),  t = -1 .. H - 1,  reach_t = prod_{j<t} (1 - d_j)
     L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|        (TD3+BC, eq. 3, 5)
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ],  x = (s, a), z = (s' - s, r)
+    L_model = sum_k E[ ((z - mean_k) / std_k)^2 + 2 log std_k ] + cross-entropy of ends,  at x = (s, a), z = (s' - s, r)
 
 The terms from t = 0 on, the TD-k trick, teach Q at the model's states, where y_H asks it. --expansion last has the term
 t = -1 alone, undivided. So has steve, which mixes horizons. With T_hik the y_-1 of h steps by Q'_i in elite k:
