@@ -70,6 +70,20 @@ class Batch(NamedTuple):
 # --- Networks -------------------------------------------------------------------------------------------------------
 
 
+class Dropout(nn.Module):
+    """nn.Dropout, written out: torch.compile makes it a part of the kernels around it, PyTorch's would stand alone."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In training a number becomes 0 with probability p, and is else divided by 1 - p."""
+        if not self.training or self.p == 0:
+            return x
+        return x * (torch.rand(x.shape, device=x.device) >= self.p) / (1 - self.p)
+
+
 class Block(nn.Module):
     """Attention and a two-layer network, each added to its input, which it sees normalised (GPT-2)."""
 
@@ -79,7 +93,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(inplace=True), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Tokens [batch, length, width]; `visible` [batch, length, length]: may the row's token see the column's?"""
@@ -107,7 +121,7 @@ class Actor(nn.Module):
         self.embed_action, self.embed_timestep = nn.Linear(action_dim, width), nn.Embedding(args.max_timestep, width)
         nn.init.normal_(self.embed_timestep.weight, std=0.02)  # with PyTorch's 1, states are lost in it for long
         self.norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.dropout = nn.Dropout(args.dropout)
+        self.dropout = Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(width, args.num_heads, args.dropout) for _ in args.hidden_dims)
         self.head = nn.Sequential(nn.Linear(width, action_dim), nn.Tanh())
         # of the data: `main` fills them in, and they are saved with the weights

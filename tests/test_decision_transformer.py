@@ -8,7 +8,17 @@ import pytest
 import torch
 import watch
 from conftest import assert_one_line, run_script
-from decision_transformer import Actor, Batch, HyperParameters, actor_loss, build, returns_to_go, update, windows
+from decision_transformer import (
+    Actor,
+    Batch,
+    Dropout,
+    HyperParameters,
+    actor_loss,
+    build,
+    returns_to_go,
+    update,
+    windows,
+)
 from trained_run import load_run
 
 from common.command_line import BadInput, ExperimentArgs
@@ -140,6 +150,16 @@ def test_dropout_is_for_training_alone():
     assert not torch.equal(actor.predict(batch), actor.predict(batch))
 
 
+def test_dropout_empties_its_share_and_keeps_the_mean():
+    """Of 200,000 numbers, each drawn alone: the share of zeros is 0.3 within five standard errors."""
+    given = torch.arange(1.0, 200_001).view(2, -1)
+    found = Dropout(0.3)(given)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], given[kept] / 0.7)
+    assert abs((~kept).double().mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 200_000)
+    assert not torch.equal(kept[0], kept[1])
+
+
 def test_dropout_of_embeddings_attention_and_what_blocks_add(monkeypatch):
     """Each alone: the action changes where it doubles what it is given, all others giving back what they are given."""
     actor, (_, batch) = make_actor(), make_windows(torch.tensor([1]))
@@ -151,7 +171,7 @@ def test_dropout_of_embeddings_attention_and_what_blocks_add(monkeypatch):
             given.append((module.p, x.shape[1:]))
             return 2 * x if len(given) == doubled + 1 else x
 
-        monkeypatch.setattr(torch.nn.Dropout, "forward", forward)
+        monkeypatch.setattr(Dropout, "forward", forward)
         assert not torch.allclose(actor.predict(batch), expected)
     tokens, weights = (ARGS.dropout, (12, 8)), (ARGS.dropout, (2, 12, 12))
     assert given == [tokens, *[weights, tokens, tokens] * 2]
