@@ -4,10 +4,11 @@ Everything is in the data's own units and before any clipping or normalisation. 
 are counted, and left out of the numbers. A duplicate is a transition whose observation, action and reward all equal
 another's, bit for bit. Discrete actions are counted. Where an action_mask says which are legal, `legal` is the share of
 the steps in which an action is, `taken then` of these the share that took it; the mask's own numbers are no
-observations here. Of logged probabilities, infos["log_prob"], the report names the smallest. The picture's states are
-projected on the two directions in which the normalised observations vary most (principal components), and coloured by
-the discounted sum of the rewards that followed in the same episode, which knows nothing of what would have come after
-its end.
+observations here. Of logged probabilities, infos["log_prob"], the report names the smallest. `discounted` is the return
+of an episode, discounted by --gamma from its start on: where episodes differ much less in it than in `episode return`,
+Q hardly tells good from bad at the start. The picture's states are projected on the two directions in which the
+normalised observations vary most (principal components), and coloured by the discounted sum of the rewards that
+followed in the same episode. Neither knows what would have come after its end.
 
 Run: python -m benchmarks.inspect_dataset anchorl/pendulum/mixed-v0 --out data.png
 """
@@ -55,7 +56,7 @@ class Args:
     out: Path | None = None
     """write the picture here, as PNG"""
     gamma: float = 0.99
-    """discount of the return-to-go that colours the picture's states"""
+    """discount of the returns from the start, and of those that colour the picture's states"""
 
 
 class Data(NamedTuple):
@@ -311,7 +312,7 @@ def propensities(data: Data, discrete: bool) -> str:
     return f"propensities: logged for {how_many}, the smallest {value}"
 
 
-def report(data: Data, dataset: Dataset) -> Iterator[str]:
+def report(data: Data, dataset: Dataset, gamma: float) -> Iterator[str]:
     """The lines of the text."""
     duplicates = count_duplicates(data)
     terminated, truncated = int(data.terminations.sum()), int(data.truncations.sum())
@@ -328,6 +329,7 @@ def report(data: Data, dataset: Dataset) -> Iterator[str]:
     yield " " * 16 + "".join(f"{name:>12}" for name in ("mean", "std", "lowest", "25%", "median", "75%", "highest"))
     yield spread("episode length", data.lengths)
     yield spread("episode return", data.returns)
+    yield spread(f"discounted {gamma:g}", returns_to_go(data, gamma)[data.ends - data.lengths + 1])
     yield spread("reward", data.rewards)
     yield ""
     yield from ranges(data, dataset)
@@ -378,7 +380,7 @@ def main(args: Args) -> None:
         check(args.out.parent.is_dir(), f"--out {args.out}: there is no folder {args.out.parent}")
     dataset = open_dataset(args.dataset_id)
     data = collect(dataset)
-    for line in report(data, dataset):
+    for line in report(data, dataset, args.gamma):
         print(line, flush=True)
     if args.out is not None:
         draw(data, dataset, args.gamma, args.out)

@@ -47,13 +47,17 @@ def test_sizes_ends_and_spread(make_dataset):
     first = random_episode(0, 4, rewards=np.array([1.0, 2.0, 3.0, 4.0]))
     end = np.array([False, True])
     second = random_episode(1, 2, rewards=np.array([-5.0, 5.0]), terminations=end, truncations=~end & end)
-    text = inspect(make_dataset(episodes=[first, second], env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=0.0))
+    scored = make_dataset(episodes=[first, second], env="Pendulum-v1", ref_min_score=-1000.0, ref_max_score=0.0)
+    text = inspect(scored, "--gamma", 0.5)
     lines = [line.split() for line in text.splitlines()]
     assert "test/data-v0: 6 transitions in 2 episodes, observations of size 3, actions of size 1" in text
     assert "environment: Pendulum-v1\nreturns of scores 0 and 100: -1000 and 0\n" in text
     assert "terminations: 1; truncations: 1; duplicate transitions: 0" in text
     assert ["episode", "length", "3", "1", "2", "2.5", "3", "3.5", "4"] in lines
     assert ["episode", "return", "5", "5", "0", "2.5", "5", "7.5", "10"] in lines
+    long, short = 1 + 0.5 * (2 + 0.5 * (3 + 0.5 * 4)), -5 + 0.5 * 5  # from the starts on
+    inner = [f"{short + part * (long - short):.5g}" for part in (0, 0.25, 0.5, 0.75, 1)]
+    assert ["discounted", "0.5", f"{(long + short) / 2:.5g}", f"{(long - short) / 2:.5g}", *inner] in lines
     rewards = [1, 2, 3, 4, -5, 5]
     assert ["reward", f"{np.mean(rewards):.5g}", f"{np.std(rewards):.5g}", "-5", "1.25", "2.5", "3.75", "5"] in lines
 
