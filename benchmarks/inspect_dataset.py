@@ -41,8 +41,8 @@ from inspect_actions import (
 from scratch import replace
 
 from common.command_line import BadInput, check, launch, one_line
+from common.data import MASK, Dataset, find_dataset, flatten_observations, load_dataset, observation_names
 from common.data import Batch as Episode
-from common.data import Dataset, find_dataset, flatten_observations, load_dataset, observation_names
 
 PICTURED_STATES = 5_000
 OUTLIER = 20  # times the width from the 1st to the 99th percentile, beyond either: no tail reaches so far
@@ -131,6 +131,14 @@ def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str 
         low, step = dataset.action_low[0], int(np.argmax(wrong))
         rule = f"which is not a whole number from {low} to {dataset.action_high[0]}"
         return f"actions hold {low + actions[step]:g} at step {step}, {rule}"
+    num_legal = count_legal(dataset)
+    if (
+        num_legal
+        and steps
+        and not episode.terminations[-1]
+        and not (episode.next_observations[-1, :num_legal] == 1).any()
+    ):
+        return f"{MASK} forbids all after its last step, which ends nothing"
     return None if steps else "no steps"
 
 

@@ -404,6 +404,17 @@ def test_a_mask_that_training_refuses_or_does_not_obey(make_dataset):
     assert ["observation", "0"] in [line[:2] for line in cells(text)]
 
 
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_last_state_in_which_nothing_is_legal_must_be_an_end(make_dataset, terminated):
+    episodes = [
+        discrete(0, 1, masks=[*MASKS[:2], [0, 0, 0, 0]], terminations=np.array([False, terminated])),
+        discrete(0, 1, masks=MASKS[:3]),
+    ]
+    text = inspect(make_dataset(episodes=episodes, action_space=spaces.Discrete(4), **mask_space(4)))
+    line = "1 episodes cannot be used, the first being episode 0: action_mask forbids all after its last step"
+    assert (line in found(text)) is not terminated
+
+
 @pytest.mark.parametrize("value", [3.5, 7, -1])
 def test_discrete_actions_that_are_none(make_dataset, datasets_path, value):
     dataset_id = make_dataset(episodes=[discrete(0, 1, 2), discrete(1, 2, 0)], action_space=spaces.Discrete(4))
