@@ -131,13 +131,8 @@ def refusal(episode: Episode, truncations: np.ndarray, dataset: Dataset) -> str 
         low, step = dataset.action_low[0], int(np.argmax(wrong))
         rule = f"which is not a whole number from {low} to {dataset.action_high[0]}"
         return f"actions hold {low + actions[step]:g} at step {step}, {rule}"
-    num_legal = count_legal(dataset)
-    if (
-        num_legal
-        and steps
-        and not episode.terminations[-1]
-        and not (episode.next_observations[-1, :num_legal] == 1).any()
-    ):
+    last = episode.next_observations[-1:, : count_legal(dataset)]  # what is legal after the last step
+    if last.size and not episode.terminations[-1] and not (last == 1).any():
         return f"{MASK} forbids all after its last step, which ends nothing"
     return None if steps else "no steps"
 
