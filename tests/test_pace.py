@@ -1,0 +1,98 @@
+"""How far Q has come: what the data earned, what is expected of the updates, and the share, each by hand."""
+
+import csv
+
+import numpy as np
+import pytest
+from conftest import SHORT, random_episode, run_script
+from measurements import pace
+from trained_run import load_run
+
+from common.command_line import BadInput
+
+GAMMA = 0.9
+
+
+@pytest.fixture
+def rewards():
+    return np.array([1.0, 2.0, 4.0]), np.array([3.0, -1.0, 5.0, 1.0])
+
+
+@pytest.fixture
+def trained(make_dataset, tmp_path, rewards):
+    """A function that trains a script for ten updates on two episodes: the first one ends, the second is cut."""
+    ended = np.array([False, False, True])
+    episodes = [
+        random_episode(0, 3, rewards=rewards[0], terminations=ended, truncations=~ended & ended),
+        random_episode(1, 4, rewards=rewards[1]),
+    ]
+    dataset_id = make_dataset(episodes=episodes)
+
+    def train(algorithm, *words):
+        folder = tmp_path / algorithm
+        discount = ["--gamma", str(GAMMA)] if algorithm != "bc" else []
+        common = ["--dataset-id", dataset_id, "--num-updates", "10", "--log-every", "5", "--run-dir", str(folder)]
+        run = run_script(algorithm, *SHORT, *common, *discount, *words)
+        assert run.returncode == 0, run.stderr
+        return folder
+
+    return train
+
+
+def returns_by_hand(rewards, beyond):
+    """The mean of sum_k gamma^k r_{t+k} over all steps; `beyond` is what comes after each episode's last step."""
+    sums = []
+    for column, after in zip(rewards, beyond, strict=True):
+        for t in range(len(column)):
+            rest = column[t:]
+            sums.append(sum(GAMMA**k * reward for k, reward in enumerate(rest)) + GAMMA ** len(rest) * after)
+    return np.mean(sums)
+
+
+def expected_by_hand(tau, steps):
+    """Of a state that leads to itself with reward 1 - gamma, whose value is 1, when Q equals its target throughout."""
+    target_q = 0.0
+    for _ in range(steps):
+        q = (1 - GAMMA) + GAMMA * target_q
+        target_q += tau * (q - target_q)
+    return target_q
+
+
+@pytest.mark.parametrize(("algorithm", "every"), [("td3_bc", 2), ("awac", 1)])
+def test_expected_and_share(trained, rewards, tmp_path, algorithm, every):
+    folder = trained(algorithm, "--tau", "0.1")
+    pace.main(pace.Args((folder,), (5, 10, 15), tmp_path / "pace.csv"))
+    with (tmp_path / "pace.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["update"]) for row in rows] == [5, 10]  # there is no fifteenth
+    with (folder / "metrics.csv").open() as file:
+        q = {int(row["step"]): float(row["critic/q"]) for row in csv.DictReader(file)}
+    earned = returns_by_hand(rewards, [0, rewards[1].mean() / (1 - GAMMA)])
+    for row in rows:
+        update = int(row["update"])
+        assert float(row["expected"]) == pytest.approx(expected_by_hand(0.1, update // every))
+        assert float(row["share"]) == pytest.approx(q[update] / earned, rel=1e-5)
+
+
+def test_rewards_are_those_that_are_learned_from(trained, rewards):
+    folder = trained("iql", "--reward-scale", "2", "--reward-shift", "0.5")
+    learned = [2 * (column + 0.5) for column in rewards]
+    expected = returns_by_hand(learned, [0, learned[1].mean() / (1 - GAMMA)])
+    assert pace.mean_return(load_run(folder)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_cannot_be_asked(trained, tmp_path):
+    with pytest.raises(BadInput, match="bc has no Q that follows a target"):
+        pace.follow(trained("bc"), (5,))
+    folder = trained("awac")
+    with pytest.raises(BadInput, match=r"--at 7: .*metrics.csv has no Q there; it has one every 5"):
+        pace.follow(folder, (5, 7))
+    with pytest.raises(BadInput, match=r"--csv .*: there is no folder .*none"):
+        pace.main(pace.Args((folder,), csv=tmp_path / "none" / "rows.csv"))
+    with pytest.raises(BadInput, match="give the folder of a run"):
+        pace.main(pace.Args(()))
+
+
+def test_without_a_discount_there_is_no_pace(trained):
+    with pytest.raises(BadInput, match="--gamma 1 has no pace"):
+        pace.follow(trained("iql", "--gamma", "1"), (5,))
