@@ -1,10 +1,11 @@
 """How far Q has come: what the data earned, what is expected of the updates, and the share, each by hand."""
 
 import csv
+from statistics import mean
 
 import numpy as np
 import pytest
-from conftest import SHORT, random_episode, run_script
+from conftest import ROOT, SHORT, random_episode, run_script
 from measurements import pace
 from trained_run import load_run
 
@@ -96,3 +97,54 @@ def test_what_cannot_be_asked(trained, tmp_path):
 def test_without_a_discount_there_is_no_pace(trained):
     with pytest.raises(BadInput, match="--gamma 1 has no pace"):
         pace.follow(trained("iql", "--gamma", "1"), (5,))
+
+
+GUIDE, RESULTS = (ROOT / "algorithms" / "README.md").read_text(), ROOT / "benchmarks" / "results"
+DATASETS = [f"zoo/{task}/medium-expert-v0" for task in ("hopper", "walker2d", "halfcheetah")]
+
+
+def test_the_guide_has_the_pace_that_was_measured():
+    with (RESULTS / "pace.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    settings = {(row["algorithm"], row["gamma"], row["tau"]) for row in rows}
+    assert {("td3_bc", "0.99", "0.005"), ("td3_bc", "0.99", "0.02"), ("iql", "0.99", "0.005")} <= settings
+    for algorithm, gamma, tau in settings:
+        own = [row for row in rows if (row["algorithm"], row["gamma"], row["tau"]) == (algorithm, gamma, tau)]
+        given = "".join(
+            f" --{name} {value}"
+            for name, value, default in (("tau", tau, "0.005"), ("gamma", gamma, "0.99"))
+            if value != default
+        )
+        lines = [f"| `{algorithm}{given}`, expected |" + cells(own[:5], "expected")]
+        for dataset_id in DATASETS:
+            of_it = [row for row in own if row["dataset_id"] == dataset_id]
+            assert len(of_it) == 15  # five updates of three seeds
+            shares = [{"share": mean(float(row["share"]) for row in of_it[i::5])} for i in range(5)]
+            lines.append(f"| {dataset_id.split('/')[1]} |" + cells(shares, "share"))
+        assert "\n".join(lines) in GUIDE
+
+
+def cells(rows, name):
+    return "".join(f" {float(row[name]):.2f} |" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        ("", "float32, the default"),
+        (" --precision bf16", "bf16"),
+        (" --tau 0.02 --precision bf16", "`--tau 0.02`"),
+        (" --gamma 0.997 --precision bf16", "`--gamma 0.997`"),
+        (" --tau 0.02 --gamma 0.997 --precision bf16", "both"),
+        (" --alpha 0.5 --precision bf16", "`--alpha 0.5`"),
+    ],
+)
+def test_the_guide_has_the_scores_of_the_study(words, label):
+    with (RESULTS / "medium-expert-50k" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["algorithm"] == f"td3_bc{words}"]
+    line = f"| {label} |"
+    for dataset_id in DATASETS:
+        scores = sorted(float(row["final_score"]) for row in rows if row["dataset_id"] == dataset_id)
+        assert len(scores) == 3
+        line += f" {mean(scores):.1f} [{', '.join(f'{score:.1f}' for score in scores)}] |"
+    assert line in GUIDE
