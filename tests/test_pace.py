@@ -88,10 +88,18 @@ def test_what_cannot_be_asked(trained, tmp_path):
     folder = trained("awac")
     with pytest.raises(BadInput, match=r"--at 7: .*metrics.csv has no Q there; it has one every 5"):
         pace.follow(folder, (5, 7))
+    with pytest.raises(BadInput, match=r"--at: .*awac ended before, at update 10"):
+        pace.follow(folder, (11, 20))
     with pytest.raises(BadInput, match=r"--csv .*: there is no folder .*none"):
         pace.main(pace.Args((folder,), csv=tmp_path / "none" / "rows.csv"))
     with pytest.raises(BadInput, match="give the folder of a run"):
         pace.main(pace.Args(()))
+
+
+@pytest.mark.parametrize("rewards", [(np.zeros(3), np.zeros(4))])
+def test_data_without_rewards_have_no_share(trained, rewards):
+    with pytest.raises(BadInput, match="the mean return-to-go of its data is 0"):
+        pace.follow(trained("awac"), (5,))
 
 
 def test_without_a_discount_there_is_no_pace(trained):

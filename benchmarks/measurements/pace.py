@@ -8,7 +8,8 @@ shrink by a factor of 1 - tau (1 - gamma) alone. After n such steps Q then has, 
 
 That is `expected`. `share` is the mean of Q over a batch, divided by what the data earned: the mean over all steps of
 the discounted sum of rewards, as learned from, to the end of the episode; one that was cut is taken to go on at its
-mean reward. It lies above `expected` where the policy is better than the data or Q too high, below where Q lags.
+mean reward. It lies above `expected` where the policy is better than the data or Q too high, below where Q lags. With a
+model and a --horizon, as in mve, targets hold several rewards, and Q is faster than `expected`.
 
 A line of the CSV file is one run and one update; each must be one that metrics.csv has a row of.
 
@@ -63,6 +64,8 @@ def follow(folder: Path, at: tuple[int, ...]) -> list[tuple]:
     check(run.gamma < 1, f"{folder}: --gamma 1 has no pace")
     what, rows = (args.algorithm, args.dataset_id, args.seed, run.gamma, args.tau), []
     earned, every = mean_return(run), getattr(args, "policy_every", 1)
+    check(earned != 0, f"{folder}: the mean return-to-go of its data is 0, of which nothing is a share")
+    check(min(at, default=0) <= max(q), f"--at: {folder} ended before, at update {max(q)}")
     for update in (update for update in at if update <= max(q)):
         check(update in q, f"--at {update}: {folder / 'metrics.csv'} has no Q there; it has one every {args.log_every}")
         expected, share = 1 - (1 - args.tau * (1 - run.gamma)) ** (update // every), q[update] / earned
