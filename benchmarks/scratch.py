@@ -1,6 +1,8 @@
 """Where the tools write: aside first, so that nobody ever finds half of a file or of a dataset."""
 
 import contextlib
+import csv
+import io
 import os
 import shutil
 import tempfile
@@ -36,6 +38,12 @@ def replace(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
         raise CannotWrite(
             f"cannot write {path} ({error.strerror or error}): make room, or name another place"
         ) from None
+
+
+def replace_table(path: Path, rows: list[tuple]) -> None:
+    """Likewise of a CSV file, whose first row are the columns' names."""
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(rows)
+    replace(path, text.getvalue().encode())
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ A line of the CSV file is one run and one way, over fresh episodes.
 Run: python -m benchmarks.measurements.acting runs/idql runs/td3_bc --counts 1 4 16 64
 """
 
-import csv
-import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from scratch import replace
+from scratch import replace_table
 from trained_run import load_run
 
 from common.command_line import BadInput, check, explain, launch
@@ -96,9 +94,7 @@ def main(args: Args) -> None:
     check(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
     rows = [row for folder in args.run_dirs for row in play(folder, args)]
     if args.csv:
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *rows])
-        replace(args.csv, table.getvalue().encode())
+        replace_table(args.csv, [COLUMNS, *rows])
 
 
 if __name__ == "__main__":

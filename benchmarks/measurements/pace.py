@@ -16,8 +16,6 @@ A line of the CSV file is one run and one update; each must be one that metrics.
 Run: python -m benchmarks.measurements.pace runs/td3_bc runs/iql --at 10000 50000
 """
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from scratch import replace
+from scratch import replace_table
 from shift_measures import discounted_returns
 from trained_run import Trained, load_run
 
@@ -80,9 +78,7 @@ def main(args: Args) -> None:
     check(there, f"--csv {args.csv}: there is no folder {args.csv and args.csv.parent}")
     rows = [row for folder in args.run_dirs for row in follow(folder, args.at)]
     if args.csv:
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([COLUMNS, *rows])
-        replace(args.csv, table.getvalue().encode())
+        replace_table(args.csv, [COLUMNS, *rows])
 
 
 if __name__ == "__main__":
