@@ -89,6 +89,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (type(value) is int and not least <= value < 2**63, f"must be at least {least}"),
                 (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
                 (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
+                (name == "validation_seed" and value and not self.validation_fraction, "needs --validation-fraction"),
                 (name == "track" and value and not TRACKER.is_file(), f"there is no {TRACKER}: copy it, too"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (type(value) is float and name.endswith(("rate", "reward_scale")) and value <= 0, "must be positive"),

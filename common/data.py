@@ -269,8 +269,7 @@ class ReplayBuffer:
         check(not np.iscomplexobj(values), f"{name} are complex numbers")
         if numbered or name.endswith("observations"):  # subtracted before the rounding to float32
             values = values.astype(np.float64) - (int(low[0]) if numbered else self.origin)
-        values = values.astype(np.float32, copy=False)
-        wrong = ~np.isfinite(values)
+        wrong = ~np.isfinite(values := values.astype(np.float32, copy=False))
         least, most = (0, 1) if name == "terminations" else (low[0], high[0])
         if whole := numbered or name == "terminations":
             wrong |= (values < 0) | (values > most - least) | (values % 1 != 0)

@@ -539,6 +539,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments, pattern, tmp_path):
         ("cql", ["--target-gap", "1"], "--target-gap 1.0: has a say with --lagrange alone"),
         ("cql", ["--rho", "uniform"], "--rho uniform: has a say with --variant rho alone"),
         ("cql", ["--gap-softness", "2", "--variant", "var"], "--gap-softness 2.0: has a say with --variant h alone"),
+        ("bc", ["--validation-seed", "3"], "--validation-seed 3: needs --validation-fraction"),
         ("cal_ql", ["--target-gap", "1"], "--target-gap 1.0: has a say with --lagrange alone"),
     ],
 )
