@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from collect import Act, Play, describe, roll_outs, sampling_behaviour, write_dataset
 from import_logs import check_id
 from scratch import scratch_root
+from trained_run import given_or_own
 
 from common.command_line import BadInput, check, check_argument, explain, launch
 from common.data import action_bounds, load_dataset, observation_names
@@ -83,11 +84,10 @@ def find_play(args: Args, folder: Path) -> tuple[Play, tuple[float, float] | Non
     with explain(f"cannot read {folder / 'args.json'}"):
         saved = json.loads((folder / "args.json").read_text())
         dataset_id, own = str(saved["dataset_id"]), saved.get("env_id")
-    env_id = args.env_id or own
-    check(args.env_id is not None or ":" not in str(env_id), f"give --env-id {env_id} again: its module would be run")
+    env_id = given_or_own(args.env_id, own)
     environment: gym.Env
     if dataset_id == own:  # of sac.py, which has no data
-        environment, references = make_environment(env_id, users=True), None
+        environment, references = make_environment(str(env_id), users=True), None
     else:
         dataset = load_dataset(dataset_id, env_id)
         (environment,), references = make_environments(dataset, 1), dataset.reference_returns

@@ -110,9 +110,7 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
 
 
 def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str | None) -> Any:
-    """Those of the run. Raises BadInput for one that cannot be, and for an environment of the user's own, which no file
-    is to name: it would be imported.
-    """
+    """Those of the run, with the environment that the user gives. Raises BadInput for one that cannot be."""
     kinds = get_type_hints(args_class)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name in values.keys() & kinds.keys() - {"run_dir"}:
@@ -121,12 +119,17 @@ def arguments(args_class: Any, saved: dict[str, Any], folder: Path, env_id: str 
         except TypeCheckError as error:
             raise BadInput(f"cannot read {folder / 'args.json'}: {name}: {one_line(error)}") from None
     args = args_class(**{name: value for name, value in values.items() if name in kinds})
-    args.env_id = env_id or args.env_id
+    args.env_id = given_or_own(env_id, args.env_id)
     with explain(f"cannot read {folder / 'args.json'}"):
         args.validate()
-    named = env_id is not None or ":" not in (args.env_id or "")
-    check(named, f"give --env-id {args.env_id} again, or another one: its module would be run")
     return args
+
+
+def given_or_own(given: str | None, own: Any) -> str | None:
+    """The environment that the user gives, else the run's own. Raises BadInput where a file alone names a module."""
+    named = given is not None or ":" not in str(own)
+    check(named, f"give --env-id {own} again, or another one: its module would be run")
+    return given or own
 
 
 class Recorder(gym.Wrapper):

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
 from scratch import replace
+from trained_run import given_or_own
 
 from common.command_line import BadInput, check, explain, launch, one_line
 from common.data import Batch as Episode
@@ -92,12 +93,11 @@ def read_run(args: Args) -> tuple[Policy, Dataset, str]:
     policy = load_policy(args.run_dir, args.script)
     with explain(f"cannot read {args.run_dir / 'args.json'}"):
         saved = json.loads((args.run_dir / "args.json").read_text())
-        dataset_id, env_id, name = saved["dataset_id"], args.env_id or saved.get("env_id"), saved["algorithm"]
-        texts = all(isinstance(text, str) for text in (dataset_id, env_id or "", name))
+        dataset_id, own, name = saved["dataset_id"], saved.get("env_id"), saved["algorithm"]
+        texts = all(isinstance(text, str) for text in (dataset_id, own or "", name))
         check(texts, "dataset_id, env_id and algorithm must be texts")
-    named = args.env_id is not None or ":" not in str(env_id)  # no file says what is imported
-    check(named, f"give --env-id {env_id}, or another one: its module would be run")
-    if dataset_id == saved.get("env_id"):  # SAC and MBPO learn from no dataset: the environment's id stands for it
+    env_id = given_or_own(args.env_id, own)
+    if dataset_id == own:  # SAC and MBPO learn from no dataset: the environment's id stands for it
         check(not args.beside_data, f"--beside-data: {args.run_dir} is a run of {name}, which learns from no dataset")
         names, (low, high) = [*map(str, range(policy.normalization.shape[1]))], policy.action_range.numpy()
         dataset = Dataset(dataset_id, 0, names, low, high, lambda: iter(()), env_id, discrete=policy.discrete)

@@ -175,7 +175,7 @@ def test_other_policies_and_runs_are_refused(runs, tmp_path):
     folder = shutil.copytree(runs("td3_bc"), tmp_path / "run")
     saved = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(saved | {"env_id": "mine:Mine-v0"}))
-    assert_one_line(record(folder, "bad"), "give --env-id mine:Mine-v0 again: its module would be run")
+    assert_one_line(record(folder, "bad"), "give --env-id mine:Mine-v0 again, or another one: its module would be run")
     (folder / "args.json").write_text("{}")
     assert_one_line(record(folder, "bad"), "cannot read .*args.json: 'dataset_id'")
     (folder / "args.json").unlink()

@@ -214,7 +214,7 @@ def test_a_signal_in_an_evaluation_loses_neither_update_nor_row(tmp_path, monkey
 
 
 def test_a_second_signal_ends_a_long_evaluation(tmp_path):
-    arguments = ["--num-updates", "8", "--eval-every", "5", "--log-every", "1", "--eval-episodes", "5000"]
+    arguments = ["--num-updates", "8", "--eval-every", "5", "--log-every", "1", "--eval-episodes", "1500"]
     process = Started("td3_bc", *arguments, "--hidden-dims", "16", "--run-dir", str(tmp_path / "run"))
     wait_for_row(process, tmp_path / "run", 4)
     time.sleep(0.3)

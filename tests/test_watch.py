@@ -94,7 +94,7 @@ def test_the_environment_of_a_run_is_no_code_that_is_run(tmp_path):
     path = tmp_path / "run" / "args.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"env_id": "antigravity:Pendulum-v1"}))
     words = [str(tmp_path / "run"), "--out", str(tmp_path / "policy.gif"), "--max-steps", "3"]
-    assert_one_line(run_script("watch", *words), "give --env-id antigravity:Pendulum-v1, or another one")
+    assert_one_line(run_script("watch", *words), "give --env-id antigravity:Pendulum-v1 again, or another one")
     pytest.importorskip("pygame")
     run = run_script("watch", *words, "--env-id", "gymnasium:Pendulum-v1")
     assert run.returncode == 0, run.stderr
