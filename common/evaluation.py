@@ -139,11 +139,10 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
     if env_id is None:
         raise NoEnvironment(f"{dataset.dataset_id} names no environment (--env-id does)")
     kwargs = {key: value for key, value in spec.get("kwargs", {}).items() if key != "render_mode"}
-    own, installed = spec.get("entry_point"), gym.registry.get(env_id)
+    own, limit, installed = spec.get("entry_point"), spec.get("max_episode_steps"), gym.registry.get(env_id)
     if kwargs and installed and own != installed.entry_point:
         raise NoEnvironment(f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
-    limit, users = spec.get("max_episode_steps"), dataset.env_spec is None
-    environments = [make_environment(env_id, limit, users, **kwargs, **more) for _ in range(count)]
+    environments = [make_environment(env_id, limit, dataset.env_spec is None, **kwargs, **more) for _ in range(count)]
     dim, space = len(observation_names(environments[0].observation_space)), environments[0].action_space
     (low, high), expected = action_bounds(space, dataset.discrete), len(dataset.observation_names)
     same = dim == expected and low.shape == dataset.action_low.shape
@@ -206,6 +205,7 @@ class Player:
         with explain(f"the environment failed at step {len(self.actions)} of an episode"):
             observation, *others = call(*arguments, **named)
             self.observation = np.array(flatten_observations(observation, self.environment.observation_space))
+            check(bool(np.isfinite([*self.observation, *map(float, others[:-1])]).all()), "it gave what is not finite")
         return others
 
     def state_dict(self) -> dict[str, Tensor]:

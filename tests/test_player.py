@@ -158,9 +158,19 @@ def test_an_environment_that_fails_is_one_line(buffer):
             Player(environment, buffer, 0)
 
 
-def test_a_reward_that_is_no_number_is_one_line(buffer):
+@pytest.mark.parametrize("broken", ["reward", "observation"])
+def test_what_is_no_number_is_one_line_that_names_the_step(buffer, broken):
     with gym.wrappers.TimeLimit(Counter(), 8) as environment:
         player = Player(environment, buffer, 0)
-        environment.unwrapped.reward = np.nan
-        with pytest.raises(BadInput, match="rewards hold nan"):
+        for _ in range(2):
             play(player)
+        if broken == "reward":
+            environment.unwrapped.reward = np.nan
+        else:
+            environment.unwrapped.state[1] = -np.inf
+        rows = len(buffer.storage)
+        with pytest.raises(
+            BadInput, match="the environment failed at step 3 of an episode: it gave what is not finite"
+        ):
+            play(player)
+        assert len(buffer.storage) == rows
