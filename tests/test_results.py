@@ -164,3 +164,23 @@ def test_the_tables_of_speed_say_what_was_measured(name):
         ratios = [f"{float(modes[mode]['ratio']):.2f}" if mode in modes else "" for mode in SPEEDS[name]]
         assert cells == [*speeds, modes["eager"]["bound_updates_per_second"], *ratios], label
     assert len(rows) == len(measured)
+
+
+BESIDE_JAX = {"TD3+BC": "td3_bc", "IQL": "iql", "CQL, one action of each kind": "cql --num-samples 1"}
+BESIDE_JAX["COMBO, `--regularizer logsumexp`, likewise"] = "combo --regularizer logsumexp --num-samples 1"
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(["throughput-jax.csv", "throughput-jax-amx.csv"]))
+def test_the_tables_beside_jax_say_what_was_measured(number, name):
+    """Updates per second with one thread and with two, and how many times JAX's they are with --compile."""
+    with (ROOT / "benchmarks" / "results" / name).open() as file:
+        speeds = {
+            (row["algorithm"], row["mode"], row["threads"]): row["updates_per_second"] for row in csv.DictReader(file)
+        }
+    table = re.findall(r"\| algorithm \| eager \| `--compile` \| JAX .*\n\|[-|]+\n((?:\|.*\n)+)", RESULTS)[number]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+    for label, *cells in rows:
+        pairs = [[speeds[BESIDE_JAX[label], mode, n] for n in "12"] for mode in ("eager", "compile", "jax")]
+        ratios = [f"{float(ours) / float(theirs):.2f}" for ours, theirs in zip(*pairs[1:], strict=True)]
+        assert cells == [", ".join(pair) for pair in [*pairs, ratios]], label
+    assert 6 * len(rows) == len(speeds)
