@@ -56,9 +56,8 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def act(self, observations: Tensor) -> Tensor:  # the actor's, of normalised ones; layers such as dropout are off
-        training = self.actor.training
         outputs = self.actor.eval()(observations)
-        self.actor.train(training)
+        self.actor.train(self.training)
         return outputs
 
     def save(self, file: IO[bytes]) -> None:

@@ -132,8 +132,7 @@ class Run:
 
     def _validate(self) -> dict[str, Any]:  # what `update` finds of held-out transitions, and nothing learns from them
         learner, held_out, args = copy.deepcopy(self.learner), self.buffer.validation, self.args
-        for group in (group for part in learner for group in getattr(part, "param_groups", [])):
-            group["lr"].zero_()
+        torch._foreach_zero_([group["lr"] for part in learner for group in getattr(part, "param_groups", [])])
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the same rows every time
             torch.manual_seed(args.validation_seed)
             found = self.update(learner, self.make_batch(held_out, held_out.draw(8 * args.batch_size)), self.step, args)
@@ -246,8 +245,7 @@ class Run:
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
         with explain(f"{where}: another process is at work in it; wait for it, or name another folder"):
-            self.lock = FileLock(self.dir / ".lock", timeout=0)
-            self.lock.acquire()
+            self.lock = FileLock(self.dir / ".lock", timeout=0).acquire().lock
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 
     def _restore(self, checkpoint: dict[str, Any]) -> str:  # learner and random state; gives the rows of metrics

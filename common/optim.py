@@ -1,5 +1,6 @@
-"""Adam for small networks, and --compile: a script's whole update as one graph, Adam's step in it."""
+"""Adam (arXiv 1412.6980) for small networks, and --compile: a script's whole update as one graph, Adam's step in it."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -7,16 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.adam import adam
 
 from common.command_line import ExperimentArgs, check
 
 
 class Adam(nn.Module):
-    """torch.optim.Adam (arXiv 1412.6980, algorithm 1) for small networks: its fused kernel or, while an update is
-    compiled, its function. torch.optim.Adam takes longer around that kernel, and ends a graph. A group holds `params`,
-    perhaps `lr`, here a tensor that can be filled anew, and `weight_decay` (L2, added to the gradient).
-    """
+    """torch.optim.Adam with less around its kernel and, in a graph, written out. A group's `lr` is a tensor to fill."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float = 1e-3) -> None:
         super().__init__()
@@ -39,14 +36,20 @@ class Adam(nn.Module):
             if not rows:
                 continue
             weights, gradients, means, squares = map(list, zip(*rows, strict=True))
-            options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay")}
-            options |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
-            if torch.compiler.is_compiling():
-                steps = [group["step"].double() for _ in rows]  # it adds 1 to each
-                adam(weights, gradients, means, squares, [], steps, foreach=True, capturable=True, **options)
             group["step"].add_(1)
             if not torch.compiler.is_compiling():
+                options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay")}
+                options |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
                 torch._fused_adam_(weights, gradients, means, squares, [], [group["step"]] * len(rows), **options)
+                continue
+            # exp, since torch.compile computes it once; the powers in torch.optim's function, for every few weights
+            first, second = (1 - (group["step"].double() * math.log(beta)).exp() for beta in (0.9, 0.999))
+            rate, eps = (x.to(weights[0].dtype) for x in (group["lr"] * second.sqrt() / first, 1e-8 * second.sqrt()))
+            slopes = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])  # L2
+            torch._foreach_lerp_(means, slopes, 0.1)
+            torch._foreach_lerp_(squares, torch._foreach_mul(slopes, slopes), 0.001)
+            roots = torch._foreach_add(torch._foreach_sqrt(squares), eps)
+            torch._foreach_addcdiv_(weights, torch._foreach_mul(means, -rate), roots)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for weight in (weight for group in self.param_groups for weight in group["params"]):

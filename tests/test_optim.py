@@ -1,16 +1,19 @@
 """Adam as the scripts use it. That a compiled update trains to eager's weights is in test_compile.py."""
 
 import copy
+from unittest import mock
 
+import pytest
 import torch
 
 from common.optim import Adam
 
 
-def test_it_is_torchs_adam():
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_it_is_torchs_adam(in_a_graph):
     """Weight decay, learning rates that change, and a parameter that has no gradient at some steps."""
     torch.manual_seed(0)
-    ours = [torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)]
+    ours = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (5,))]
     theirs = [parameter.detach().clone().requires_grad_() for parameter in ours]
     groups = [
         [{"params": [first], "lr": 0.1, "weight_decay": 0.01}, {"params": [second]}] for first, second in (ours, theirs)
@@ -19,13 +22,15 @@ def test_it_is_torchs_adam():
     for step in range(20):
         optimizers[0].param_groups[0]["lr"].fill_(0.1 / (1 + step))
         optimizers[1].param_groups[0]["lr"] = 0.1 / (1 + step)
-        target = torch.randn(5)
+        target = torch.randn(5, dtype=torch.float64)
         for (first, second), optimizer in zip((ours, theirs), optimizers, strict=True):
             loss = (first**2).sum()
             if step % 2:
                 loss = loss + ((second - target) ** 2).sum()
             loss.backward()
-            optimizer.step()
+            in_graph = in_a_graph and optimizer is optimizers[0]
+            with mock.patch("torch.compiler.is_compiling", return_value=in_graph):
+                optimizer.step()
             optimizer.zero_grad()
             assert first.grad is None and second.grad is None
     for our, their in zip(ours, theirs, strict=True):
