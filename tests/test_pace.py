@@ -137,19 +137,23 @@ def cells(rows, name):
 
 
 @pytest.mark.parametrize(
-    ("words", "label"),
+    ("algorithm", "label"),
     [
-        ("", "float32, the default"),
-        (" --precision bf16", "bf16"),
-        (" --tau 0.02 --precision bf16", "`--tau 0.02`"),
-        (" --gamma 0.997 --precision bf16", "`--gamma 0.997`"),
-        (" --tau 0.02 --gamma 0.997 --precision bf16", "both"),
-        (" --alpha 0.5 --precision bf16", "`--alpha 0.5`"),
+        ("td3_bc", "float32, the default"),
+        ("td3_bc --precision bf16", "bf16"),
+        ("td3_bc --tau 0.02 --precision bf16", "`--tau 0.02`"),
+        ("td3_bc --gamma 0.997 --precision bf16", "`--gamma 0.997`"),
+        ("td3_bc --tau 0.02 --gamma 0.997 --precision bf16", "both"),
+        ("td3_bc --alpha 0.5 --precision bf16", "`--alpha 0.5`"),
+        ("fql --alpha 0.3 --precision bf16", "0.3"),
+        ("fql", "1, in float32"),
+        ("fql --alpha 3 --precision bf16", "3"),
+        ("fql --alpha 10 --precision bf16", "10"),
     ],
 )
-def test_the_guide_has_the_scores_of_the_study(words, label):
+def test_the_guide_has_the_scores_of_the_studies(algorithm, label):
     with (RESULTS / "medium-expert-50k" / "results.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["algorithm"] == f"td3_bc{words}"]
+        rows = [row for row in csv.DictReader(file) if row["algorithm"] == algorithm]
     line = f"| {label} |"
     for dataset_id in DATASETS:
         scores = sorted(float(row["final_score"]) for row in rows if row["dataset_id"] == dataset_id)
