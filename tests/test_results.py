@@ -184,3 +184,12 @@ def test_the_tables_beside_jax_say_what_was_measured(number, name):
         ratios = [f"{float(ours) / float(theirs):.2f}" for ours, theirs in zip(*pairs[1:], strict=True)]
         assert cells == [", ".join(pair) for pair in [*pairs, ratios]], label
     assert 6 * len(rows) == len(speeds)
+
+
+@pytest.mark.parametrize("label", ["`mbpo`", "`mbpo --real-ratio 1`, without the model", "`sac`"])
+def test_the_guide_has_the_steps_that_the_inverted_pendulum_took(label):
+    with (ROOT / "benchmarks" / "results" / "inverted-pendulum.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["algorithm"] == label.split("`")[1]]
+    good = [(row["seed"], int(row["steps"])) for row in rows if float(row["return_mean"]) > 950]
+    steps = [min(count for own, count in good if own == seed) for seed in "012"]
+    assert f"| {label} | {', '.join(f'{count:,}' for count in steps)} |" in (ROOT / "algorithms/README.md").read_text()
