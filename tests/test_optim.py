@@ -16,7 +16,7 @@ def test_it_is_torchs_adam(in_a_graph):
     ours = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (5,))]
     theirs = [parameter.detach().clone().requires_grad_() for parameter in ours]
     groups = [
-        [{"params": [first], "lr": 0.1, "weight_decay": 0.01}, {"params": [second]}] for first, second in (ours, theirs)
+        [{"params": [first], "lr": 0.1, "weight_decay": 0.5}, {"params": [second]}] for first, second in (ours, theirs)
     ]
     optimizers = Adam(groups[0], lr=0.3), torch.optim.Adam(groups[1], lr=0.3)
     for step in range(20):
@@ -24,7 +24,7 @@ def test_it_is_torchs_adam(in_a_graph):
         optimizers[1].param_groups[0]["lr"] = 0.1 / (1 + step)
         target = torch.randn(5, dtype=torch.float64)
         for (first, second), optimizer in zip((ours, theirs), optimizers, strict=True):
-            loss = (first**2).sum()
+            loss = ((first - 1) ** 2).sum()
             if step % 2:
                 loss = loss + ((second - target) ** 2).sum()
             loss.backward()
