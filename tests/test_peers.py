@@ -184,8 +184,8 @@ def test_corl_is_trained_with_its_configuration_and_our_data(protocol, tmp_path,
     (tmp_path / "configs" / "offline" / "iql" / "pendulum").mkdir(parents=True)
     (tmp_path / "configs" / "offline" / "iql" / "pendulum" / "mixed_v2.yaml").write_text("beta: 3e-4\nenv: pendulum")
     script = load("corl_scores")
-    args = script.Args(num_updates=4, eval_every=2, eval_episodes=2)
-    result, rows = script.train("iql", protocol.Cell("CORL iql", BUILT_IN_ID, 5, args), tmp_path)
+    args = script.Args(num_updates=4, eval_every=2, eval_episodes=2, corl=tmp_path)
+    result, rows = script.train("iql", protocol.Cell("CORL iql", BUILT_IN_ID, 5, args), args)
     config, dataset, env = sys.modules["iql"].SEEN[0]
     assert (config.beta, config.env, config.seed, config.device) == (3e-4, "pendulum", 5, "cpu")
     assert (config.max_timesteps, config.eval_freq, config.buffer_size) == (4, 2, len(dataset["rewards"]))
@@ -210,6 +210,7 @@ KIT = """
         parser.add_argument("--task", type=str, default="")
         parser.add_argument("--rollout-length", type=int, default=0)
         parser.add_argument("--penalty-coef", type=float, default=0)
+        parser.add_argument("--tau", type=float, default=0.005)
         return parser.parse_args()
 
     class Policy:
@@ -244,10 +245,12 @@ def test_the_kit_is_trained_with_its_arguments_and_our_data(protocol, tmp_path, 
     script = load("offlinerlkit_scores")
     monkeypatch.setattr(script, "task_of", lambda name: "hopper-medium-expert-v2")
     monkeypatch.setattr(sys, "argv", ["x"])
-    args = script.Args(num_updates=4, eval_every=2, eval_episodes=2, out=tmp_path / "out")
-    result, rows = script.train("cql", protocol.Cell("OfflineRL-Kit cql", BUILT_IN_ID, 5, args), tmp_path)
+    args = script.Args(
+        num_updates=4, eval_every=2, eval_episodes=2, kit=tmp_path, more=("tau=0.02",), out=tmp_path / "out"
+    )
+    result, rows = script.train("cql", protocol.Cell("OfflineRL-Kit cql", BUILT_IN_ID, 5, args), args)
     seen, dataset = sys.modules["run_cql"].SEEN[0]
-    assert (seen.rollout_length, seen.penalty_coef, seen.seed, seen.device) == (1, 5.0, 5, "cpu")
+    assert (seen.rollout_length, seen.penalty_coef, seen.tau, seen.seed, seen.device) == (1, 5.0, 0.02, 5, "cpu")
     assert (seen.epoch, seen.step_per_epoch, seen.load_dynamics_path) == (2, 2, None)
     assert [row["num_updates"] for row in rows] == [2, 4] and len(dataset["terminals"]) == len(dataset["rewards"])
     returns, _ = evaluate(lambda states: at_rest(states) - 1, make_environments(pendulum.dataset, 2), 50, FINAL_SEED)
@@ -264,8 +267,9 @@ def test_the_kit_s_names_of_tasks():
 
 def test_the_kit_s_models_are_for_tasks_whose_ends_it_knows(protocol, capsys):
     script = load("offlinerlkit_scores")
+    args = script.Args(eval_episodes=1)
     with pytest.raises(SystemExit) as stopped:
-        script.train("mopo", protocol.Cell("x", BUILT_IN_ID, 0, script.Args(eval_episodes=1)), FOLDER)
+        script.train("mopo", protocol.Cell("x", BUILT_IN_ID, 0, args), args)
     assert stopped.value.code == 2 and "does not know when anchorl/pendulum" in capsys.readouterr().err
 
 
@@ -273,9 +277,9 @@ def test_the_kit_s_models_are_for_tasks_whose_ends_it_knows(protocol, capsys):
 def test_no_checkout_is_bad_input(protocol, name, argument, tmp_path, capsys, apart, monkeypatch):
     script = load(name)
     monkeypatch.setattr(sys, "argv", ["x"])
-    args = script.Args(eval_episodes=1, out=tmp_path)
+    args = script.Args(eval_episodes=1, out=tmp_path, **{argument: tmp_path / "none"})
     with pytest.raises(SystemExit) as stopped:
-        script.train("cql", protocol.Cell("x", BUILT_IN_ID, 0, args), tmp_path / "none")
+        script.train("cql", protocol.Cell("x", BUILT_IN_ID, 0, args), args)
     assert stopped.value.code == 2 and f"--{argument} {tmp_path}/none: no " in capsys.readouterr().err
 
 

@@ -80,11 +80,11 @@ def policy_of(actor: Any, mean: Any, std: Any, cell: Cell) -> Policy:
     return policy
 
 
-def train(algorithm: str, cell: Cell, corl: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(algorithm: str, cell: Cell, args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """CORL's `train` with the cell's environment, data and evaluation."""
     if cell.args.num_updates % cell.args.eval_every:
         stop("--num-updates: must be a multiple of --eval-every, where CORL evaluates")
-    module = load(corl / "algorithms" / "offline", algorithm, f"--corl {corl}", ABSENT)
+    module = load(args.corl / "algorithms" / "offline", algorithm, f"--corl {args.corl}", ABSENT)
     scaling: dict[str, Any] = {}
     policies: list[Policy] = []
 
@@ -104,13 +104,13 @@ def train(algorithm: str, cell: Cell, corl: Path) -> tuple[dict[str, Any], list[
     module.d4rl.qlearning_dataset = lambda env: cell.data.d4rl(cell.space)
     module.wrap_env, module.eval_actor, module.wandb_init = wrap_env, eval_actor, wandb_init
     module.print = StandIn("print")  # its lines would repeat ours
-    module.train(configuration(module, algorithm, cell, corl))
-    return cell.finish(policies[0], f"CORL {commit_of(corl)}")
+    module.train(configuration(module, algorithm, cell, args.corl))
+    return cell.finish(policies[0], f"CORL {commit_of(args.corl)}")
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    run("CORL", args.algorithms, args, lambda algorithm, cell: train(algorithm, cell, args.corl))
+    run("CORL", args.algorithms, args, lambda algorithm, cell: train(algorithm, cell, args))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,10 @@ class Args(SharedArgs):
     """ids of local Minari datasets"""
     kit: Path = Path("../OfflineRL-Kit")
     """a checkout of OfflineRL-Kit"""
+    more: tuple[str, ...] = ()
+    """arguments of its script after those for the dataset, such as tau=0.02 actor-lr=1e-3"""
+    max_dynamics_epochs: int | None = None
+    """epochs of MOPO's and COMBO's model at most; default: as long as it improves, as in the kit"""
     out: Path = Path("runs/offlinerlkit")
     """results go here"""
 
@@ -103,18 +108,19 @@ def trainer_of(base: Any, cell: Cell, policies: list[Policy]) -> Any:
     return Trainer
 
 
-def train(algorithm: str, cell: Cell, kit: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(algorithm: str, cell: Cell, args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The kit's `train` with the cell's environment, data and evaluation."""
     step, task = min(EPOCH, cell.args.eval_every), task_of(cell.data.dataset_id)
     if cell.args.eval_every % step or cell.args.num_updates % step:
         stop(f"--num-updates, --eval-every: must be multiples of {step}, an epoch of OfflineRL-Kit")
     if algorithm in WITH_MODEL and not task.startswith(TASKS):
         stop(f"--algorithms {algorithm}: OfflineRL-Kit does not know when {cell.data.dataset_id} ends")
-    folder, script = kit / "run_example", SCRIPTS.get(algorithm, f"run_{algorithm}")
+    folder, script = args.kit / "run_example", SCRIPTS.get(algorithm, f"run_{algorithm}")
     path = folder / f"{script}.py"
     words = suggested(path.read_text(), task) if path.exists() else []
-    sys.argv = [str(path), "--task", task, *words]  # which `get_args` reads, when the module is imported too
-    module = load(folder, script, f"--kit {kit}", ABSENT)
+    words = ["--task", task, *words, *(f"--{pair}" for pair in args.more)]
+    sys.argv = [str(path), *words]  # which `get_args` reads, when the module is imported too
+    module = load(folder, script, f"--kit {args.kit}", ABSENT)
     model = cell.args.out / "dynamics" / cell.data.dataset_id / str(cell.seed)
     model.mkdir(parents=True, exist_ok=True)
     logger = StandIn("logger")
@@ -123,6 +129,9 @@ def train(algorithm: str, cell: Cell, kit: Path) -> tuple[dict[str, Any], list[d
     module.gym.make = lambda name: Environment(cell)
     module.qlearning_dataset = module.d4rl.qlearning_dataset = lambda env: cell.data.d4rl(cell.space)
     module.Logger, module.make_log_dirs = (lambda *_: logger), StandIn("make_log_dirs")
+    if algorithm in WITH_MODEL:
+        fit = partialmethod(module.EnsembleDynamics.train, max_epochs=args.max_dynamics_epochs)
+        module.EnsembleDynamics = type("EnsembleDynamics", (module.EnsembleDynamics,), {"train": fit})
     name = "MBPolicyTrainer" if algorithm in WITH_MODEL else "MFPolicyTrainer"
     base = getattr(module, name)
     setattr(module, name, trainer_of(base, cell, policies))
@@ -130,13 +139,13 @@ def train(algorithm: str, cell: Cell, kit: Path) -> tuple[dict[str, Any], list[d
         module.train(arguments(module, cell, model))
     finally:
         setattr(module, name, base)
-    return cell.finish(policies[0], f"OfflineRL-Kit {commit_of(kit)}")
+    return cell.finish(policies[0], f"OfflineRL-Kit {commit_of(args.kit)}")
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     sys.path.append(str(args.kit))
-    run("OfflineRL-Kit", args.algorithms, args, lambda algorithm, cell: train(algorithm, cell, args.kit))
+    run("OfflineRL-Kit", args.algorithms, args, lambda algorithm, cell: train(algorithm, cell, args))
 
 
 if __name__ == "__main__":
