@@ -87,14 +87,10 @@ def count_choices(dataset: Dataset) -> int:
     return int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
 
 
-def count_mask(dataset: Dataset) -> int:
-    """How many numbers an observation has in its action_mask."""
-    return sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
-
-
 def count_legal(dataset: Dataset) -> int:
     """How many numbers at the start of an observation say which choices are legal, as training counts them: C or 0."""
-    return count_mask(dataset) if count_mask(dataset) == count_choices(dataset) else 0
+    count = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
+    return count if count == count_choices(dataset) else 0
 
 
 def label(dataset: Dataset, choice: int) -> str:
@@ -142,10 +138,7 @@ def choice_lines(actions: np.ndarray, observations: np.ndarray, dataset: Dataset
 
 def choice_problems(actions: np.ndarray, observations: np.ndarray, dataset: Dataset) -> Problems:
     taken, legal = count_taken(actions, dataset), legal_steps(observations, dataset)
-    num_mask, num_legal = count_mask(dataset), count_legal(dataset)
-    if num_mask and not num_legal:
-        todo = "give it an entry for each action, in their order; as it is, illegal actions may be taken"
-        yield f"{MASK} has {num_mask} entries for {len(taken)} actions: training takes it for an observation", todo
+    num_legal = count_legal(dataset)
     if num_legal and (forbidden := int((observations[np.arange(len(actions)), actions] != 1).sum())):
         todo = "repair the mask: 1 for each action that could be taken, also for the one that was"
         yield f"training refuses the dataset: {MASK} forbids the action that was taken in {forbidden:,} steps", todo

@@ -52,7 +52,7 @@ def warn(message: str) -> None:  # one line on stderr, above a progress bar
 class ExperimentArgs:  # what is not science; each script adds its hyper-parameters
     dataset_id: str = BUILT_IN_ID  # built-in id or Minari id (local first, else downloaded)
     validation_fraction: float = 0.0  # of the episodes that are held out of training, to measure the losses on them
-    validation_seed: int = 0  # of which episodes these are
+    validation_seed: int = 0  # chooses these episodes
     env_id: str | None = None  # evaluation environment; module:Id imports yours first; default: the one the data name
     seed: int = 0  # seed of networks, batches and noise
     num_updates: int = 10_000  # gradient steps; papers take 1,000,000 on MuJoCo tasks
@@ -94,6 +94,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
                 (type(value) is float and name.endswith(("rate", "reward_scale")) and value <= 0, "must be positive"),
                 (name.endswith("dims") and not 1 <= min(value, default=0) <= max(value) <= 10**5, "1 to 100,000 each"),
+                (name == "run_dir" and value == Path(), "must name a folder"),
                 (name.endswith(("size", "episodes")) and value > 10**7, "must be at most 10,000,000"),
             ]:
                 check_argument(self, name, not broken, rule)

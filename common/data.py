@@ -14,8 +14,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
-from minari.dataset.minari_dataset import DATASET_ID_RE
-from minari.dataset.minari_storage import MinariStorage
+from minari.dataset import minari_dataset, minari_storage
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import Tensor
 
@@ -26,8 +25,8 @@ BUILT_IN_TWO_WAYS_ID = "anchorl/two-ways/mixed-v0"  # with continuous actions, t
 MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
-# N transitions: float32 tensors on the buffer's device, of which each script's Batch tells the shapes; discrete actions
-# are int64, counted from 0. Of an episode: NumPy arrays in the environment's units.
+# Of a buffer: float32 tensors on its device (shapes: each script's Batch); discrete actions are int64, from 0. Of an
+# episode: NumPy arrays in the environment's units.
 Batch = namedtuple("Batch", "observations actions rewards next_observations terminations")
 
 
@@ -57,7 +56,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
     """Finds or downloads a dataset. `env_id` overrides its own; `discrete` None takes any actions. Raises BadInput."""
     path = find_dataset(dataset_id)
     with explain(f"cannot read dataset {dataset_id} in {path}"):
-        metadata = MinariStorage.read_raw_metadata(path)
+        metadata = minari_storage.MinariStorage.read_raw_metadata(path)
         # lacking a space, Minari would make the environment from the entry point that the dataset names
         check({"observation_space", "action_space"} <= set(metadata), "its metadata lacks the spaces")
         dataset = minari.MinariDataset(path)
@@ -69,7 +68,10 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         discrete = isinstance(dataset.action_space, gym.spaces.Discrete) if discrete is None else discrete
         bounds = action_bounds(dataset.action_space, discrete)
         names, told = observation_names(dataset.observation_space), metadata.get("observation_names") or []
-        names = told if [*map(type, told)] == [str] * len(names) else names  # as import_logs stores its columns
+        masks = [name for name in names if discrete and f"{MASK}/" in name]
+        whole = not masks or (masks[0].startswith(MASK) and len(masks) == np.ptp(bounds) + 1)
+        check(whole, f"{MASK} must be a key of the observation itself, with a number for each action: repair it")
+        names = masks + told[len(masks) :] if [*map(type, told)] == [str] * len(names) else names  # of import_logs
         choices = [str(name) for name in metadata.get("action_names") or []]
     same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None
@@ -90,7 +92,7 @@ def find_dataset(dataset_id: str) -> Path:
     """The dataset's folder `data`: the user's or the built-in one, or a download's. Raises BadInput without any."""
     known = f"{BUILT_IN_ID}, {BUILT_IN_DISCRETE_ID}, {BUILT_IN_TWO_WAYS_ID} or a Minari id, mujoco/hopper/medium-v0"
     with explain(f"no dataset {dataset_id!r}: give {known}, or make one of a file: python -m benchmarks.import_logs"):
-        valid = DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
+        valid = minari_dataset.DATASET_ID_RE.fullmatch(dataset_id) and dataset_id.rpartition("-v")[2].isdecimal()
         check(bool(valid), "ids are [namespace/]name-v0: letters, digits, - and _, and a namespace has two or more")
     with explain("no datasets folder: point MINARI_DATASETS_PATH to one"):
         path, built_in = get_dataset_path(dataset_id) / "data", BUILT_IN / dataset_id / "data"
@@ -151,7 +153,7 @@ def action_bounds(space: Any, discrete: bool = False) -> tuple[np.ndarray, np.nd
         return np.array([space.start]), np.array([space.start + space.n - 1])
     extent = np.subtract(space.high, space.low, dtype=np.float64)
     vectors = len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
-    usable = vectors and bool(np.all((extent > 0) & (extent < 1e38)))
+    usable = vectors and extent.size > 0 and bool(np.all((extent > 0) & (extent < 1e38)))
     check(usable, f"actions are {space}: they must be real vectors with finite bounds, each low below its high")
     return space.low, space.high
 
@@ -161,11 +163,10 @@ class ReplayBuffer:
     Attributes: `transitions`, a Batch of views [N, ...] (of discrete actions a copy); `episode_starts`,
     `episode_lengths` [E], in rows; `episode_returns` [E], in the environment's units; `normalization`, mean and std
     [2, observation_dim] in float64; `fingerprint`, a hash; `num_actions` and `num_legal` (how many first numbers of an
-    observation say what is legal), or 0; `validation`, held-out episodes. Added rows change none. Raises BadInput.
-    """
+    observation say what is legal), or 0; `validation`, held-out episodes. Added rows change none. Raises BadInput."""
 
     def __init__(self, dataset: Dataset, device: Any, normalize_observations: Any = True, room: int = 0) -> None:
-        self.dataset = dataset
+        self.dataset, self.num_clipped = dataset, 0
         self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
@@ -198,9 +199,6 @@ class ReplayBuffer:
             observations.sub_(self.mean).div_(self.std)
         self.normalization = torch.stack([torch.from_numpy(self.origin).to(device) + self.mean, self.std.double()])
         self.validation = dataset.held_out and ReplayBuffer(dataset.held_out, device, self.normalization)
-        taken = {*self.transitions.actions.unique().tolist()} if self.num_actions and given is None else {}
-        if taken and (unseen := [dataset.action_low[0] + n for n in range(self.num_actions) if n not in taken][:10]):
-            warn(f"the data never take action {', '.join(map(str, unseen))}: what these are worth is a guess")
 
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
@@ -248,8 +246,7 @@ class ReplayBuffer:
                 check(end <= len(storage), f"more steps than the metadata says ({dataset.num_steps})")
                 columns = self._columns(storage[start:end], integers=False)
                 for name, values, column in zip(Batch._fields, map(np.asarray, episode), columns, strict=True):
-                    shapes = f"{values.shape} where its rewards ask for {tuple(column.shape)}"
-                    check(values.shape == column.shape, f"{name} of shape {shapes}")
+                    check(values.shape == column.shape, f"{name} of shape {values.shape}, not {tuple(column.shape)}")
                     if relative and start == 0 and name == "observations" and len(values):
                         self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
@@ -262,6 +259,8 @@ class ReplayBuffer:
         self.fingerprint = digest.hexdigest()
         if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
             warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
+        if self.num_clipped > 0.01 * end:
+            warn(f"{self.num_clipped} of {end} actions lie beyond their bounds: they are taken as on them")
         return torch.tensor(lengths, dtype=torch.long), torch.tensor(returns, dtype=torch.float64)
 
     def _checked(self, name: str, values: np.ndarray) -> np.ndarray:  # float32; actions in [-1, 1], or counted from 0
@@ -278,5 +277,7 @@ class ReplayBuffer:
             rule = f", which is not a whole number from {least} to {most}" if whole else ""
             raise BadInput(f"step {step}: {name} hold {value:g}{rule}")
         if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
-            values = np.clip((values - (high + low) / 2) / ((high - low) / 2), -1, 1)
+            values = (values - (high + low) / 2) / ((high - low) / 2)
+            self.num_clipped += int((np.abs(values) > 1.001).any(axis=1).sum())
+            values = np.clip(values, -1, 1)
         return values

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.command_line import BadInput, check, explain, one_line
+from common.command_line import BadInput, Diverged, check, explain, one_line, warn
 from common.data import Batch, Dataset, action_bounds, flatten_observations, observation_names
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
@@ -26,8 +26,7 @@ class Policy(nn.Module):
     """The deterministic policy: observations [N, observation_dim] to actions [N, action_dim], discrete ones [N], both
     as the environment has them, both NumPy arrays or tensors. A script's `actor`, or `act` in a call, gives actions in
     [-1, 1], or discrete ones' preferences. `normalization` is mean and deviation [2, observation_dim], `action_range`
-    lowest and highest [2, action_dim], `origin` the file's other entries. Raises ValueError, and BadInput for nan.
-    """
+    lowest and highest [2, action_dim], `origin` the file's other entries. Raises BadInput."""
 
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
         super().__init__()
@@ -44,9 +43,9 @@ class Policy(nn.Module):
     def forward(self, observations: Tensor, act: Callable | None = None) -> Tensor:
         mean, std = self.normalization
         if observations.ndim != 2 or observations.shape[1] != len(mean):
-            raise ValueError(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
-        if not torch.compiler.is_compiling() and not observations.isfinite().all():
-            raise BadInput("an observation holds what is not a finite number: there is no action for that")
+            raise BadInput(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
+        finite = torch.compiler.is_compiling() or bool(observations.isfinite().all())
+        check(finite, "an observation holds what is not a finite number: there is no action for that")
         dtype = next((weight.dtype for weight in self.actor.parameters()), torch.float32)
         outputs = (act or self.actor)(((observations.to(mean) - mean) / std).to(dtype))  # rounded when it is near 0
         low, high = self.action_range
@@ -71,8 +70,7 @@ class Policy(nn.Module):
 
 def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
     """The policy of a run's folder, or of a .pt file in one, on the CPU: `actions = load_policy(run)(observations)`.
-    `script` is the script that trained it, if not in algorithms/. Raises BadInput if it is unreadable, or unlike it.
-    """
+    `script` is the script that trained it, if not in algorithms/. Raises BadInput if it is unreadable, or unlike it."""
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
@@ -108,9 +106,10 @@ def load_script(name: str, path: str | Path | None = None) -> ModuleType:
     """The script of that name as a module, or the one at `path`, which no file may name, as it is run."""
     place = Path(path or Path(__file__).resolve().parents[1] / "algorithms" / f"{name}.py")
     check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (--script)")
-    spec: Any = importlib.util.spec_from_file_location(f"script_{name}", place)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with explain(f"cannot load {place}"):
+        spec: Any = importlib.util.spec_from_file_location(f"script_{name}", place)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -133,21 +132,26 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
 
 
 def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env]:
-    """Copies of the dataset's environment, with its arguments and `more`. Raises NoEnvironment, BadInput for others."""
+    """Copies of the dataset's environment, with its arguments and `more`. Raises NoEnvironment if it does not fit."""
     env_id, spec = dataset.env_id, dataset.env_spec or {}
     if env_id is None:
         raise NoEnvironment(f"{dataset.dataset_id} names no environment (--env-id does)")
+    for name in (str(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ()):
+        if name.endswith(("Observation", "Action", "Reward")):  # Gymnasium calls those so that change what is seen
+            raise NoEnvironment(f"{env_id} without {name} is another (--env-id takes one of yours that has it)")
     kwargs = {key: value for key, value in spec.get("kwargs", {}).items() if key != "render_mode"}
     own, limit, installed = spec.get("entry_point"), spec.get("max_episode_steps"), gym.registry.get(env_id)
     if kwargs and installed and own != installed.entry_point:
         raise NoEnvironment(f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
     environments = [make_environment(env_id, limit, dataset.env_spec is None, **kwargs, **more) for _ in range(count)]
-    dim, space = len(observation_names(environments[0].observation_space)), environments[0].action_space
-    (low, high), expected = action_bounds(space, dataset.discrete), len(dataset.observation_names)
-    same = dim == expected and low.shape == dataset.action_low.shape
-    same &= not dataset.discrete or (low, high) == (dataset.action_low, dataset.action_high)
-    found = f"{env_id} has {dim} observed numbers and actions {space}"
-    check(same, f"{found}, not {expected} and {dataset.action_low} to {dataset.action_high} of {dataset.dataset_id}")
+    env, expected, low, high = environments[0], len(dataset.observation_names), dataset.action_low, dataset.action_high
+    dim, bounds = len(observation_names(env.observation_space)), action_bounds(env.action_space, dataset.discrete)
+    found = f"{env_id} has {dim} observed numbers and actions {env.action_space}, the data {expected}, {low} to {high}"
+    fits = dim == expected and low.shape == bounds[0].shape
+    if not fits or not np.allclose(bounds, [low, high]):
+        if not fits or dataset.discrete:
+            raise NoEnvironment(found)
+        warn(f"{found}: scores say something if both are in the same units")
     return environments
 
 
@@ -155,21 +159,19 @@ def evaluate(
     policy: Any, environments: list[gym.Env], num_episodes: int = 0, seed: int = EVALUATION_SEED, gamma: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Discounted returns and lengths, [num_episodes] (0: one per environment). Episode i is reset with `seed` + i. Who
-    has an actor.follow is told before each call which episodes' rows come, and their last rewards: None at a start.
-    """
+    has an actor.follow is told before each call which episodes' rows come, and their last rewards: None at a start."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a row per episode is too little to share: to wake a second thread takes longer
     returns, lengths = np.zeros(count := num_episodes or len(environments)), np.zeros(count, dtype=int)
     numbers, free, playing, rewards = iter(range(count)), list(environments), list[Any](), list[Any]([None] * count)
     follow = getattr(getattr(policy, "actor", None), "follow", lambda episodes, rewards: None)
-    while playing := playing + [[env, i, env.reset(seed=seed + i)[0]] for env, i in zip(free, numbers, strict=False)]:
-        rows = [flatten_observations(observation, env.observation_space) for env, _, observation in playing]
+    while playing := playing + [[env, i, *answer(env, 0, seed + i)] for env, i in zip(free, numbers, strict=False)]:
         follow([i for _, i, _ in playing], [rewards[i] for _, i, _ in playing])
         free, before, playing = [], playing, []
-        for (env, i, _), action in zip(before, policy(np.stack(rows)), strict=True):  # one call for all of them
-            observation, reward, terminated, truncated, _ = env.step(action)
-            rewards[i] = float(reward)
-            returns[i] += gamma ** lengths[i] * float(reward)
+        actions = policy(np.stack([observation for _, _, observation in before]))  # one call for all of them
+        for (env, i, _), action in zip(before, actions, strict=True):
+            observation, rewards[i], terminated, truncated = answer(env, lengths[i] + 1, action)
+            returns[i] += gamma ** lengths[i] * rewards[i]
             lengths[i] += 1
             free += [env] if terminated or truncated else []
             playing += [] if terminated or truncated else [[env, i, observation]]
@@ -177,35 +179,39 @@ def evaluate(
     return returns, lengths
 
 
+def answer(env: gym.Env, step: int, given: Any) -> list[Any]:
+    """The observation, flattened, and numbers that an action or, at step 0, a seed gives. Raises BadInput, Diverged."""
+    if not np.isfinite(given).all():
+        raise Diverged(f"the action at step {step} of an episode is not finite; the last checkpoint is kept")
+    with explain(f"the environment failed at step {step} of an episode"):
+        observation, *numbers = env.step(given)[:4] if step else env.reset(seed=given)[:1]
+        found: list[Any] = [np.array(flatten_observations(observation, env.observation_space)), *map(float, numbers)]
+        check(bool(np.isfinite(np.hstack(found)).all()), "it gave what is not finite")
+    return found
+
+
 class Player:
     """An environment that is played. An episode's seed is made of `seeds` and its number, so that a resumed run plays
-    its last episode's actions again and is where it was, with all that `buffer` had been given. Raises BadInput.
-    """
+    its last episode's actions again and is where it was, with all that `buffer` had been given. Raises BadInput."""
 
     def __init__(self, environment: gym.Env, buffer: Any, *seeds: int) -> None:
-        self.environment, self.buffer, self.seeds = environment, buffer, seeds
+        self.environment, self.buffer, self.seeds, self.observation = environment, buffer, seeds, np.empty(0)
         self._begin([])
 
     def step(self, action: Any) -> Batch:
         """A transition, in the environment's units as `action` is. After an episode's last, the next begins."""
         self.actions.append(action)
-        before, (reward, terminated, truncated, _) = self.observation, self._hear(self.environment.step, action)
-        transition = Batch(before, action, float(reward), self.observation, bool(terminated))
-        if terminated or truncated:
+        before = self.observation
+        self.observation, reward, end, cut = answer(self.environment, len(self.actions), action)
+        transition = Batch(before, action, reward, self.observation, bool(end))
+        if end or cut:
             self._begin([*self.lengths, len(self.actions)])
         return transition
 
     def _begin(self, lengths: list[int]) -> None:  # an episode, after those of these lengths
         self.lengths, self.actions = lengths, list[Any]()
         (seed,) = np.random.SeedSequence([*self.seeds, len(lengths)]).generate_state(1)
-        self._hear(self.environment.reset, seed=int(seed))
-
-    def _hear(self, call: Callable, *arguments: Any, **named: Any) -> Any:  # what the environment answers
-        with explain(f"the environment failed at step {len(self.actions)} of an episode"):
-            observation, *others = call(*arguments, **named)
-            self.observation = np.array(flatten_observations(observation, self.environment.observation_space))
-            check(bool(np.isfinite([*self.observation, *map(float, others[:-1])]).all()), "it gave what is not finite")
-        return others
+        (self.observation,) = answer(self.environment, 0, int(seed))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"lengths": torch.tensor(self.lengths), "actions": torch.from_numpy(np.array(self.actions))}

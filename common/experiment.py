@@ -32,8 +32,7 @@ def writing(path: Path) -> Iterator[None]:  # what goes wrong inside becomes an 
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
-        advice = f"make room, then go on from the checkpoint, if there is one: --resume --run-dir {path.parent}"
-        raise OSError(f"cannot write {path} ({reason}): {advice}") from None
+        raise OSError(f"cannot write {path} ({reason}): make room; --resume --run-dir {path.parent} goes on") from None
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -63,8 +62,7 @@ def set_up(args: ExperimentArgs) -> torch.device:
 class Run:
     """A run folder. A resumed run goes on to the same bits at update `first_step`, and so does its `player`. `learner`
     is a NamedTuple of what training changes; its `actor`, if any, is the policy. What `update` finds of
-    make_batch(buffer.validation, rows) goes to the metrics. Raises BadInput for a folder it cannot take, and OSError.
-    """
+    make_batch(buffer.validation, rows) goes to metrics. Raises BadInput for a folder it cannot take, and OSError."""
 
     def __init__(self, args: Any, buffer: Any, learner: Any, update: Any, make_batch: Any = None, player: Any = None):
         self.learner, self.update, self.make_batch = learner, update, make_batch or ReplayBuffer.take
@@ -166,22 +164,17 @@ class Run:
                 file.write(text.getvalue())
 
     def rows(self) -> Iterator[dict[str, str]]:  # of metrics.csv so far
-        text = self.metrics_path.read_text() if self.metrics_path.exists() else ""
-        yield from csv.DictReader(text.splitlines())
+        return csv.DictReader((self.metrics_path.read_text() if self.metrics_path.exists() else "").splitlines())
 
     def save_checkpoint(self) -> None:  # and policy.pt. Raises Diverged for a number that is not finite
         self._check_finite(self.parts)
-        cuda_states = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-        checkpoint = {
-            "arguments": self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)},
-            "dataset_fingerprint": self.buffer.fingerprint,
-            "normalization": self.buffer.normalization,
-            "step": self.step,
-            "seconds": [time.perf_counter() - self.started, self.update_seconds],
-            "learner": {name: part.state_dict() for name, part in self.parts.items()},
-            "random_state": [torch.get_rng_state(), *cuda_states],
-            "metrics": self.metrics_path.read_text() if self.columns else "",
-        }
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        arguments = self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)}
+        checkpoint = {"arguments": arguments, "dataset_fingerprint": self.buffer.fingerprint, "step": self.step}
+        checkpoint |= {"seconds": [time.perf_counter() - self.started, self.update_seconds]}
+        checkpoint |= {"learner": {name: part.state_dict() for name, part in self.parts.items()}}
+        checkpoint |= {"random_state": [torch.get_rng_state(), *cuda], "normalization": self.buffer.normalization}
+        checkpoint |= {"metrics": self.metrics_path.read_text() if self.columns else ""}
         if self.policy:  # first: a kill in between leaves the older checkpoint, which leads to this policy again
             replace(self.dir / "policy.pt", self.policy.save)
         replace(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
@@ -244,7 +237,7 @@ class Run:
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
         with explain(f"{where}: cannot be made"):
             self.dir.mkdir(parents=True, exist_ok=True)
-        with explain(f"{where}: another process is at work in it; wait for it, or name another folder"):
+        with explain(f"{where}: another process is at work in it, or it cannot be written to; name another one"):
             self.lock = FileLock(self.dir / ".lock", timeout=0).acquire().lock
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 

@@ -58,8 +58,7 @@ class Adam(nn.Module):
 
 def compiled(update: Callable, learner: Any, args: ExperimentArgs) -> Callable:
     """`update`, whose first argument is the `learner`; with --compile all of it as one graph: losses, gradients, Adam
-    and targets. With --precision bf16, networks round what their matrix products take in and give out, nothing else.
-    """
+    and targets. With --precision bf16, networks round what their matrix products take in and give out, nothing else."""
     device = next(learner[0].parameters()).device
     rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # weights change within an update
     if not args.compile:

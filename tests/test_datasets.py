@@ -261,11 +261,13 @@ def test_a_number_that_a_discrete_observation_cannot_be_is_refused(make_dataset,
         ReplayBuffer(dataset, CPU)
 
 
-def test_actions_that_are_never_taken_are_told(make_dataset, capsys):
-    numbered = {"action_space": gym.spaces.Discrete(6, start=2)}
-    episodes = [random_episode(seed, actions=np.resize([2, 3, 6], 30)) for seed in range(2)]
-    ReplayBuffer(load_dataset(make_dataset("test/few-v0", episodes, **numbered), discrete=True), CPU)
-    assert "warning: the data never take action 4, 5, 7:" in capsys.readouterr().err
+def test_actions_beyond_their_bounds_are_told(make_dataset, capsys):
+    for share in (0, 2):
+        actions = np.ones((30, 1), np.float32)
+        actions[:share] = 5
+        dataset_id = make_dataset(f"test/{share}-v0", [random_episode(seed, actions=actions) for seed in range(2)])
+        assert ReplayBuffer(load_dataset(dataset_id), CPU).transitions.actions.max() <= 1
+        assert ("warning: 4 of 60 actions lie beyond their bounds" in capsys.readouterr().err) == (share > 0)
 
 
 @pytest.mark.parametrize("value", [-5.0, 0.5, 2])

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import sac
 import torch
-from conftest import DISCRETE, REMEMBER, ROOT, SCRIPTS, SHORT, random_episode, run_script, write_policy
+from conftest import DISCRETE, REMEMBER, ROOT, SCRIPTS, SHORT, assert_one_line, random_episode, run_script, write_policy
 
-from common.command_line import BadInput
+from common.command_line import BadInput, Diverged
 from common.data import ReplayBuffer, load_dataset
-from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, make_environments
+from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, load_script, make_environments
 
 
 class Countdown(gym.Env):
@@ -241,7 +241,7 @@ def test_environment_with_other_discrete_actions_is_refused(make_dataset, n, fir
     fields = {"actions": np.full(30, first), "observations": np.zeros((31, 4), np.float32)}
     spaces = {"action_space": gym.spaces.Discrete(n, start=first), "observation_space": gym.spaces.Box(-9, 9, (4,))}
     dataset = load_dataset(make_dataset(episodes=[random_episode(0, **fields)], **spaces), "CartPole-v1", discrete=True)
-    message = rf"CartPole-v1 has .* Discrete\(2\), not 4 and \[{first}\] to \[{first + n - 1}\] of test/data-v0"
+    message = rf"CartPole-v1 has .* Discrete\(2\), the data 4, \[{first}\] to \[{first + n - 1}\]"
     with pytest.raises(BadInput, match=message):
         make_environments(dataset, 1)
 
@@ -294,6 +294,78 @@ def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_datas
 def test_no_environment(make_dataset, env_id):
     with pytest.raises(NoEnvironment, match=r"names no environment|is not installed|cannot be made"):
         make_environments(load_dataset(make_dataset(), env_id), 2)
+
+
+@pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
+def test_an_environment_that_lacks_a_wrapper_of_the_data_s_is_none(make_dataset, wrapper, capsys):
+    """The policy would be scored in another one."""
+    wrapped = wrapper(gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1")))
+    dataset_id = make_dataset(env=wrapped.spec)
+    with pytest.raises(NoEnvironment, match=rf"Pendulum-v1 without {wrapper.__name__} is another \(--env-id takes"):
+        make_environments(load_dataset(dataset_id), 1)
+    assert len(make_environments(load_dataset(dataset_id, "Pendulum-v1"), 2)) == 2
+
+
+def test_a_wrapper_that_only_watches_does_not_matter(make_dataset):
+    dataset_id = make_dataset(env=gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1")).spec)
+    assert len(make_environments(load_dataset(dataset_id), 1)) == 1
+
+
+def test_data_that_do_not_fit_their_environment_are_trained_on_without_it(make_dataset, tmp_path):
+    data = make_dataset(env="MountainCarContinuous-v0")
+    words = ["--dataset-id", data, "--num-updates", "2", "--run-dir", str(tmp_path / "run")]
+    ran = run_script("bc", *words)
+    assert ran.returncode == 0 and "MountainCarContinuous-v0 has 2 observed numbers and actions Box(-1" in ran.stderr
+    assert "the data 3, [-2.] to [2.]: training goes on without evaluation" in ran.stderr
+    words[-1] += "2"
+    pattern = "error: --env-id: MountainCarContinuous-v0 has 2 observed numbers"
+    assert_one_line(run_script("bc", *words, "--env-id", "MountainCarContinuous-v0"), pattern)
+
+
+def test_other_bounds_of_actions_are_told(make_dataset, capsys):
+    dataset_id = make_dataset(action_space=gym.spaces.Box(-1, 1, (1,)))
+    make_environments(load_dataset(dataset_id, "Pendulum-v1"), 1)
+    warning = (
+        "warning: Pendulum-v1 has 3 observed numbers and actions Box(-2.0, 2.0, (1,), float32), the data 3, [-1.] to"
+    )
+    assert warning in capsys.readouterr().err
+    make_environments(load_dataset(make_dataset("test/same-v0"), "Pendulum-v1"), 1)
+    assert not capsys.readouterr().err
+
+
+class Broken(Countdown):
+    answers = "raise"
+
+    def step(self, action):
+        observation, reward, *others = super().step(action)
+        if self.answers == "raise":
+            raise RuntimeError("sensor lost")
+        if self.answers == "four":
+            return observation, reward, others[0], {}
+        return observation, np.nan, *others
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [("raise", "sensor lost"), ("four", "a real number, not 'dict'"), ("nan", "it gave what is not finite")],
+)
+def test_an_environment_that_fails_in_an_evaluation_is_one_line(answers, reason):
+    environment = Broken()
+    environment.answers = answers
+    with pytest.raises(BadInput, match=f"the environment failed at step 1 of an episode: .*{reason}"):
+        evaluate(lambda observations: np.zeros((1, 1), np.float32), [environment])
+
+
+def test_a_policy_s_action_that_is_not_finite_is_not_the_environment_s_fault():
+    with pytest.raises(Diverged, match="the action at step 1 of an episode is not finite"):
+        evaluate(lambda observations: np.full((1, 1), np.nan, np.float32), [Countdown()])
+
+
+@pytest.mark.parametrize(("name", "text"), [("mine", "x = 1"), ("mine.py", "import nobodys"), ("mine.py", "x = (")])
+def test_a_file_that_is_no_script_is_one_line(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=f"cannot load {tmp_path / name}: "):
+        load_script("iql", tmp_path / name)
 
 
 def test_environment_of_another_size_is_refused(make_dataset):

@@ -522,6 +522,7 @@ def test_cuda_without_cuda():
             "error: --env-id: environment 'Penduluum-v1' cannot be made .*Did you mean: `Pendulum`",
         ),
         (["--env-id", "no_such_module:Env-v0"], "error: --env-id: .*no_such_module"),
+        (["--run-dir", ""], r"error: --run-dir \.: must name a folder"),
         (["--dataset-id", "anchorl/none-v0"], "no dataset anchorl/none-v0: give anchorl/"),
         (["--dataset-id", "Pendulum-v1"], "no dataset Pendulum-v1: give anchorl/"),  # an environment's id
         (["--dataset-id", "none"], "no dataset 'none'"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.command_line import BadInput
+from common.command_line import BadInput, Diverged
 from common.data import ReplayBuffer, load_dataset
 from common.evaluation import Player, Policy, make_environment
 
@@ -156,6 +156,13 @@ def test_an_environment_that_fails_is_one_line(buffer):
         environment.unwrapped.fails_at = -(environment.unwrapped.episode + 1)
         with pytest.raises(BadInput, match="the environment failed at step 0 of an episode: no way back"):
             Player(environment, buffer, 0)
+
+
+def test_an_action_that_is_not_finite_is_the_policy_s_fault(buffer):
+    with make_environment("Pendulum-v1") as environment:
+        player = Player(environment, buffer, 0)
+        with pytest.raises(Diverged, match="the action at step 1 of an episode is not finite"):
+            player.step(np.array([np.nan], np.float32))
 
 
 @pytest.mark.parametrize("broken", ["reward", "observation"])

@@ -80,7 +80,7 @@ def test_samples_whole_rows_of_discrete_actions(make_dataset):
         ([1, 0, 1, 1], "step 1: actions hold 0, which is not a whole number from 1 to 3"),
         ([1.0, 2.0, 3.0, 2.5], "step 3: actions hold 2.5, which is not a whole number from 1 to 3"),
         ([1.0, 2.0, np.nan, 2.5], "step 2: actions hold nan"),
-        ([[1], [2], [3], [1]], r"actions of shape \(4, 1\) where its rewards ask for \(4,\)"),
+        ([[1], [2], [3], [1]], r"actions of shape \(4, 1\), not \(4,\)"),
     ],
 )
 def test_refuses_discrete_actions_that_the_space_lacks(make_dataset, actions, message):
@@ -150,14 +150,14 @@ def test_refuses_an_episode_whose_lengths_do_not_match(make_dataset, field):
     short = random_episode(1)
     short[field] = short[field][:-1]
     dataset_id = make_dataset(episodes=[random_episode(0), short])
-    with pytest.raises(BadInput, match=r"episode 1 .repair or remove it.: \w+ of shape .* where its rewards ask for"):
+    with pytest.raises(BadInput, match=r"episode 1 .repair or remove it.: \w+ of shape .*, not \("):
         load(dataset_id)
 
 
 def test_refuses_arrays_of_other_sizes_than_the_spaces_say(make_dataset):
     """A single column would otherwise be spread over all of the dataset's."""
     dataset_id = make_dataset(episodes=[random_episode(0, 5, observations=np.zeros((6, 1), np.float32))])
-    with pytest.raises(BadInput, match=r"observations of shape \(5, 1\) where its rewards ask for \(5, 3\)"):
+    with pytest.raises(BadInput, match=r"observations of shape \(5, 1\), not \(5, 3\)"):
         load(dataset_id)
 
 

@@ -263,12 +263,27 @@ def test_a_mask_comes_first_and_is_not_normalised(make_dataset, other, normalize
     np.testing.assert_allclose(buffer.transitions.observations[:, column], expected, atol=1e-6)
 
 
-def test_a_mask_of_another_size_is_an_observation(make_dataset):
-    space = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(2)})
-    observations = {"action_mask": np.array([[0, 1], [1, 0], [1, 1]], np.int8)}
+@pytest.mark.parametrize(("nested", "size"), [(False, 2), (True, 3)])
+def test_a_mask_that_cannot_be_obeyed_is_refused(make_dataset, nested, size):
+    """Of another size than the actions, or inside another part: it would pass for an observation, in silence."""
+    space = gym.spaces.Dict({"action_mask": gym.spaces.MultiBinary(size)})
+    observations = {"action_mask": np.ones((3, size), np.int8)}
+    if nested:
+        space, observations = gym.spaces.Dict({"a": space}), {"a": observations}
     episode = random_episode(0, 2, actions=np.array([2, 0]), observations=observations)
     dataset_id = make_dataset(episodes=[episode], observation_space=space, action_space=gym.spaces.Discrete(3))
-    assert ReplayBuffer(load_dataset(dataset_id, discrete=True), CPU).num_legal == 0
+    with pytest.raises(BadInput, match=r"action_mask must be .* a number for each action"):
+        load_dataset(dataset_id, discrete=True)
+
+
+def test_names_of_observations_do_not_hide_a_mask(make_dataset, datasets_path):
+    dataset_id = masked_dataset(make_dataset, [1, 3, 2, 2])
+    path = datasets_path / dataset_id / "data" / "metadata.json"
+    told = [f"number {index}" for index in range(len(load_dataset(dataset_id, discrete=True).observation_names))]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"observation_names": told}))
+    dataset = load_dataset(dataset_id, discrete=True)
+    assert dataset.observation_names[2:4] == ["action_mask/2", "number 3"]
+    assert ReplayBuffer(dataset, CPU).num_legal == 3
 
 
 def test_a_mask_that_forbids_a_logged_action_is_refused(make_dataset, tmp_path):
