@@ -223,14 +223,13 @@ def build(
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-
     All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
-    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
-    nll = (nll * known).mean(dim=1)  # [members]
+    nll = (z - mean).square() * torch.exp(-log_variance) + log_variance  # [members, batch, numbers of s' and r]
+    nll = torch.cat([nll[..., :-1] * known.unsqueeze(-1), nll[..., -1:]], dim=-1).mean(dim=(1, 2))  # r is known
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
@@ -273,8 +272,9 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     x = torch.cat([data.observations, data.actions], dim=1)
     z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
     best, training = learner.dynamics, learner.training_dynamics
-    for scale, column in ((best.x_scale, x), (best.z_scale, z), (training.x_scale, x), (training.z_scale, z)):
-        scale.copy_(torch.stack([column.mean(dim=0), column.std(dim=0) + 1e-6]))
+    for model in (best, training):
+        model.x_scale.copy_(torch.stack([x.mean(dim=0), (std := x.std(dim=0)).where(std > 1e-6, 1)]))  # 1 if all equal
+        model.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):

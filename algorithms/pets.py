@@ -189,7 +189,8 @@ class Actor(nn.Module):
         """Before training: the numbers' means and deviations in the data, those of states, and what ends an episode."""
         x = torch.cat([data.observations, data.actions], dim=1)
         z = torch.cat([data.next_observations - data.observations, data.rewards.unsqueeze(1)], dim=1)
-        self.dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), x.std(dim=0) + 1e-6]))
+        std = x.std(dim=0)
+        self.dynamics.x_scale.copy_(torch.stack([x.mean(dim=0), std.where(std > 1e-6, 1)]))  # 1 if it never varied
         self.dynamics.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
         self.scale.copy_(scale)
         self.rule.fill_(-1 if ending == "learned" else list(TERMINATION_RULES).index(ending))
@@ -326,14 +327,13 @@ def plan(actor: Actor, observations: Tensor, mean: Tensor) -> Tensor:
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-
     All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
     """
     mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # imported logs may repeat s where an end has no s'
+    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
-    nll = ((z - mean).square() * torch.exp(-log_variance) + log_variance).mean(dim=2)  # [members, batch]
-    nll = (nll * known).mean(dim=1)  # [members]
+    nll = (z - mean).square() * torch.exp(-log_variance) + log_variance  # [members, batch, numbers of s' and r]
+    nll = torch.cat([nll[..., :-1] * known.unsqueeze(-1), nll[..., -1:]], dim=-1).mean(dim=(1, 2))  # r is known
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}

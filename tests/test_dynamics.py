@@ -183,27 +183,38 @@ def test_dynamics_loss(script):
     assert loss.item() == pytest.approx(sum(nll) + sum(ends) + bounds, rel=1e-5)
 
 
-def test_where_a_file_does_not_say_what_followed_nothing_is_learned_but_the_end(script):
+def test_where_a_file_does_not_say_what_followed_reward_and_end_are_learned(script):
     """D4RL files without next observations repeat the last one where an episode was terminated."""
     learner, _ = make_learner(script)
+    dynamics = learner.training_dynamics
+    randomise(dynamics)
     x, z, terminations = data(8)
     z[:, :2, :-1] = 0
     terminations[:, 0], terminations[:, 1] = 1, 0  # the second stood still, which can be
-    metrics = []
-    for change in (0.0, 1.0):
-        z[:, 0, -1] += change
-        metrics.append(script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1])
-    assert metrics[0]["dynamics/nll"] == metrics[1]["dynamics/nll"]
-    z[:, 1, -1] += 1
-    assert (
-        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/nll"]
-        != metrics[0]["dynamics/nll"]
-    )
+    scale, nll = dynamics.z_scale.numpy(), []
+    for member in range(3):
+        mean, log_variance, _ = numpy_prediction(dynamics, member, x[member].numpy())
+        error = (z[member].numpy() - scale[0]) / scale[1] - mean
+        each = error**2 / np.exp(log_variance) + log_variance
+        each[0, :-1] = 0  # s' of the first
+        nll.append(np.mean(each))
+    found = script.dynamics_loss(dynamics, x, z, terminations)[1]
+    assert found["dynamics/nll"].item() == pytest.approx(np.mean(nll), rel=1e-5)
+    z[:, 0, -1] += 1
+    assert script.dynamics_loss(dynamics, x, z, terminations)[1]["dynamics/nll"] != found["dynamics/nll"]
     terminations[:, 0] = 0
-    assert (
-        script.dynamics_loss(learner.training_dynamics, x, z, terminations)[1]["dynamics/ends"]
-        != metrics[0]["dynamics/ends"]
-    )
+    assert script.dynamics_loss(dynamics, x, z, terminations)[1]["dynamics/ends"] != found["dynamics/ends"]
+
+
+def test_an_action_that_never_varied_in_the_data_is_not_blown_up(script):
+    """Divided by a deviation near 0, what the policy does with it would give any reward."""
+    learner, args = make_learner(script, max_dynamics_epochs=1)
+    batch = script.Batch(*(torch.randn(12, *shape) for shape in ((3,), (2,), (), (3,), ())))
+    batch.actions[:, 1] = 0.25
+    list(script.fit_dynamics(learner, batch, args))
+    for dynamics in (learner.dynamics, learner.training_dynamics):
+        std = torch.cat([batch.observations, batch.actions[:, :1]], dim=1).std(dim=0)
+        torch.testing.assert_close(dynamics.x_scale[1], torch.cat([std, torch.ones(1)]))
 
 
 @pytest.mark.parametrize(

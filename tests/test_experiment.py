@@ -522,7 +522,6 @@ def test_cuda_without_cuda():
             "error: --env-id: environment 'Penduluum-v1' cannot be made .*Did you mean: `Pendulum`",
         ),
         (["--env-id", "no_such_module:Env-v0"], "error: --env-id: .*no_such_module"),
-        (["--run-dir", ""], r"error: --run-dir \.: must name a folder"),
         (["--dataset-id", "anchorl/none-v0"], "no dataset anchorl/none-v0: give anchorl/"),
         (["--dataset-id", "Pendulum-v1"], "no dataset Pendulum-v1: give anchorl/"),  # an environment's id
         (["--dataset-id", "none"], "no dataset 'none'"),
@@ -532,6 +531,11 @@ def test_cuda_without_cuda():
 def test_bad_input_is_one_line_and_exit_2(arguments, pattern, tmp_path):
     assert_one_line(run_script("iql", *arguments, "--run-dir", str(tmp_path / "run")), pattern)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_name_is_no_run_dir():
+    """Of an unset variable; the run would fill the folder one is in."""
+    assert_one_line(run_script("iql", "--run-dir", ""), r"error: --run-dir \.: must name a folder")
 
 
 @pytest.mark.parametrize(
