@@ -23,11 +23,11 @@ since. Without it, an observation counts as an episode's first. A loaded policy 
 Paper: Chen et al., "Decision Transformer: Reinforcement Learning via Sequence Modeling", 2021, arXiv 2106.01345.
 Differences: returns-to-go are divided by the largest |return-to-go| of the data, theirs by 1,000 (reacher: 10); the
 target is the best return of the data, theirs is written down for each task, too (hopper: 3,600 and 1,800). An embedding
-stands for each step up to the data's longest episode, later steps share the last; theirs has 1,000 (reacher: 100). It
-starts with a standard deviation of 0.02, as CORL's, theirs of 1. Layers start as PyTorch's do; those of the authors'
-GPT-2 with 0.02, and biases of 0. The embeddings' dropout is an argument, theirs always 0.1. Observations are divided by
-their deviation + 1e-3, theirs + 1e-6. The warm-up is a tenth of this repository's 10,000 updates, theirs of 100,000.
-Heads for states and returns, which they do not train, are left out.
+stands for each step up to the data's longest episode, at most --max-timestep of them, and later steps share the last;
+theirs has 1,000 (reacher: 100). It starts with a standard deviation of 0.02, as CORL's, theirs of 1. Layers start as
+PyTorch's do; those of the authors' GPT-2 with 0.02, and biases of 0. The embeddings' dropout is an argument, theirs
+always 0.1. Observations are divided by their deviation + 1e-3, theirs + 1e-6. The warm-up is a tenth of this
+repository's 10,000 updates, theirs of 100,000. Heads for states and returns, which they do not train, are left out.
 
 Run: python algorithms/decision_transformer.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -206,7 +206,9 @@ class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
-    legal_actions: tyro.conf.Fixed[bool] = False  # set where the data's observations have an action_mask
+    legal_actions: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = (
+        False  # set where the data's observations have an action_mask
+    )
 
     def validate(self) -> None:
         super().validate()

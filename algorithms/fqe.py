@@ -225,16 +225,16 @@ class Args(HyperParameters, ExperimentArgs):
     """by the mean and standard deviation of the data; the policy sees what it saw in its own training"""
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """Without the path of a script, which may be another one when a run is resumed."""
-        return {name: value for name, value in super().hyper_parameters().items() if name != "policy_script"}
+        """Without the path of a script, which may be another one when a run is resumed; a run's as `Path` writes it."""
+        found = {name: value for name, value in super().hyper_parameters().items() if name != "policy_script"}
+        return found | {"policy_run_dir": str(Path(self.policy_run_dir or ""))}
 
     def validate(self) -> None:
         super().validate()
         check_argument(self, "gamma", 0 < self.gamma < 1, "must be in (0, 1)")
         check_argument(self, "num_members", self.num_members >= 2, "must be at least 2, for an interval")
         check_argument(self, "validation_fraction", self.validation_fraction == 0, "FQE holds nothing out")
-        needed = "--policy-run-dir is needed: the folder of the run to evaluate"
-        check(self.resume or self.policy_run_dir is not None, needed)
+        check(bool(self.policy_run_dir), "--policy-run-dir is needed: the folder of the run to evaluate")
 
 
 def load(args: Args, dataset: Dataset) -> Policy:
@@ -258,6 +258,10 @@ def load(args: Args, dataset: Dataset) -> Policy:
     check(found == expected, sizes)
     same = np.allclose(policy.action_range.cpu(), [dataset.action_low, dataset.action_high])
     check(same, f"{where}: the policy's range of actions is not that of {dataset.dataset_id}")
+    for kind, names in (("observation", dataset.observation_names), ("action", dataset.action_names)):
+        known, numbers = policy.origin[f"{kind}_names"] or names, [str(number) for number in range(len(names))]
+        same = known == names or numbers in (known, names)  # these are of data that do not say
+        check(same, f"{where}: its {kind}s are {', '.join(known)}, those of {dataset.dataset_id} {', '.join(names)}")
     return policy
 
 
@@ -283,6 +287,7 @@ def true_returns(policy: Policy, dataset: Dataset, args: Args) -> np.ndarray | N
     try:
         environments = make_environments(dataset, args.eval_episodes)
     except NoEnvironment as reason:
+        check(args.env_id is None, f"--env-id: {reason}")
         warn(f"{reason}: the estimate is compared with nothing")
         return None
     horizon = math.ceil(math.log(0.001) / math.log(args.gamma))  # Q knows of no time limit: here gamma^t is the limit

@@ -42,7 +42,7 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount, below 1 (authors' code: 0.999)
-    threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 0.5, 3)
+    threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 2, 1/3)
     halt_penalty: float = 0.0  # what a step in HALT pays less than the data's least reward, or than 0 if that is less
     rollout_length: int = 20  # steps of a rollout, h (tried here; MOPO: 1 or 5; authors' code: 500, 700)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state of the data (MOPO's code: 50,000)

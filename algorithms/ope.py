@@ -17,8 +17,8 @@ After a termination Q and V are 0. At a cut fqe, wdr and model go on by what the
 `beyond` says how much they miss: mean_i gamma^T_i, 0 where an episode terminated. So the data have an fqe, too, with
 their own next action as pi(s'); a policy's fqe is compared with that. The effective sample size (ESS) of the last
 weights, (sum_i rho_i)^2 / sum_i rho_i^2, is how many episodes of equal weight they are worth; below --least-effective
-there is no number. Two doubts are kept apart: the 95 % interval is of which episodes the data happen to hold, by a
-bootstrap with fixed networks; `seeds` are what other seeds say. Neither knows of errors that all networks share.
+there is no number. The 95 % interval is a bootstrap of the episodes, with fixed networks; `seeds` are the estimates of
+each network. Neither knows of errors that all networks share.
 
 beta is logged, or fitted to four fifths of the episodes, L_beta = E[ -log beta(a | s) ], at the temperature that suits
 the others best. Where beta is wrong, is and wis are, and wdr is right only as far as Q is. Continuous actions, in
@@ -210,11 +210,11 @@ def fit_dynamics(batch: Batch, args: HyperParameters) -> Ensemble:
 
 @torch.no_grad()
 def rollouts(dynamics: Ensemble, starts: Tensor, act: Callable, batch: Batch, gamma: float) -> Tensor:
-    """Discounted returns [members, E] of rollouts of `act` from `starts` [E, observation_dim], until gamma^t < 0.01 or
-    for 500 steps; an end of probability p leaves 1 - p of what follows.
+    """Discounted returns [members, E] of rollouts of `act` from `starts` [E, observation_dim], until gamma^t < 0.01. An
+    end of probability p leaves 1 - p of what follows.
     """
     states, returns, alive = starts.expand(dynamics.members, -1, -1), torch.zeros(()), torch.ones(())
-    for t in range(500 if gamma > 0.99 else math.ceil(math.log(0.01) / math.log(max(gamma, 0.01)))):
+    for t in range(math.ceil(math.log(0.01) / math.log(max(gamma, 0.01)))):
         actions = act(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         states, rewards, logit = forecast(dynamics, states, actions)
         returns, alive = returns + gamma**t * alive * rewards, alive * (1 - torch.sigmoid(logit))
@@ -363,9 +363,7 @@ def load_buffer(args: Args, run: dict[str, Any]) -> ReplayBuffer:
 
 
 def logged_probabilities(dataset: Dataset) -> Tensor | None:
-    """log beta(a | s) [N] by the infos' log_prob; None without any. Raises BadInput where it lacks or cannot be.
-    Densities are of actions in the environment's units, and become those of actions in [-1, 1].
-    """
+    """log beta(a | s) [N] by the infos' log_prob, of actions in [-1, 1]; None without. Raises BadInput for a part."""
     with explain(f"{dataset.dataset_id}: cannot read the infos' log_prob"):
         stored, found = minari.MinariDataset(find_dataset(dataset.dataset_id)), []
         for episode in stored.iterate_episodes(dataset.kept and sorted(dataset.kept)):
@@ -474,6 +472,8 @@ def main(args: Args) -> None:
     run, policies = read_runs(args)
     args.gamma = gamma = run["gamma"]
     check(0 < gamma < 1, f"--gamma {gamma}: must be in (0, 1)")
+    check(not args.out.is_dir(), f"--out {args.out}: is a folder; name a file in it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     buffer = load_buffer(args, run)
@@ -488,8 +488,8 @@ def main(args: Args) -> None:
     result |= {"data": judge_data(evidence, args), "policies": {}}
     print(f"data, {count} episodes, beta {told['beta']}: {describe(result['data'])}", flush=True)
     dynamics = fit_dynamics(evidence.batch, args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for path, policy in zip(args.policies, policies, strict=True):
+        torch.manual_seed(args.seed)  # so that an estimate is the same whatever others are asked for
         found = result["policies"][str(path)] = judge(policy, evidence, dynamics, args)
         print(f"{path}: {describe(found)}", flush=True)
         replace(args.out, lambda file: file.write(json.dumps(result, indent=2).encode()))

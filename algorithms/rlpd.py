@@ -18,9 +18,9 @@ arXiv 2302.02948 (algorithm 1); SAC is arXiv 1812.05905.
 Differences: the authors' L_Q is the mean over the critics, which Adam turns into the same steps. Observations are
 normalised, which the authors do not do. The log standard deviation of the action before tanh is at least -5, as in
 CQL's code; theirs -20. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start as Glorot's,
-with biases of 0. The authors take one critic for the target in AntMaze (--num-target-critics 1), and no entropy in
-AntMaze and Adroit (--no-entropy-in-backup). Their dropout, weight decay and residual critics, off in their commands,
-are not here.
+with biases of 0, and their layer norms add 1e-6 to the variance, these 1e-5. The authors take one critic for the target
+in AntMaze (--num-target-critics 1), and no entropy in AntMaze and Adroit (--no-entropy-in-backup). Their dropout,
+weight decay and residual critics, off in their commands, are not here.
 
 Run: python algorithms/rlpd.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -300,6 +300,8 @@ class Args(HyperParameters, ExperimentArgs):
         enough = self.num_target_critics <= self.num_critics
         check_argument(self, "num_target_critics", enough, f"must be at most --num-critics {self.num_critics}")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
+        both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or self.data_ratio in (0, 1)
+        check_argument(self, "data_ratio", both, f"a batch of {self.batch_size} has no room for both")
 
 
 def draw_both(buffer: ReplayBuffer, batch_size: int, data_ratio: float) -> Tensor:

@@ -18,11 +18,12 @@ Paper: Xu, Jiang, Li, Yang, Wang, Chan, Zhan, "Offline RL with No OOD Actions: I
 Regularization", 2023, arXiv 2303.15810.
 Differences: one optimiser step trains the three networks, each loss seeing the others as they were before it (the
 authors update V first, then pi and Q with the new V). SQL takes E_pi[ pi / mu ] as 1, so its V lies below the
-regulariser's by alpha (E_pi[ pi / mu ] - 1). Its w is the authors' code's; the regulariser gives max(u, 0). EQL has
-the factor of 10 in w, the clip of u at 5 and the factor exp(-m), m = max(-1, max u), of each batch's L_V from the
-authors' code: the last keeps exp small, and scales each batch's gradient. Observations are normalised, which the
-authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the
-authors do so in locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
+regulariser's by alpha (E_pi[ pi / mu ] - 1). Its w is the authors' code's; the regulariser gives max(u, 0). EQL has the
+factor of 10 in w, the clip of u at 5 and the factor exp(-m), m = max(-1, max u), of each batch's L_V from the authors'
+code: the last keeps exp small, and scales each batch's gradient. Observations are normalised, which the authors do not
+do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
+locomotion. Layers start as PyTorch's do; the authors' start orthogonal, and their layer norms add 1e-6 to the variance,
+these 1e-5.
 
 Run: python algorithms/sql.py --dataset-id anchorl/pendulum/mixed-v0
 """

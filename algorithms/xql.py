@@ -22,7 +22,8 @@ Huber loss are the authors' code's, whose options are left out: random or noisy 
 several updates of V a step, a single Q, and a penalty of Q's gradient. The batch is 256; the authors' default is 1,024,
 which six of their nine scripts for locomotion data keep. Observations are normalised, which the authors do not do.
 Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
-locomotion. Layers start as PyTorch's do; the authors' start orthogonal.
+locomotion. Layers start as PyTorch's do; the authors' start orthogonal, and their layer norms add 1e-6 to the variance,
+these 1e-5.
 
 Run: python algorithms/xql.py --dataset-id anchorl/pendulum/mixed-v0
 """

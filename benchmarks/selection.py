@@ -196,6 +196,7 @@ def true_returns(args: Args, policies: tuple[Path, ...], result: dict[str, Any])
     try:
         environments = make_environments(dataset, min(20, args.eval_episodes))
     except NoEnvironment as reason:
+        check(args.env_id is None, f"--env-id: {reason}")
         warn(f"{reason}: there is no truth to compare with")
         return {}
     for environment in environments:

@@ -433,6 +433,8 @@ def test_a_resumed_run_has_the_policy_it_started_with(discrete, tmp_path):
     assert results[0]["member_estimates"] == results[1]["member_estimates"]
     run = run_script("fqe", *arguments, "--resume", "--run-dir", str(stopped), "--policy-run-dir", "other")
     assert_one_line(run, "policy_run_dir is .*, not other")
+    again = ["--resume", "--num-updates", "30", *arguments, "--run-dir", str(stopped), "--policy-run-dir", f"{policy}/"]
+    assert run_script("fqe", *again).returncode == 0  # as a shell completes it
 
 
 def test_a_run_that_was_killed_before_it_copied_the_policy_can_be_resumed(tmp_path):
@@ -516,6 +518,23 @@ def test_a_policy_that_cannot_be_evaluated(policy, pattern, tmp_path):
     assert_refused(tmp_path, pattern, *([] if policy is None else ["--policy-run-dir", str(tmp_path / policy)]))
 
 
+def test_a_policy_of_other_columns_than_the_data(make_dataset, datasets_path, tmp_path):
+    def data(name, *names):
+        dataset_id = make_dataset(f"test/{name}-v0")
+        path = datasets_path / dataset_id / "data" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | ({"observation_names": names} if names else {})))
+        return ["--dataset-id", dataset_id, "--num-updates", "1", "--num-members", "2"]
+
+    run = str(tmp_path / "run")
+    assert run_script("bc", *data("one", "hot", "cold", "wet")[:4], "--run-dir", run).returncode == 0
+    swapped = [*data("two", "cold", "hot", "wet"), "--policy-run-dir", run]
+    assert_refused(
+        tmp_path / "fqe", "its observations are hot, cold, wet, those of test/two-v0 cold, hot, wet", *swapped
+    )
+    untold = [*data("three"), "--policy-run-dir", run, "--run-dir", str(tmp_path / "fqe")]
+    assert run_script("fqe", *untold).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("policy", "pattern"),
     [
@@ -536,4 +555,4 @@ def test_data_that_cannot_evaluate(make_dataset, tmp_path):
     arguments = ["--policy-run-dir", write_policy(tmp_path / "policy")]
     dataset_id = make_dataset(episodes=[random_episode(0)])
     assert_refused(tmp_path, f"error: {dataset_id} holds one episode", *arguments, "--dataset-id", dataset_id)
-    assert_refused(tmp_path, "error: MountainCarContinuous-v0 has", *arguments, "--env-id", "MountainCarContinuous-v0")
+    assert_refused(tmp_path, "error: --env-id: MountainCarContinuous-v0 has", *arguments, "--env-id", "MountainCarContinuous-v0")

@@ -514,6 +514,28 @@ def test_discrete_actions(folders, tmp_path):
     assert set(result["policies"][folders["cql"]]) == {"fqe", "model", "ess"}
 
 
+def test_an_estimate_does_not_depend_on_what_else_is_asked(folders, tmp_path):
+    kept = f"{folders['cql']}/policy-1.pt"
+    alone, _ = judged(tmp_path, kept)
+    after, _ = judged(tmp_path, folders["cql"], kept)
+    assert after["policies"][kept] == alone["policies"][kept]
+
+
+def test_rollouts_last_until_the_discount_leaves_a_hundredth():
+    """Of a reward of 1 for ever: 0.99 of 1 / (1 - gamma), also where that takes thousands of steps."""
+
+    class Dynamics:
+        members = 2
+
+        def __call__(self, s, a):
+            return torch.cat([0 * s, 0 * s + 1, 0 * s - 100], dim=-1)
+
+    batch = SimpleNamespace(observations=torch.tensor([[-1.0], [1.0]]))
+    for gamma in (0.9, 0.99, 0.999):
+        found = ope.rollouts(Dynamics(), torch.zeros(1, 1), lambda s: s, batch, gamma)
+        np.testing.assert_allclose(found.numpy() * (1 - gamma), np.full((2, 1), 0.99), atol=2e-3)
+
+
 def test_continuous_actions_have_fqe_and_model_alone(folders, tmp_path):
     result, _ = judged(tmp_path, folders["bc"])
     assert result["beta"] == "none" and set(result["policies"][folders["bc"]]) == {"fqe", "model"}
@@ -541,6 +563,7 @@ def test_what_does_not_compare_is_one_line(folders, tmp_path):
         "--noise is for continuous actions": [folders["cql"], "--noise", "0.1"],
         "--noise -1.0: must be at least 0": [folders["bc"], "--noise", "-1"],
         "--conservative -1.0: must be at least 0": [folders["cql"], "--conservative", "-1"],
+        f"--out {tmp_path}: is a folder": [folders["cql"], "--out", str(tmp_path)],
     }
     for pattern, given in cases.items():
         assert_one_line(run_script("ope", *out, *given), pattern)
