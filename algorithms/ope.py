@@ -306,7 +306,7 @@ class Args(HyperParameters):
     gamma: float = 0.0  # discount; 0: that of the runs
     noise: float = 0.0  # sigma, with which policies of continuous actions act, in half ranges of an action
     held_out: bool = False  # judge by the episodes alone that the runs held out of training (--validation-fraction)
-    least_effective: float = 10.0  # episodes of equal weight that importance sampling needs for a number
+    least_effective: float = 10.0  # ESS from which on is, wis and wdr are shown
     draws: int = 1_000  # of the bootstrap over episodes
     script: Path | None = None  # path of the script that trained the policies, if it is not in algorithms/
     seed: int = 0  # of networks, batches and draws

@@ -555,4 +555,5 @@ def test_data_that_cannot_evaluate(make_dataset, tmp_path):
     arguments = ["--policy-run-dir", write_policy(tmp_path / "policy")]
     dataset_id = make_dataset(episodes=[random_episode(0)])
     assert_refused(tmp_path, f"error: {dataset_id} holds one episode", *arguments, "--dataset-id", dataset_id)
-    assert_refused(tmp_path, "error: --env-id: MountainCarContinuous-v0 has", *arguments, "--env-id", "MountainCarContinuous-v0")
+    arguments += ["--env-id", "MountainCarContinuous-v0"]
+    assert_refused(tmp_path, "error: --env-id: MountainCarContinuous-v0 has", *arguments)
