@@ -261,7 +261,7 @@ def load(args: Args, dataset: Dataset) -> Policy:
     for kind, names in (("observation", dataset.observation_names), ("action", dataset.action_names)):
         known, numbers = policy.origin[f"{kind}_names"] or names, [str(number) for number in range(len(names))]
         same = known == names or numbers in (known, names)  # these are of data that do not say
-        check(same, f"{where}: its {kind}s are {', '.join(known)}, those of {dataset.dataset_id} {', '.join(names)}")
+        check(same, f"{where}: its {kind}s are {known}, those of {dataset.dataset_id} {names}")
     return policy
 
 

@@ -71,7 +71,7 @@ def load_dataset(dataset_id: str, env_id: str | None = None, discrete: bool | No
         masks = [name for name in names if discrete and f"{MASK}/" in name]
         whole = not masks or (masks[0].startswith(MASK) and len(masks) == np.ptp(bounds) + 1)
         check(whole, f"{MASK} must be a key of the observation itself, with a number for each action: repair it")
-        names = masks + told[len(masks) :] if [*map(type, told)] == [str] * len(names) else names  # of import_logs
+        names = told if [*map(type, told)] == [str] * len(names) and (not masks or MASK in told[0]) else names
         choices = [str(name) for name in metadata.get("action_names") or []]
     same_task = env_id is None or env_id.rpartition(":")[2] == spec.get("id") or "id" not in spec  # of module:Id
     scale = (low, high) if same_task and math.isfinite(high - low) and low != high else None

@@ -41,9 +41,11 @@ every_script = pytest.mark.parametrize("algorithm", SCRIPTS)
 
 
 def typed(args_class):
-    """The arguments that a command line may have: --online-steps is one of the scripts that act."""
-    own = args_class.__annotations__
-    return [field for field in dataclasses.fields(args_class) if field.name != "online_steps" or field.name in own]
+    """The arguments that a command line may have: --online-steps is one of the scripts that act, and a mask of legal
+    actions is the data's.
+    """
+    hidden = {"legal_actions"} | ({"online_steps"} - {*args_class.__annotations__})
+    return [field for field in dataclasses.fields(args_class) if field.name not in hidden]
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "fqe"])

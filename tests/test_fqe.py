@@ -478,14 +478,16 @@ def test_discounted_returns():
     np.testing.assert_allclose(evaluate(lambda rows: rows, [Ones(), Ones()], gamma=0.5)[0], [1.75, 1.75])
 
 
-def test_an_environment_that_is_not_installed_is_one_warning(tmp_path):
+def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, datasets_path, tmp_path):
+    path = datasets_path / (dataset_id := make_dataset(env="Pendulum-v1")) / "data" / "metadata.json"
+    path.write_text(path.read_text().replace("Pendulum-v1", "NotInstalled-v0"))
     arguments = ["--policy-run-dir", write_policy(tmp_path / "policy"), "--gamma", "0.1", "--num-updates", "100"]
-    arguments += [*SHORT, "--env-id", "NotInstalled-v0", "--run-dir", str(tmp_path / "run")]
+    arguments += [*SHORT, "--dataset-id", dataset_id, "--run-dir", str(tmp_path / "run")]
     run = run_script("fqe", *arguments)
     assert run.returncode == 0, run.stderr
     assert (
         run.stderr.count("warning") == 1
-        and "'NotInstalled-v0' cannot be made (Environment `NotInstalled` doesn't exist" in run.stderr
+        and "'NotInstalled-v0' is not installed: the estimate is compared with nothing" in run.stderr
     )
     assert "no environment to compare with" in run.stdout
 
@@ -529,7 +531,9 @@ def test_a_policy_of_other_columns_than_the_data(make_dataset, datasets_path, tm
     assert run_script("bc", *data("one", "hot", "cold", "wet")[:4], "--run-dir", run).returncode == 0
     swapped = [*data("two", "cold", "hot", "wet"), "--policy-run-dir", run]
     assert_refused(
-        tmp_path / "fqe", "its observations are hot, cold, wet, those of test/two-v0 cold, hot, wet", *swapped
+        tmp_path / "fqe",
+        r"its observations are .'hot', 'cold', 'wet'., those of test/two-v0 .'cold', 'hot', 'wet'.",
+        *swapped,
     )
     untold = [*data("three"), "--policy-run-dir", run, "--run-dir", str(tmp_path / "fqe")]
     assert run_script("fqe", *untold).returncode == 0
