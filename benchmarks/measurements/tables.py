@@ -39,6 +39,7 @@ FOLDERS: tuple[str, ...] = (
     "walker2d-medium-expert",
     "halfcheetah-medium-expert",
     "medium-expert-50k",
+    "model-medium",
 )
 DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
 COLUMNS = {  # of README.md's table
@@ -137,7 +138,8 @@ def final_scores() -> str:
     runs = measured()
     ours = runs[~runs["algorithm"].str.startswith(PEERS)]
     parts = [f"{dataset_id}:\n\n{table(own)}" for dataset_id, own in ours.groupby("dataset_id", sort=False)]
-    told = "Peers with their own configurations on the same data, in the same protocol, and Welch's 95 % interval:\n"
+    told = "Peers with their own configurations (`--tau 0.02`: both with model-medium.sh's) on the same data, in the same\n"
+    told += "protocol, and Welch's 95 % interval:\n"
     peers = beside_peers(runs)
     return "\n" + "\n".join([*parts, told + peers] if peers else parts) + "\n"
 
