@@ -53,6 +53,7 @@ def test_every_test_and_argument_that_is_named_exists():
         known = {field for module in modules for field in module.Args.__dataclass_fields__}
         body = section.split("\n## ")[0]
         named = {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)", body)}
+        known |= {f"no_{field}" for field in known}  # of a switch
         assert named <= known | {"top_fraction"}, (names, named - known)
 
 
