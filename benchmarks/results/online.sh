@@ -15,7 +15,13 @@ tenth="--validation-fraction 0.9"  # a tenth of the episodes, the same for all s
         python algorithms/sac.py --seed $seed --num-updates 4000 --eval-every 250 $network --run-dir runs/acting/pendulum/sac/$seed
     done
 }
-python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium --algorithms iql td3_bc \
+python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/on --algorithms iql td3_bc \
     --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
+python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/awac --algorithms awac \
+    --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile --precision bf16
+for seed in 0 1 2; do
+    python algorithms/sac.py --env-id Hopper-v5 --seed $seed --num-updates 49000 --eval-every 1000 --compile \
+        --precision bf16 --run-dir runs/acting/hopper-medium/sac/$seed
+done
 python -m benchmarks.measurements.online runs/acting/pendulum runs/acting/hopper-medium --dip 2000 \
     --at 1000 2000 5000 20000 50000 --out benchmarks/results/online
