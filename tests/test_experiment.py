@@ -570,3 +570,10 @@ def test_a_download_without_network_is_one_line(tmp_path):
     proxy = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     run = run_script("bc", "--dataset-id", "mujoco/hopper/medium-v0", "--run-dir", str(tmp_path / "run"), **proxy)
     assert_one_line(run, "mujoco/hopper/medium-v0 is not local, and its download failed")
+
+
+@pytest.mark.parametrize("algorithm", ["cal_ql", "rlpd"])
+def test_a_share_of_the_data_that_is_no_row_of_a_batch_is_refused(algorithm):
+    """Rounded, half of one row is none: the data would never be drawn."""
+    run = run_script(algorithm, "--batch-size", "1")
+    assert_one_line(run, "error: --data-ratio 0.5: a batch of 1 has no room for both")
