@@ -25,6 +25,9 @@ of an observation, in standard deviations of the data:
                      ends the run's rollouts: a rule for the environment, or the model's own probability
     false ends       share of the episodes that still run of which most samples say that they have ended
 
+Below it stand the numbers of an observation with the largest errors, for the first and the last k: in these deviations,
+and in the environment's units beside the errors of the forecast that nothing changes.
+
 The model beats a naive forecast up to the last k before the first at which it does not. Its spread is called too narrow
 where the 90% interval misses more than 20%, twice as many as it should, and too wide where it misses less than 5%.
 
@@ -90,7 +93,8 @@ class Row(NamedTuple):
 
     step: int
     values: dict[str, float]  # by the name of the column
-    errors: dict[str, float]  # by the name of the observation, the largest first
+    errors: dict[str, list[float]]  # by the name of the observation, the largest first, each in standard deviations of
+    # the data, in the environment's units, and in these if nothing changes
 
 
 FORMS = {"starts": ",.0f", "order": ".2f"}
@@ -174,8 +178,10 @@ def compare(run: Trained, step: int, said: Forecast, starts: Starts) -> Row:
         ended = starts.terminated & (starts.left <= step)
         values["ends seen"] = float((said.ended[ended] > 0.5).float().mean())  # nan where none has ended by now
         values["false ends"] = float((said.ended[~ended] > 0.5).float().mean())
-    by_name = {name: measures.root_mean_square(column) for name, column in zip(names, errors[:, :-1].T, strict=True)}
-    return Row(step, values, dict(sorted(by_name.items(), key=lambda item: -item[1])))
+    own, naive = (some.double().square().mean(dim=0).sqrt() for some in (errors[:, :-1], nothing))
+    unit = scale * run.buffer.normalization[1]
+    by_name = dict(zip(names, torch.stack([own, own * unit, naive * unit], dim=1).tolist(), strict=True))
+    return Row(step, values, dict(sorted(by_name.items(), key=lambda item: -item[1][0])))
 
 
 def choose_starts(run: Trained, model: Model, longest: int, count: int) -> tuple[Starts, Tensor]:
@@ -229,8 +235,10 @@ def table(rows: list[Row]) -> Iterator[str]:
     for line in cells:
         yield "| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
     for row in rows[:: max(1, len(rows) - 1)]:  # the first and the last
-        worst = ", ".join(f"{name} ({error:.3g})" for name, error in list(row.errors.items())[:NUM_WORST])
-        yield f"largest errors at k = {row.step}: {worst}"
+        worst = list(row.errors.items())[:NUM_WORST]
+        yield f"largest errors at k = {row.step}: {', '.join(f'{name} ({own:.3g})' for name, (own, _, _) in worst)}"
+        units = ", ".join(f"{name} {own:.3g} ({naive:.3g})" for name, (_, own, naive) in worst)
+        yield f"  in the environment's units (and if nothing changes): {units}"
 
 
 def beats(rows: list[Row], name: str, naive: str) -> str:

@@ -65,7 +65,8 @@ def linear_data(episodes=20, length=30, noise=0.0):
 def run_on(data, lengths):
     """What `compare` asks of a run."""
     dataset = SimpleNamespace(observation_names=["x", "y"])
-    buffer = SimpleNamespace(transitions=data, episode_lengths=lengths, dataset=dataset)
+    normalization = torch.tensor([[5.0, 5.0], [10.0, 100.0]], dtype=torch.float64)
+    buffer = SimpleNamespace(transitions=data, episode_lengths=lengths, dataset=dataset, normalization=normalization)
     return SimpleNamespace(buffer=buffer, reward_scale=1.0)
 
 
@@ -93,7 +94,13 @@ def test_the_error_of_a_biased_model_is_that_of_its_drift():
         before, after = (sum((np.linalg.matrix_power(A, j) @ drift for j in range(n)), np.zeros(2)) for n in (k - 1, k))
         errors = np.abs(after) / scale
         assert row.values["error"] == pytest.approx(math.sqrt(np.mean(errors**2)), rel=1e-3)
-        assert row.errors == pytest.approx({"x": errors[0], "y": errors[1]}, abs=1e-4)
+        names, units = {"x": 0, "y": 1}, np.abs(after) * [10, 100]
+        following = data.next_observations.view(20, 30, 2)[:, k - 1 : 20 + k].numpy()
+        change = np.sqrt(((following - data.observations.view(20, 30, 2)[:, :21].numpy()) ** 2).mean(axis=(0, 1)))
+        for name, column in names.items():
+            expected = [errors[column], units[column], change[column] * [10, 100][column]]
+            assert row.errors[name] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert list(row.errors) == sorted(names, key=lambda name: -errors[names[name]])
         assert row.values["reward"] == pytest.approx(abs(before.sum()), abs=1e-4)
 
 
@@ -247,7 +254,7 @@ def test_where_a_file_does_not_say_what_followed_nothing_but_the_end_counts():
 
 def row_of(step, error, reward=0.0, share=0.9):
     values = {"error": error, "nothing changes": 1.0, "reward": reward, "mean reward": 1.0, "in 90%": share}
-    return Row(step, values | {"reward in 90%": 0.9, "order": 0.5}, {"x": error, "y": 0.1})
+    return Row(step, values | {"reward in 90%": 0.9, "order": 0.5}, {"x": [error, 20.0, 30.0], "y": [0.1, 0.5, 0.25]})
 
 
 def test_verdicts_by_hand():
@@ -265,7 +272,8 @@ def test_table_is_markdown():
     lines = [*table([row_of(1, 0.5), row_of(20, math.nan)])]
     assert len({len(line) for line in lines[:4]}) == 1 and re.fullmatch(r"(\| -+: )+\|", lines[1])
     assert lines[0].split()[:4] == ["|", "k", "|", "error"] and "90.0%" in lines[2] and "nan" not in lines[3]
-    assert lines[4] == "largest errors at k = 1: x (0.5), y (0.1)" and lines[5].startswith("largest errors at k = 20:")
+    assert lines[4] == "largest errors at k = 1: x (0.5), y (0.1)" and lines[6].startswith("largest errors at k = 20:")
+    assert lines[5] == "  in the environment's units (and if nothing changes): x 20 (30), y 0.5 (0.25)"
 
 
 # --- Runs ---

@@ -2,9 +2,10 @@
 
 Both have the same sizes: 7 models of four layers of 200, batches of 256 a model; rollouts of 5 steps from 50,000 states
 before the 1,000 updates, of networks of two layers of 256 with batches of 256. The data are random numbers of
-HalfCheetah's size, whose rollouts never end. Ours is the script's own function for each part, eager and with --compile;
-the kit's its run_example/run_mopo.py, unchanged, up to its dynamics' `train` with one epoch, and its trainer's with
-1,000 updates. Evaluations, and what the kit saves at the end of an epoch, are not in either.
+HalfCheetah's size, whose rollouts never end. Ours is the script's own function for each part, eager, with --compile,
+and with --precision bf16 as well; the kit's its run_example/run_mopo.py, unchanged, up to its dynamics' `train` with
+one epoch, and its trainer's with 1,000 updates. Evaluations, and what the kit saves at the end of an epoch, are not in
+either.
 
 --kit is a checkout of github.com/yihaosun1124/OfflineRL-Kit (made for commit e3ce697). It needs nothing that ours does
 not, so this runs in our environment.
@@ -60,12 +61,12 @@ class Args:
 Parts = dict[str, Callable[[], None]]  # an epoch of the model, and 1,000 updates
 
 
-def ours(args: Args, compile: bool) -> Parts:
+def ours(args: Args, **options: Any) -> Parts:
     """mopo.py's, on the same number of transitions."""
     mopo: Any = load_script("mopo")
     sizes = throughput.Args(threads=args.threads)
     buffer = throughput.random_buffer(sizes, "mopo", torch.device("cpu"), args.episodes)
-    own = mopo.Args(max_dynamics_epochs=1, compile=compile, device="cpu")
+    own = mopo.Args(max_dynamics_epochs=1, device="cpu", **options)
     device = set_up(own)
     learner = mopo.build(buffer.observation_dim, buffer.action_dim, own, device, Adam)
     train, train_dynamics = (compiled(each, learner, own) for each in (mopo.update, mopo.dynamics_update))
@@ -149,7 +150,8 @@ def main() -> None:
     if args.rounds < 1 or args.episodes < 1:
         stop("--rounds, --episodes: must be at least 1")
     torch.set_num_threads(args.threads)
-    modes = {"kit": kits(args), "eager": ours(args, False), "compile": ours(args, True)}
+    modes = {"kit": kits(args), "eager": ours(args), "compile": ours(args, compile=True)}
+    modes["bf16"] = ours(args, compile=True, precision="bf16")
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):  # the first, which compiles, is not counted
         for part in ("epoch", "updates"):
@@ -163,7 +165,7 @@ def main() -> None:
         medians = {mode: statistics.median(seconds[part, mode]) for mode in modes}
         row: dict[str, Any] = {"part": part, "threads": args.threads}
         row |= {f"{mode}_s": round(value, 2) for mode, value in medians.items()}
-        for mode in ("eager", "compile"):
+        for mode in list(modes)[1:]:
             ratios = [a / b for a, b in zip(seconds[part, "kit"], seconds[part, mode], strict=True)]
             row[f"kit/{mode}"] = round(statistics.median(ratios), 2)
         rows.append(row)
