@@ -1,0 +1,114 @@
+"""Every script on a device other than the CPU, on which a tensor of the wrong device is an error, as it is on a GPU."""
+
+import contextlib
+import importlib
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, SHORT, SHORTER, checkpoint, run_script
+from pretend_device import DEVICE, pretending
+
+ONLINE = "iql", "td3_bc", "awac", "awr", "cql", "cal_ql", "naf", "pets"
+
+
+# --- The device ---
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x, y: x + y,
+        lambda x, y: y + x,
+        lambda x, y: y * x[0],
+        lambda x, y: y.add_(x),
+        lambda x, y: torch.cat([x, y]),
+        lambda x, y: torch.where(x > 0, x, y),
+        lambda x, y: torch._foreach_lerp_([x], [y], 0.1),
+        lambda x, y: x.index_select(0, torch.tensor([0])),
+        lambda x, y: x.__setitem__(torch.tensor([0, 1]), y[:2]),
+        lambda x, y: y[torch.tensor([0], device=DEVICE)],
+        lambda x, y: torch.nn.functional.linear(x, y[None]),
+        lambda x, y: torch.randperm(3, generator=torch.Generator(), device=DEVICE),
+        lambda x, y: x.numpy(),
+        lambda x, y: np.asarray(x),
+    ],
+)
+def test_what_cuda_refuses(mixed):
+    with pretending(), pytest.raises((RuntimeError, TypeError)):
+        mixed(torch.ones(3, device=DEVICE), torch.ones(3))
+
+
+def test_what_cuda_allows():
+    with pretending():
+        x, y = torch.ones(3, device=DEVICE), torch.tensor([1.0, 2.0, 3.0])
+        assert (x * y[1]).cpu().tolist() == [2, 2, 2] and float(x.copy_(y)[2]) == 3 and y.copy_(2 * x)[1] == 4
+        assert x[torch.tensor([2])].device == DEVICE and x[torch.tensor([2])].cpu() == 3
+        x.requires_grad_().square().sum().backward()
+        assert x.grad.device == DEVICE and x.grad.cpu().tolist() == [2, 4, 6]
+
+
+# --- The scripts ---
+
+
+def run_on(device, algorithm, *arguments):
+    """A script's command line on that device."""
+    module = importlib.import_module(algorithm)
+    set_up = module.set_up
+    with (
+        mock.patch.object(module, "set_up", lambda args: (set_up(args), device)[1]),
+        pretending() if device == DEVICE else contextlib.nullcontext(),
+    ):
+        outcome = run_script(algorithm, *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def assert_same(folder, device_folder, part):
+    """A run on the CPU and one on the device have that part in common, but for rounding."""
+    assert json.loads((device_folder / "result.json").read_text())["device"] == str(DEVICE)
+    weights, others = (checkpoint(each)["learner"][part] for each in (folder, device_folder))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name != "fqe"])
+def test_a_run_on_another_device_comes_to_the_same(algorithm, tmp_path):
+    """It is resumed, too, to act where it can."""
+    longer = ["--num-updates", "4", "--online-steps", "6"] if algorithm in ONLINE else ["--num-updates", "8"]
+    for name, device in (("cpu", torch.device("cpu")), ("device", DEVICE)):
+        common = [*SHORT, *SHORTER.get(algorithm, ()), "--run-dir", str(tmp_path / name)]
+        run_on(device, algorithm, "--num-updates", "4", *common)
+        run_on(device, algorithm, *longer, "--resume", *common)
+    assert_same(tmp_path / "cpu", tmp_path / "device", "actor")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        ("cql", ["--variant", "rho", "--lagrange"]),
+        ("cql", ["--max-backup", "--warm-start", "2", "--gap-softness", "2"]),
+        ("combo", ["--regularizer", "logsumexp", "--termination", "learned"]),
+        ("mopo", ["--penalty", "ensemble_std", "--cosine-decay"]),
+        ("mve", ["--expansion", "steve"]),
+        ("iql", ["--validation-fraction", "0.3", "--reward-scale", "return-range"]),
+    ],
+)
+def test_other_ways_on_another_device(algorithm, arguments, tmp_path):
+    for name, device in (("cpu", torch.device("cpu")), ("device", DEVICE)):
+        common = [*SHORT, *SHORTER.get(algorithm, ()), "--run-dir", str(tmp_path / name)]
+        run_on(device, algorithm, "--num-updates", "4", *arguments, *common)
+    assert_same(tmp_path / "cpu", tmp_path / "device", "actor")
+
+
+def test_models_and_policies_of_other_runs(tmp_path):
+    for name, device in (("cpu", torch.device("cpu")), ("device", DEVICE)):
+        common, model = ["--num-updates", "4", "--run-dir"], str(tmp_path / name / "model")
+        run_on(device, "mopo", *SHORT, *SHORTER["mopo"], *common, model)
+        run_on(device, "morel", *SHORT, *SHORTER["mopo"], "--dynamics", model, *common, str(tmp_path / name / "morel"))
+        policy = ["--policy-run-dir", model, "--hidden-dims", "16", "16"]
+        run_on(device, "fqe", *policy, *common, str(tmp_path / name / "fqe"))
+    for run, part in (("morel", "actor"), ("fqe", "critic")):
+        assert_same(tmp_path / "cpu" / run, tmp_path / "device" / run, part)
