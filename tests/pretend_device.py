@@ -19,6 +19,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 aten = torch.ops.aten
 COPIES = aten.copy_.default, aten._to_copy.default  # from one device to the other
+WAITS = aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default  # until values are known
 INDEXING = aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default  # whose indices may be on the CPU
 
 
@@ -29,6 +30,7 @@ class Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("pretend", Backend())
 DEVICE = torch.device("pretend", 0)
+waits: list[str] = []  # operations that have made the program wait for the device
 
 
 class Pretend(torch.Tensor):
@@ -81,7 +83,11 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = any(map(is_here, devices or leaves))  # where the result is to be
     values = tree_leaves((args[0], args[2:])) if function in INDEXING else leaves
     there = any(isinstance(leaf, torch.Tensor) and not is_here(leaf) and leaf.dim() > 0 for leaf in values)
-    if any(isinstance(leaf, Pretend) for leaf in leaves) and there and function not in COPIES:
+    ours = any(isinstance(leaf, Pretend) for leaf in leaves)
+    masks = function in INDEXING and any(getattr(leaf, "dtype", None) == torch.bool for leaf in tree_leaves(args[1]))
+    if (ours and (function in WAITS or masks)) or (function in COPIES and (ours != here or (ours and there))):
+        waits.append(str(function))
+    if ours and there and function not in COPIES:
         raise RuntimeError(f"{function}: expected all tensors to be on the same device")
     if here and kwargs.get("generator") is not None:
         raise RuntimeError(f"{function}: expected a 'pretend' device type for generator but found 'cpu'")

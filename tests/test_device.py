@@ -8,8 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SHORT, SHORTER, checkpoint, run_script
-from pretend_device import DEVICE, pretending
+from conftest import ALGORITHMS, DISCRETE, SCRIPTS, SHORT, SHORTER, batch_of, checkpoint, run_script
+from pretend_device import DEVICE, pretending, waits
+
+from common.data import Batch
+from common.optim import Adam
 
 ONLINE = "iql", "td3_bc", "awac", "awr", "cql", "cal_ql", "naf", "pets"
 
@@ -50,6 +53,30 @@ def test_what_cuda_allows():
         assert x.grad.device == DEVICE and x.grad.cpu().tolist() == [2, 4, 6]
 
 
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.cpu(),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.ones(3).copy_(x),
+        lambda x: torch.tensor([1.0], device=DEVICE),
+        lambda x: torch.ones(3).to(DEVICE),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+    ],
+)
+def test_what_waits(waiting):
+    with pretending():
+        x = torch.ones(3, device=DEVICE)
+        waits.clear()
+        _ = (x + 1).cumsum(0), x.to(torch.float64), torch.full((3,), 2.0, device=DEVICE), x.index_select(0, x.long())
+        assert waits == []
+        waiting(x)
+        assert len(waits) == 1
+
+
 # --- The scripts ---
 
 
@@ -72,6 +99,21 @@ def assert_same(folder, device_folder, part):
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "sac", "mbpo"])
+def test_an_update_never_waits_for_the_device(algorithm):
+    module = importlib.import_module(algorithm)
+    args = module.Args(hidden_dims=(8, 8), batch_size=64)
+    with pretending():
+        learner = module.build(3, 2 if algorithm in DISCRETE else 1, args, DEVICE, Adam)
+        for step in (1, 2, 20):  # at 20 every network learns
+            x = torch.randn(64, 9, device=DEVICE)
+            actions = (x[:, 3] > 0).long() if algorithm in DISCRETE else x[:, 3:4].tanh()
+            batch = batch_of(module, Batch(x[:, :3], actions, x[:, 4], x[:, 5:8], (x[:, 8] > 1).float()))
+            waits.clear()
+            metrics = module.update(learner, batch, step, args)
+            assert waits == [] and {str(value.device) for value in metrics.values()} == {str(DEVICE)}
 
 
 @pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name != "fqe"])
