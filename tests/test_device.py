@@ -127,6 +127,18 @@ def test_a_run_on_another_device_comes_to_the_same(algorithm, tmp_path):
     assert_same(tmp_path / "cpu", tmp_path / "device", "actor")
 
 
+@pytest.mark.parametrize("algorithm", ["iql", "mopo", "decision_transformer"])
+def test_a_run_waits_for_the_device_as_often_however_many_updates_there_are(algorithm, tmp_path):
+    """Where it neither logs nor evaluates, batches, learning rates and the rest of the loop make it wait no more."""
+    counts = []
+    for updates in ("5", "15"):
+        waits.clear()
+        rare = ["--log-every", "1000", "--eval-every", "1000", "--num-updates", updates]
+        run_on(DEVICE, algorithm, *SHORT, *SHORTER.get(algorithm, ()), *rare, "--run-dir", str(tmp_path / updates))
+        counts.append(len(waits))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
     [
