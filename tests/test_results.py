@@ -12,7 +12,9 @@ from scipy import stats
 
 from benchmarks.measurements import tables
 
-README, TOOLS, RESULTS = ((ROOT / path / "README.md").read_text() for path in ("", "benchmarks", "benchmarks/results"))
+PAGES = ("", "algorithms", "benchmarks", "benchmarks/results")
+README, GUIDE, TOOLS, RESULTS = ((ROOT / path / "README.md").read_text() for path in PAGES)
+MODEL_BASED = ("model-medium", "peers/offlinerlkit")
 
 
 def rows_of(page, section):
@@ -192,4 +194,21 @@ def test_the_guide_has_the_steps_that_the_inverted_pendulum_took(label):
         rows = [row for row in csv.DictReader(file) if row["algorithm"] == label.split("`")[1]]
     good = [(row["seed"], int(row["steps"])) for row in rows if float(row["return_mean"]) > 950]
     steps = [min(count for own, count in good if own == seed) for seed in "012"]
-    assert f"| {label} | {', '.join(f'{count:,}' for count in steps)} |" in (ROOT / "algorithms/README.md").read_text()
+    assert f"| {label} | {', '.join(f'{count:,}' for count in steps)} |" in GUIDE
+
+
+def test_the_guide_has_the_scores_of_the_model_based_scripts_beside_offlinerlkits():
+    """Mean and seeds of each cell, the average of the data, and what is said of all: noise, and below the data."""
+    found = [pd.read_csv(ROOT / "benchmarks" / "results" / name / "results.csv") for name in MODEL_BASED]
+    runs = pd.concat(found).set_index(["dataset_id", "algorithm"])
+    table = GUIDE[GUIDE.index("| | data | `mopo` | the kit's |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    columns = ["mopo", "OfflineRL-Kit mopo", "combo", "OfflineRL-Kit combo", "morel", "mobile"]
+    for task, average, *cells in rows:
+        scores = [sorted(runs.loc[(f"zoo/{task}-v0", f"{name} --tau 0.02"), "final_score"]) for name in columns]
+        assert cells == [f"{np.mean(three):.1f} [{', '.join(f'{x:.1f}' for x in three)}]" for three in scores]
+        data = runs.loc[f"zoo/{task}-v0", "dataset_score"].max()
+        assert average == f"{data:.0f}" and all(len(three) == 3 and np.mean(three) < data for three in scores)
+        for ours, theirs in (scores[:2], scores[2:4]):
+            assert stats.ttest_ind(ours, theirs, equal_var=False).pvalue > 0.05
+    assert len(rows) == runs.index.get_level_values(0).nunique()
