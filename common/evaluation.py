@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 import gymnasium as gym
@@ -96,13 +95,12 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     with explain(f"cannot read {path}"):
         with zipfile.ZipFile(path) as file:
             damaged = [file.testzip(), *(part.filename for part in file.infolist() if part.external_attr & 0x10)]
-        # torch.load looks at no checksum, and leaves the memory of a part that is marked as a folder as it is
-        check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")
+        check(damaged == [None], f"a part of it is damaged: {damaged[-1]}")  # torch.load checks no sum, skips folders
         return torch.load(path, map_location=device, weights_only=True)
 
 
 @cache
-def load_script(name: str, path: str | Path | None = None) -> ModuleType:
+def load_script(name: str, path: str | Path | None = None) -> Any:
     """The script of that name as a module, or the one at `path`, which no file may name, as it is run."""
     place = Path(path or Path(__file__).resolve().parents[1] / "algorithms" / f"{name}.py")
     check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (--script)")
@@ -194,8 +192,11 @@ class Player:
     """An environment that is played. An episode's seed is made of `seeds` and its number, so that a resumed run plays
     its last episode's actions again and is where it was, with all that `buffer` had been given. Raises BadInput."""
 
-    def __init__(self, environment: gym.Env, buffer: Any, *seeds: int) -> None:
+    def __init__(self, environment: Any, buffer: Any, *seeds: int) -> None:
         self.environment, self.buffer, self.seeds, self.observation = environment, buffer, seeds, np.empty(0)
+        space, data = environment.action_space, buffer and buffer.dataset  # whose bounds are the policy's
+        beyond = data and np.any((data.action_low < space.low - 1e-5) | (data.action_high > space.high + 1e-5))
+        check(not beyond, f"the data's actions go beyond the environment's, {space}: to act in it, take data within")
         self._begin([])
 
     def step(self, action: Any) -> Batch:
@@ -214,7 +215,7 @@ class Player:
         (self.observation,) = answer(self.environment, 0, int(seed))
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"lengths": torch.tensor(self.lengths), "actions": torch.from_numpy(np.array(self.actions))}
+        state = {name: torch.from_numpy(np.array(vars(self)[name])) for name in ("lengths", "actions", "observation")}
         return state | {"added": self.buffer.storage[self.buffer.num_loaded :].clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -223,4 +224,4 @@ class Player:
         self._begin([*map(int, state["lengths"])])
         for action in state["actions"].cpu().numpy():
             self.step(action)
-        check(len(self.actions) == len(state["actions"]), "the environment does not go the same way again")
+        check(np.array_equal(self.observation, state["observation"].cpu()), "the environment does not go the same way")

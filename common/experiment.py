@@ -115,7 +115,7 @@ class Run:
             torch.cuda.synchronize()  # else its updates are still to come, and their time is taken for the log's
         self.update_seconds += time.perf_counter() - self.began
         # beside other programs one thread is faster than two that wait: now and then 30 updates try one, and 30 all
-        if self.threads > 1 and (trial := step % 3000 - 100) in (0, 30, 60):
+        if self.threads > 1 and (trial := (step - self.first_step) % 3000 - 99) in (0, 30, 60):
             self.marks = [*self.marks[-2:], self.update_seconds]
             alone = trial == 0 or (trial == 60 and 2 * self.marks[-2] < self.marks[-3] + self.marks[-1])
             torch.set_num_threads(1 if alone else self.threads)
@@ -235,9 +235,8 @@ class Run:
     def _take_dir(self) -> None:  # makes it, unless it is there, and keeps other processes out while this one lives
         where, begun, resume = f"--run-dir {self.dir}", (self.dir / "checkpoint.pt").exists(), self.args.resume
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
-        with explain(f"{where}: cannot be made"):
+        with explain(f"{where}: it cannot be written to, or another process is at work in it; name another one"):
             self.dir.mkdir(parents=True, exist_ok=True)
-        with explain(f"{where}: another process is at work in it, or it cannot be written to; name another one"):
             self.lock = FileLock(self.dir / ".lock", timeout=0).acquire().lock
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
 

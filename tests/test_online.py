@@ -19,6 +19,11 @@ MORE = {
     "pets": ["--horizon", "3", "--population", "20", "--num-best", "2"],
     "naf": [*SHORTER["naf"], "--rollout-every", "4", "--exploration-noise", "3"],  # five models of what was played, too
 }
+FROM_THE_START = {
+    "rlpd": [*SHORTER["rlpd"], "--num-updates", "100"],
+    "sac": ["--random-steps", "20", "--num-updates", "100"],
+    "mbpo": [*SHORTER["mbpo"], "--random-steps", "20", "--num-updates", "200"],
+}
 OFFLINE, ONLINE = 10, 20
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -29,6 +34,7 @@ class Walk(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), dtype=np.float32)
     action_space = gym.spaces.Box(-2, 2, (1,))
     fails_after = 10**6
+    wind = 0.0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -43,7 +49,7 @@ class Walk(gym.Env):
             Walk.actions.append(np.array(action))
             if len(Walk.actions) > Walk.fails_after:
                 raise RuntimeError("a joint is broken")
-        self.state = 0.9 * self.state + 0.1 * action
+        self.state = 0.9 * self.state + 0.1 * action + np.float32(self.wind)
         return self.state, -float(self.state @ self.state), self.short and self.number == 3, False, {}
 
 
@@ -114,6 +120,44 @@ def test_a_run_that_has_played_goes_on_as_it_began(algorithm, arguments, before,
     ran = run_script(algorithm, *arguments, *after, "--resume", "--run-dir", str(tmp_path / "run"))
     gym.registry.pop("Walk-v1")
     assert_one_line(ran, message)
+
+
+@pytest.mark.parametrize("algorithm", ["iql"])
+def test_an_environment_that_goes_another_way_is_not_resumed(algorithm, arguments, tmp_path, monkeypatch, walk):
+    """Amid an episode, which is as long as before."""
+    online = [*arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run"]
+    monkeypatch.setattr(walk, "fails_after", 17)
+    run_script(algorithm, *map(str, online))
+    assert len(checkpoint(tmp_path / "run")["learner"]["player"]["actions"]) > 0
+    monkeypatch.setattr(walk, "fails_after", 10**6)
+    monkeypatch.setattr(walk, "wind", 1e-3)
+    ran = run_script(algorithm, *map(str, online), "--resume")
+    assert_one_line(ran, "does not fit, start a new run: the environment does not go the same way")
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "cal_ql", "rlpd"])
+def test_no_action_goes_beyond_the_environments_bounds(algorithm, arguments, tmp_path, monkeypatch, walk):
+    """Which are narrower than the data's. Without acting there is a warning."""
+    monkeypatch.setattr(walk, "action_space", gym.spaces.Box(-1, 1, (1,)))
+    acting = [] if algorithm in FROM_THE_START else ["--online-steps", ONLINE]
+    ran = run_script(algorithm, *map(str, [*arguments, *acting, "--run-dir", tmp_path / "run"]))
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr and not walk.actions
+    assert re.match("error: the data's actions go beyond the environment's, Box.*: ", ran.stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["cal_ql", "rlpd", "sac", "mbpo"])
+def test_where_the_environment_fails_the_checkpoint_is_kept(algorithm, arguments, tmp_path, monkeypatch, walk):
+    """Of scripts that play whole episodes, or from the start; what they played was within the bounds."""
+    monkeypatch.setattr(walk, "fails_after", 40)
+    words = arguments if algorithm in ("cal_ql", "rlpd") else arguments[2:]  # the others know no data
+    words = [*words, *FROM_THE_START.get(algorithm, ["--num-samples", "2", "--online-steps", "50"])]
+    words += ["--checkpoint-every", "5", "--run-dir", tmp_path / "run"]
+    ran = run_script(algorithm, *map(str, words))
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert "the environment failed at step" in ran.stderr.splitlines()[-1]
+    assert checkpoint(tmp_path / "run")["step"] > 0 and checkpoint(tmp_path / "run")["step"] % 5 == 0
+    assert np.abs(walk.actions).max() <= 2
 
 
 @every_algorithm

@@ -302,11 +302,14 @@ def quiet(**changes):
     return every | changes
 
 
-def test_an_update_is_made_with_as_many_threads_as_are_fastest(tmp_path, pendulum, monkeypatch):
+@pytest.mark.parametrize("before", [0, 114, 150])
+def test_an_update_is_made_with_as_many_threads_as_are_fastest(before, tmp_path, pendulum, monkeypatch):
+    """After `before` updates of an earlier process, which may have ended amid a trial, too."""
     monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine = Machine(monkeypatch, {1: 1.0, 4: 0.5})
     run = small_run(tmp_path / "run", pendulum, **quiet())
+    run.first_step, run.update_seconds = before + 1, 0.5 * before
     used = []
     for step in range(1, 9001):
         if step == 3000:
@@ -314,7 +317,7 @@ def test_an_update_is_made_with_as_many_threads_as_are_fastest(tmp_path, pendulu
         if step == 6000:
             machine.cost = {1: 1.0, 4: 0.5}
         used.append(machine.threads)
-        machine.update(run, step)
+        machine.update(run, before + step)
     run.lock.release()
     assert used[:100] == [4] * 100 and used[100:130] == [1] * 30 and used[130:3100] == [4] * 2970
     assert used[3130:3160] == [4] * 30 and used[3160:6130] == [1] * 2970 and used[6160:] == [4] * 2840
@@ -498,7 +501,7 @@ def test_a_quota_is_one_line(limit, tmp_path, pendulum):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     run = run_script("bc", "--run-dir", str(tmp_path / "file" / "run"))
-    assert_one_line(run, r"--run-dir \S+/file/run: cannot be made: .*Not a directory")
+    assert_one_line(run, r"--run-dir \S+/file/run: it cannot be written to, or .*Not a directory")
 
 
 def grid_row(folder):
