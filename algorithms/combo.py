@@ -5,7 +5,7 @@ distributed as rho, short rollouts of the policy in that model. The critic is pu
 its value is to be a lower bound where the model took over. With x = (s, a), z = (s' - s, r) and SAC's `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's entries too
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = sum_i { E_mix[ (Q_i(s, a) - y)^2 ] + beta (E_rho[Q_i(s, a)] - E_data[Q_i(s, a)]) }
     L_pi = E_mix[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
@@ -54,7 +54,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (MOPO's code)
     dynamics_batch_size: int = 256  # transitions per member and step (MOPO's code)
     dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
-    max_dynamics_epochs: int = 200  # epochs at most
+    max_dynamics_epochs: int = 200  # epochs at most (ours)
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (MOPO's code)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor (paper) and the temperature

@@ -1,11 +1,11 @@
 """Model-based policy optimization (MBPO): SAC that plays in the environment, and practises in a model of it meanwhile.
 
-Every --model-every steps an ensemble is fitted to all that was seen. SAC makes many updates a step, on short rollouts
-of the policy in the model, which start at states that were seen; as many on the few real transitions may overfit them.
+Every --model-every steps an ensemble is fitted to all that was seen. SAC makes many updates a step, which might overfit
+the few real transitions, so most rows are of short rollouts of the policy in the model, from states that were seen.
 Where the model is too optimistic, the policy goes, and the real steps correct it. With x = (s, a), z = (s' - s, r):
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's entries too
     y       = r + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
     L_pi    = E[ temperature log pi(a_pi | s) - min_i Q_i(s, a_pi) ],  a_pi ~ pi(.|s), differentiable
@@ -17,7 +17,7 @@ The share --real-ratio of a batch is of the environment, the others are rollouts
 Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019, arXiv 1906.08253.
 Differences: members draw each batch anew, stop on their own and have their own bounds of variance (theirs: one
 bootstrap each, the rest shared); up to 1,000 rows are held out (5,000). z is normalised. Ends are learned too (theirs:
-none), and used where no rule holds. Lengths change with each model (every 1,000 steps); its buffer then begins anew.
+rules), and used where no rule holds. Lengths change with each model (every 1,000 steps); its buffer then begins anew.
 L_temperature has the temperature itself (theirs: log). log std of pi >= -5 (-20); no factor 1/2; one step trains pi,
 Q and temperature. Layers start as PyTorch's (Glorot; the model's truncated normal). All is kept (the newest million).
 
@@ -55,7 +55,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
     dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
     dynamics_patience: int = 5  # epochs without 1% less held-out error until a member is done (authors: 6, all at once)
-    max_dynamics_epochs: int = 200  # of a model, at most
+    max_dynamics_epochs: int = 200  # of a model, at most (ours)
     target_entropy: float | None = None  # of pi, held by temperature; default: -action_dim (SAC; authors: -0.05 to -4)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)

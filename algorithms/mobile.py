@@ -53,7 +53,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
     dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
     dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
-    max_dynamics_epochs: int = 200  # epochs at most
+    max_dynamics_epochs: int = 200  # epochs at most (ours)
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)

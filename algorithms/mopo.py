@@ -5,7 +5,7 @@ that model, which start at states of the data. Every reward in them is lowered b
 there is to be a lower bound of the true one. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's entries too
     r~      = r - penalty_coefficient u(s, a),  (s', r) drawn from one of the elites           (section 4.2)
     y       = r~ + gamma (1 - termination) (min_i Q'_i(s', a') - temperature log pi(a'|s')),  a' ~ pi(.|s')
     L_Q     = E[ sum_i (y - Q_i(s, a))^2 ]
@@ -56,7 +56,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
     dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
     dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
-    max_dynamics_epochs: int = 200  # epochs at most
+    max_dynamics_epochs: int = 200  # epochs at most (ours)
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC; authors: -3)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)

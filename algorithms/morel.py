@@ -19,7 +19,7 @@ Differences: the authors plan by natural policy gradients, on rollouts of whole 
 member; SAC has short ones here, and bootstraps where they end. kappa is R_max in the paper's theory. V(HALT) has no
 entropy, so it bounds the rewards, not SAC's values. Where unknown, their code pays r + truncate_reward (0 in its
 settings) and cuts the rollout; its advantages still bootstrap there. It has four networks of 2 x 512, no variances,
-known rewards, and disc in the environment's units; here disc is over the elites, in standard deviations of the data.
+known rewards, and disc in the environment's units; here disc is over the elites, in the units of the scaled s'.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -42,9 +42,9 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount, below 1 (authors' code: 0.999)
-    threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 2, 1/3)
-    halt_penalty: float = 0.0  # what a step in HALT pays less than the data's least reward, or than 0 if that is less
-    rollout_length: int = 20  # steps of a rollout, h (tried here; MOPO: 1 or 5; authors' code: 500, 700)
+    threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 2 or 1/3)
+    halt_penalty: float = 0.0  # what a step in HALT pays below the data's least reward, or 0 if that is lower (ours)
+    rollout_length: int = 20  # steps of a rollout, h (tried here; MOPO: 1 or 5; authors' code: 500 or 700)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state of the data (MOPO's code: 50,000)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (MOPO's code)
     rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (MOPO's code)
@@ -54,7 +54,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (authors' code)
     dynamics_batch_size: int = 256  # transitions per member and step (authors' code)
     dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
-    max_dynamics_epochs: int = 200  # epochs at most
+    max_dynamics_epochs: int = 200  # epochs at most (ours)
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (MOPO's code)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (MOPO's code)

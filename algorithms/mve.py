@@ -51,7 +51,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (MOPO)
     dynamics_batch_size: int = 256  # transitions per member and step (MOPO)
     dynamics_patience: int = 5  # epochs without 1% less held-out error after which a member is done (MBPO: all at once)
-    max_dynamics_epochs: int = 200  # epochs at most
+    max_dynamics_epochs: int = 200  # epochs at most (ours)
     alpha: float = 2.5  # weight of Q against imitation in L_pi: 0 is behaviour cloning (TD3+BC)
     policy_noise: float = 0.2  # standard deviation of the noise on the target actor's actions (TD3+BC)
     noise_clip: float = 0.5  # largest noise (TD3+BC)

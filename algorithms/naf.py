@@ -19,7 +19,7 @@ were seen. Once the policy acts, the model is trained further before each round 
 
     a = clip(mu(s) + noise, -1, 1),  (s' - s, r) = z ~ p_k(z | s, a),  k an elite, drawn anew at each step
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models,  x = (s, a)
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's numbers too
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's entries too
 
 Paper: Gu, Lillicrap, Sutskever, Levine, "Continuous Deep Q-Learning with Model-based Acceleration", 2016,
 arXiv 1603.00748; the model is that of MBPO, arXiv 1906.08253.
@@ -64,7 +64,7 @@ class HyperParameters:
     dynamics_learning_rate: float = 1e-3  # of Adam (MBPO)
     dynamics_batch_size: int = 256  # transitions per member and step (MBPO)
     dynamics_patience: int = 5  # epochs without 1% less held-out error until a member is done (MBPO: 6, all at once)
-    max_dynamics_epochs: int = 200  # of a model, at most
+    max_dynamics_epochs: int = 200  # of a model, at most (ours)
     tau: float = 0.005  # rate at which the target critic follows the critic (usual)
     critic_learning_rate: float = 3e-4  # of Adam (usual)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of the network (usual)

@@ -5,7 +5,7 @@ cross-entropy method (CEM) looks for the sequence of actions whose return in the
 taken; from the others, the search of the next step begins. With x = (s, a), z = (s' - s, r) and members k:
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
-    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of d, E over z's numbers too
+    L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of d, E over z's entries too
     J(a_0 .. a_{H-1}) = E[ sum_t reach_t (r_t - penalty_coefficient u(s_t, a_t)) + reach_H V(s_H) ],  E over particles
     reach_t = gamma^t prod_{j<t} (1 - d_j);  gamma = 1 and V = 0 without --value-run-dir
     (s_{t+1} - s_t, r_t) ~ p_k(. | s_t, a_t) in each particle,  termination d_t by a rule, or its probability in k
