@@ -141,7 +141,7 @@ def test_an_environment_that_goes_another_way_is_refused(buffer):
         for _ in range(20):  # the third episode, of five steps, is about to end
             play(player)
         fresh = gym.wrappers.TimeLimit(Counter(), 3)
-        with pytest.raises(BadInput, match="does not go the same way again"):
+        with pytest.raises(BadInput, match="does not go the same way"):
             Player(fresh, fresh_buffer(), 0).load_state_dict(player.state_dict())
 
 

@@ -10,7 +10,8 @@ each; --parts takes some of them.
    the same bits.
 3. speed: updates a second, each script alone on the GPU; the bound is the script's matrix products alone, as one CUDA
    graph.
-4. sharing: updates a second of several processes of one script together.
+4. sharing: updates a second of several processes of one script together, and how much of the time the GPU was at work,
+   in per cent, as nvidia-smi says.
 5. long: seconds of a whole run, from the command line to its result.
 
 Run: python -m benchmarks.measurements.gpu --out benchmarks/results
@@ -20,6 +21,7 @@ import csv
 import importlib
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -261,15 +263,22 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
 def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
     """Algorithm, mode and updates a second, of a process for each of the algorithms."""
     context = multiprocessing.get_context("spawn")
-    ready, turn, rows = context.Barrier(len(algorithms)), context.Lock() if alone else None, context.SimpleQueue()
+    ready, turn, rows = context.Barrier(len(algorithms) + 1), context.Lock() if alone else None, context.SimpleQueue()
     workers = [
         context.Process(target=measure, args=(args, algorithm, modes, ready, turn, rows)) for algorithm in algorithms
     ]
     for worker in workers:
         worker.start()
+    ready.wait()
+    ask = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    watch = None if alone or not shutil.which("nvidia-smi") else subprocess.Popen(["nvidia-smi", *ask], stdout=-1)
     for _ in workers:
         while (row := rows.get()) is not None:
             yield row
+    if watch and watch.stdout:
+        watch.terminate()
+        yield "", "utilisation", statistics.mean(map(float, watch.stdout.read().split()))
+    ready.wait()
     for worker in workers:
         worker.join()
 
@@ -283,8 +292,10 @@ def sharing(args: Args) -> Iterator[Row]:
     mode = "compile" if "compile" in args.modes else args.modes[0]
     longer = replace(args, seconds=4 * args.seconds)
     for count in args.processes:
-        rates = list(together(longer, [args.shared_algorithm] * count, [mode], alone=False))
-        yield f"updates_per_second of {count}", args.shared_algorithm, mode, sum(speed for *_, speed in rates)
+        found = list(together(longer, [args.shared_algorithm] * count, [mode], alone=False))
+        for name, kind in (("updates_per_second", mode), ("utilisation", "utilisation")):
+            if values := [value for _, of, value in found if of == kind]:
+                yield f"{name} of {count}", args.shared_algorithm, mode, sum(values)
 
 
 # --- 5. A whole run ---------------------------------------------------------------------------------------------------
