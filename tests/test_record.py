@@ -12,7 +12,7 @@ import torch
 from collect import roll_out
 from conftest import assert_one_line, numpy_mlp, numpy_sample, run_script
 from gymnasium.envs.classic_control import PendulumEnv
-from record import deterministic_behaviour
+from record import noisy_behaviour
 
 from common.data import load_dataset
 from common.evaluation import Player, load_policy, make_environment, make_environments
@@ -93,6 +93,22 @@ def test_log_probabilities_are_of_what_was_drawn(algorithm, runs):
         assert np.isnan(episode.infos["log_prob"][-1])
 
 
+def test_noise_is_on_the_policys_actions(runs):
+    """In half ranges; actions beyond the bounds are cut, and their log-densities are those of what was drawn."""
+    folder = runs("td3_bc")
+    ran = record(folder, "noise", "--noise", "0.5", "--seed", "3")
+    assert ran.returncode == 0, ran.stderr
+    assert "policy of AnchoRL's td3_bc.py, noise 0.5" in ran.stdout
+    policy, generator = load_policy(folder), torch.Generator().manual_seed(3)
+    for episode in episodes_of("noise"):
+        noise = torch.cat([torch.randn(1, 1, generator=generator) for _ in range(200)]).numpy()
+        drawn = policy(episode.observations[:-1]) + 2 * 0.5 * noise  # Pendulum's torque is from -2 to 2
+        assert (np.abs(drawn) > 2).any()
+        np.testing.assert_allclose(episode.actions, np.clip(drawn, -2, 2), atol=1e-4)
+        log_prob = -0.5 * noise[:, 0] ** 2 - 0.5 * math.log(2 * math.pi)  # of a normal with standard deviation 1
+        np.testing.assert_allclose(episode.infos["log_prob"][:-1], log_prob, atol=1e-4)
+
+
 def test_the_environment_is_the_datas_own(runs, make_dataset, tmp_path):
     """Made with the arguments that the dataset names, which the new one names, too."""
     data = make_dataset(eval_env=gym.envs.registration.EnvSpec.from_json(GRAVITY))
@@ -121,7 +137,7 @@ def test_a_policy_that_was_kept(runs, tmp_path):
 def test_a_policy_with_a_memory_is_told_of_starts_and_rewards():
     class Remembering:
         def __init__(self):
-            self.actor, self.told = self, []
+            self.actor, self.told, self.action_range = self, [], torch.tensor([[-2.0], [2.0]])
 
         def follow(self, episodes, rewards):
             self.told.append((episodes, rewards))
@@ -132,7 +148,7 @@ def test_a_policy_with_a_memory_is_told_of_starts_and_rewards():
     policy = Remembering()
     with make_environment("Pendulum-v1") as environment:
         player = Player(environment, None, 0)
-        episodes = [roll_out(deterministic_behaviour(policy), player) for _ in range(2)]
+        episodes = [roll_out(noisy_behaviour(policy, 0, 0), player) for _ in range(2)]
     rewards = [reward for episode in episodes for reward in [None, *episode.rewards[:-1]]]
     assert policy.told == [([0], [reward]) for reward in rewards] and episodes[0].infos is None
     np.testing.assert_array_equal(episodes[1].actions, episodes[1].observations[:-1, :1])
@@ -155,7 +171,9 @@ def test_an_environment_that_fails_is_one_line_and_leaves_nothing(runs, datasets
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sample"], "^error: --sample: the actor of td3_bc.py has no sample: go without$"),
+        (["--sample"], "^error: --sample: the actor of td3_bc.py has no sample: take --noise$"),
+        (["--noise", "-1"], r"--noise -1.0: must be in \[0, 10\]"),
+        (["--noise", "0.1", "--sample"], "--noise 0.1: --sample has noise of its own"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--seed", "-1"], "--seed -1: must be in"),
         (["--dataset-id", "no id"], "--dataset-id no id: no Minari id"),
