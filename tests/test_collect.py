@@ -105,7 +105,7 @@ def test_log_probabilities_are_of_the_actions_that_were_taken(folder, play):
     random = dataset("random")[0].infos["log_prob"]
     np.testing.assert_allclose(random[:-1], np.log(1 / 4))  # uniform on [-2, 2]
     policy = read_agent(folder, play, CollectArgs("Pendulum-v1")).policy(2000)
-    episode = roll_out(sampling_behaviour(policy, seed=5), Player(play.environment, 6))
+    episode = roll_out(sampling_behaviour(policy, seed=5), Player(play.environment, None, 6))
     noise = torch.cat(
         [torch.randn(1, 1, generator=generator) for generator in [torch.Generator().manual_seed(5)] * 200]
     )
