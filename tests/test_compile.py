@@ -78,13 +78,22 @@ def test_a_graph_looks_for_nothing_where_the_graph_before_it_did(pendulum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["awr", "td3_bc", "mopo", "naf"])
-def test_a_compiled_run_resumes_to_the_same_bits(algorithm, tmp_path, pendulum):
-    arguments = ["--compile", *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
+@pytest.mark.parametrize(
+    ("algorithm", "more", "first", "then"),
+    [
+        *((name, [], ["--num-updates", "10"], ["--num-updates", "20"]) for name in ("awr", "td3_bc", "mopo", "naf")),
+        ("iql", ["--num-updates", "10"], ["--online-steps", "10"], ["--online-steps", "20"]),
+        ("td3_bc", ["--num-updates", "10"], [], ["--online-steps", "20"]),
+        ("cal_ql", ["--num-updates", "10"], ["--online-steps", "10"], ["--online-steps", "20"]),
+    ],
+)
+def test_a_compiled_run_resumes_to_the_same_bits(algorithm, more, first, then, tmp_path, pendulum):
+    """Offline, and where the policy acts."""
+    arguments = ["--compile", *more, *SHORT, *SHORTER.get(algorithm, ()), "--run-dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_script(algorithm, "--num-updates", "20", *arguments, str(whole)).returncode == 0
-    assert run_script(algorithm, "--num-updates", "10", *arguments, str(stopped)).returncode == 0
-    assert run_script(algorithm, "--resume", "--num-updates", "20", *arguments, str(stopped)).returncode == 0
+    assert run_script(algorithm, *then, *arguments, str(whole)).returncode == 0
+    assert run_script(algorithm, *first, *arguments, str(stopped)).returncode == 0
+    assert run_script(algorithm, "--resume", *then, *arguments, str(stopped)).returncode == 0
     policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
     assert policies[0].keys() == policies[1].keys()
     assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])

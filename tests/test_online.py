@@ -8,6 +8,7 @@ import numpy as np
 import pets
 import pytest
 from conftest import SHORTER, assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
+from matplotlib.image import imread
 
 from common.evaluation import load_policy
 
@@ -70,8 +71,8 @@ def arguments(algorithm, make_dataset):
     return [*words, "--eval-episodes", "1", "--final-eval-episodes", "1", *MORE.get(algorithm, [])]
 
 
-def run(algorithm, *words):
-    ran = run_script(algorithm, *map(str, words))
+def run(algorithm, *words, plot=False):
+    ran = run_script(algorithm, *map(str, words), plot=plot)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -187,6 +188,16 @@ def test_a_plan_lasts_as_long_as_its_episode(algorithm, arguments, tmp_path, mon
     lengths = checkpoint(tmp_path / "run")["learner"]["player"]["lengths"]
     expected = np.isin(np.arange(ONLINE), [0, *lengths.cumsum(0).tolist()])
     np.testing.assert_array_equal(begun, expected)
+
+
+@pytest.mark.parametrize("algorithm", ["iql"])
+def test_the_curve_is_shaded_where_the_policy_acts(algorithm, arguments, tmp_path):
+    shares = []
+    for steps in (0, ONLINE):
+        run(algorithm, *arguments, "--online-steps", steps, "--run-dir", tmp_path / str(steps), plot=True)
+        picture = imread(tmp_path / str(steps) / "learning_curve.png")[:, :, :3]
+        shares.append(np.isclose(picture, 0.93, atol=0.005).all(axis=2).mean())
+    assert shares[0] < 0.01 and shares[1] > 0.3
 
 
 @every_algorithm
