@@ -19,6 +19,8 @@ python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/o
     --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
 python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/awac --algorithms awac \
     --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile --precision bf16
+python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/rlpd --algorithms rlpd \
+    --datasets zoo/hopper/medium-v0 -- --updates-per-step 2 --num-updates 40000 --eval-every 2000 --compile --precision bf16
 for seed in 0 1 2; do
     python algorithms/sac.py --env-id Hopper-v5 --seed $seed --num-updates 49000 --eval-every 1000 --compile \
         --precision bf16 --run-dir runs/acting/hopper-medium/sac/$seed
