@@ -199,6 +199,26 @@ def test_the_guide_has_the_steps_that_the_pendulums_took(label):
     assert f"| {' | '.join(cells)} |" in GUIDE
 
 
+def test_the_guide_has_what_rollouts_gave_naf():
+    runs = pd.read_csv(ROOT / "benchmarks" / "results" / "pendulum-naf.csv", keep_default_na=False)
+    final = runs[runs["step"] == "final"]
+    table = GUIDE[GUIDE.index("| updates, then steps online") :].split("\n\n")[0].splitlines()
+    heads = ["none", "0.5", "0.5 until 4,000", "0.83"]
+    count = 0
+    for line, (updates, steps) in zip(table[2:], [(4000, 0), (8000, 0), (4000, 4000)], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for head, cell in zip(heads, cells, strict=True):
+            same = (final["rollouts"] == head) & (final["num_updates"] == updates) & (final["online_steps"] == steps)
+            found = ", ".join(f"{float(score):.0f}" for score in final[same]["score"])
+            assert found == cell.removeprefix("the same")
+            count += bool(found)
+    assert 3 * count == len(final)
+    online = runs[(runs["step"] != "final") & (runs["online_steps"] > 0) & (runs["score"] > 95)].astype({"step": int})
+    for head, label in zip(heads, ["no rollouts", "ratio 0.5", "0.5 until the switch"], strict=False):
+        first = online[online["rollouts"] == head].groupby("seed")["step"].min() - 4000
+        assert f"{', '.join(f'{steps:,}' for steps in first.clip(lower=0))} |\n" in GUIDE[GUIDE.index(f"| {label}") :]
+
+
 def test_the_guide_has_the_scores_of_the_model_based_scripts_beside_offlinerlkits():
     """Mean and seeds of each cell, the average of the data, and what is said of all: noise, and below the data."""
     found = [pd.read_csv(ROOT / "benchmarks" / "results" / name / "results.csv") for name in MODEL_BASED]
