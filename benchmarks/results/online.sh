@@ -15,15 +15,17 @@ tenth="--validation-fraction 0.9"  # a tenth of the episodes, the same for all s
         python algorithms/sac.py --seed $seed --num-updates 4000 --eval-every 250 $network --run-dir runs/acting/pendulum/sac/$seed
     done
 }
-python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/on --algorithms iql td3_bc \
-    --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
-python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/awac --algorithms awac \
-    --datasets zoo/hopper/medium-v0 -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile --precision bf16
-python -m benchmarks.run --seeds 3 --workers 2 --out runs/acting/hopper-medium/rlpd --algorithms rlpd \
-    --datasets zoo/hopper/medium-v0 -- --updates-per-step 2 --num-updates 40000 --eval-every 2000 --compile --precision bf16
-for seed in 0 1 2; do
-    python algorithms/sac.py --env-id Hopper-v5 --seed $seed --num-updates 49000 --eval-every 1000 --compile \
-        --precision bf16 --run-dir runs/acting/hopper-medium/sac/$seed
+# shellcheck disable=SC2086  # run is a command with arguments
+for task in hopper halfcheetah; do
+    run="python -m benchmarks.run --seeds 3 --workers 2 --datasets zoo/$task/medium-v0 --out runs/acting/$task-medium"
+    $run/on --algorithms iql td3_bc -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
+    $run/awac --algorithms awac -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile --precision bf16
+    $run/rlpd --algorithms rlpd -- --updates-per-step 2 --num-updates 40000 --eval-every 2000 --compile --precision bf16
+    [ $task = hopper ] && env=Hopper-v5 || env=HalfCheetah-v5
+    for seed in 0 1 2; do
+        python algorithms/sac.py --env-id $env --seed $seed --num-updates 49000 --eval-every 1000 --compile \
+            --precision bf16 --run-dir runs/acting/$task-medium/sac/$seed
+    done
 done
-python -m benchmarks.measurements.online runs/acting/pendulum runs/acting/hopper-medium --dip 2000 \
-    --at 1000 2000 5000 20000 50000 --out benchmarks/results/online
+python -m benchmarks.measurements.online runs/acting/pendulum runs/acting/hopper-medium runs/acting/halfcheetah-medium \
+    --dip 2000 --at 1000 2000 5000 20000 50000 --out benchmarks/results/online
