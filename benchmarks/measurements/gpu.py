@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ from common.optim import Adam, compiled
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "algorithms"
 Mode = Literal["eager", "compile", "compile bf16"]
+Part = Literal["difference", "resume", "speed", "sharing", "long"]
 FEW = {  # arguments of the short runs that are stopped and resumed
     "mopo": ["--max-dynamics-epochs", "1"],
     "combo": ["--max-dynamics-epochs", "1"],
@@ -85,13 +86,7 @@ class Args:
     """how many share the GPU"""
     modes: tuple[Mode, ...] = ("eager", "compile", "compile bf16")
     """what is measured"""
-    parts: tuple[Literal["difference", "resume", "speed", "sharing", "long"], ...] = (
-        "difference",
-        "resume",
-        "speed",
-        "sharing",
-        "long",
-    )
+    parts: tuple[Part, ...] = get_args(Part)
     """of the page"""
     rounds: int = 3
     """measurements of a speed, whose median counts"""
@@ -270,14 +265,16 @@ def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -
     for worker in workers:
         worker.start()
     ready.wait()
-    ask = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
-    watch = None if alone or not shutil.which("nvidia-smi") else subprocess.Popen(["nvidia-smi", *ask], stdout=-1)
+    ask = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    watched = not alone and shutil.which(ask[0])
+    watch = subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) if watched else None
     for _ in workers:
         while (row := rows.get()) is not None:
             yield row
     if watch and watch.stdout:
         watch.terminate()
-        yield "", "utilisation", statistics.mean(map(float, watch.stdout.read().split()))
+        if shares := [float(word) for word in watch.stdout.read().split() if word.isdigit()]:  # not of a part of a GPU
+            yield "", "utilisation", statistics.mean(shares)
     ready.wait()
     for worker in workers:
         worker.join()
