@@ -235,7 +235,7 @@ class Run:
     def _take_dir(self) -> None:  # makes it, unless it is there, and keeps other processes out while this one lives
         where, begun, resume = f"--run-dir {self.dir}", (self.dir / "checkpoint.pt").exists(), self.args.resume
         check(begun or not resume, f"--resume: no checkpoint at {self.dir}; name a run's --run-dir, or go without")
-        with explain(f"{where}: it cannot be written to, or another process is at work in it; name another one"):
+        with explain(f"{where}: another process is at work in it, or it cannot be written to; name another one"):
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock", timeout=0).acquire().lock
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
