@@ -43,7 +43,7 @@ def runs():
         found = defaultdict(lambda: defaultdict(dict))
         with path.open() as file:
             for row in csv.DictReader(file):
-                if "score" in row:
+                if {"score", "dataset_id"} <= row.keys():
                     seeds = found[row["dataset_id"], row["algorithm"]]
                     seeds[row["seed"]][int(row["num_updates"])] = float(row["score"])
         for (dataset_id, algorithm), seeds in found.items():
