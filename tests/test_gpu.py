@@ -2,10 +2,13 @@
 
 import csv
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_one_line, run_script
+
+from benchmarks.measurements import gpu
 
 SHORT = ["--device", "cpu", "--parts", "sharing", "--modes", "eager", "--rounds", "1", "--seconds", "0.05"]
 
@@ -29,3 +32,32 @@ def test_how_much_of_the_time_the_gpu_is_at_work_is_beside_the_speed(tmp_path, m
     found = {row["measurement"]: float(row["value"]) for row in csv.DictReader((tmp_path / "gpu.csv").open())}
     assert found["updates_per_second of 1"] > 0 and found["utilisation of 1"] == pytest.approx(50, abs=10)
     assert "utilization.gpu" in asked.read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("eager", (False, "float32")), ("compile", (True, "float32")), ("compile bf16", (True, "bf16"))],
+)
+def test_runs_that_are_resumed_have_the_mode_that_the_row_names(monkeypatch, mode, expected):
+    asked = []
+
+    def note(words, **_):
+        asked.append(("--compile" in words, words[words.index("--precision") + 1]))
+
+    monkeypatch.setattr(gpu.subprocess, "run", note)
+    monkeypatch.setattr(gpu, "largest_difference", lambda *folders: 0.0)
+    assert gpu.resumed(gpu.Args(device="cpu"), "bc", mode) == [("resume", "bc", mode, 0.0)]
+    assert asked == [expected] * 3
+
+
+def test_a_whole_run_has_the_mode_that_the_row_names(monkeypatch):
+    def run(words, **_):
+        assert "--compile" in words and words[words.index("--precision") + 1] == "bf16"
+        folder = Path(words[words.index("--run-dir") + 1])
+        folder.mkdir()
+        folder.joinpath("metrics.csv").write_text("step,seconds\n" + "".join(f"{n},{n}\n" for n in range(1, 101)))
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    args = gpu.Args(device="cpu", modes=("compile bf16",), long_algorithms=("bc",), long_updates=100)
+    took, whole = gpu.long_runs(args)
+    assert took[:3] == ("seconds of 100", "bc", "compile bf16") and whole[3] == pytest.approx(999_900, rel=1e-3)

@@ -172,22 +172,24 @@ def differences(args: Args, algorithm: str, mode: str) -> list[Row]:
 # --- 2. Resumed to the same bits? ------------------------------------------------------------------------------------
 
 
-def run_script(args: Args, algorithm: str, folder: Path, *arguments: str) -> None:
+def run_script(args: Args, algorithm: str, folder: Path, *arguments: str, mode: str = "eager") -> None:
     words = [sys.executable, str(SCRIPTS / f"{algorithm}.py"), "--run-dir", str(folder), *arguments]
-    words += ["--device", args.device, *DATA.get(algorithm, [])]
+    words += ["--device", args.device, *DATA.get(algorithm, []), *(["--compile"] if "compile" in mode else [])]
+    words += ["--precision", "bf16" if "bf16" in mode else "float32"]
     subprocess.run(words, check=True, capture_output=True, text=True)
 
 
 def resumed(args: Args, algorithm: str, mode: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
-        few = ["--eval-episodes", "2", *FEW.get(algorithm, []), *(["--compile"] if mode == "compile" else [])]
+        few = ["--eval-episodes", "2", *FEW.get(algorithm, [])]
         if algorithm == "fqe":
             run_script(args, "bc", Path(scratch, "policy"), "--num-updates", "5")
-            few = ["--policy-run-dir", str(Path(scratch, "policy")), *few[2:]]
+            few = ["--policy-run-dir", str(Path(scratch, "policy"))]
         whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
-        run_script(args, algorithm, whole, "--num-updates", "20", *few)
-        run_script(args, algorithm, stopped, "--num-updates", "10", *few)
-        run_script(args, algorithm, stopped, "--resume", "--num-updates", "20", *few)
+        run = partial(run_script, args, algorithm, mode=mode)
+        run(whole, "--num-updates", "20", *few)
+        run(stopped, "--num-updates", "10", *few)
+        run(stopped, "--resume", "--num-updates", "20", *few)
         return [("resume", algorithm, mode, largest_difference(whole, stopped))]
 
 
@@ -304,9 +306,8 @@ def long_runs(args: Args) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as scratch:
             count = ["--num-updates", str(args.long_updates)]
             rare = ["--eval-every", str(args.long_updates // 5 or 1), "--checkpoint-every", str(args.long_updates)]
-            words = [*count, *rare, *(["--compile"] if mode == "compile" else [])]
             began = time.perf_counter()
-            run_script(args, algorithm, Path(scratch, "run"), *words)
+            run_script(args, algorithm, Path(scratch, "run"), *count, *rare, mode=mode)
             seconds = time.perf_counter() - began
             with Path(scratch, "run", "metrics.csv").open() as file:
                 rows = list(csv.DictReader(file))
