@@ -16,11 +16,12 @@ Learning", 2019, arXiv 1910.00177.
 Differences: the data are given, where the paper adds episodes of its own as it learns. --online-steps adds steps, one
 before each update, to data that stay; the authors play 2,048 steps, to an episode's end, before each 1,200 updates, and
 keep the newest 50,000. Actions are stored clipped; theirs as they were drawn. What is played counts from the next
-computation of the returns on, which cuts the episode that goes on. One optimiser step trains both networks; the authors
-take 200 steps of V and then 1,000 of pi, each on returns computed anew. Each step computes A with its own V and
-standardises it over the batch; their code does so once for all of the data. We have Adam, a mean action bounded by tanh
-and a learned standard deviation; they have SGD with momentum, a penalty on the mean and a fixed one. Layers start as
-PyTorch's do; the authors' start by Xavier's rule with biases of 0, and the mean's last layer near 0.
+computation of the returns on, which cuts the episode that goes on. Observations stay normalised as the data are; the
+authors' normaliser learns on, up to 300,000 steps. One optimiser step trains both networks; the authors take 200 steps
+of V and then 1,000 of pi, each on returns computed anew. Each step computes A with its own V and standardises it over
+the batch; their code does so once for all of the data. We have Adam, a mean action bounded by tanh and a learned
+standard deviation; they have SGD with momentum, a penalty on the mean and a fixed one. Layers start as PyTorch's do;
+the authors' start by Xavier's rule with biases of 0, and the mean's last layer near 0.
 
 Run: python algorithms/awr.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -276,6 +277,10 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "td_lambda", 0 <= self.td_lambda <= 1, "must be in [0, 1]")
         check_argument(self, "beta", self.beta > 0, "must be positive")
         check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
+        last, every = self.num_updates + self.online_steps - 1, self.returns_every
+        counts = self.online_steps == 0 or last // every > self.num_updates // every
+        rule = "these updates take no returns of the steps; lower --returns-every, or act longer"
+        check_argument(self, "online_steps", counts, rule)
 
 
 def main(args: Args) -> None:

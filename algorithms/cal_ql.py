@@ -25,8 +25,9 @@ log standard deviation of the action before tanh is at least -5, as in CQL's cod
 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). A last reward that goes on
 is so in AntMaze and Adroit where an episode failed; R ends there with the other episodes, as it would in all tasks with
 dense rewards: where rewards are negative, R is too high then. Entropy in y, off in their scripts, and a gap without the
-actions' densities are not here. Observations are normalised. Layers start as PyTorch's do (uniform within 1 /
-sqrt(inputs)); theirs start orthogonal, and the standard deviation of u smaller by exp(-1).
+actions' densities are not here. Their loader leaves out the last transition of an episode that a time limit cut.
+Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal,
+and the standard deviation of u smaller by exp(-1).
 
 Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster ones, cql.py's)
 """
@@ -363,6 +364,7 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
         both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or self.data_ratio in (0, 1)
+        both = both or self.online_steps == 0
         check_argument(self, "data_ratio", both, f"a batch of {self.batch_size} has no room for both")
 
 
@@ -421,6 +423,7 @@ def main(args: Args) -> None:
         online = online_step > 0
         rows = draw_both(buffer, args.batch_size, args.data_ratio) if online else buffer.draw(args.batch_size)
         metrics = train(learner, Batch(*buffer.take(rows), returns[rows]), step, args)
+        metrics |= {"player/steps": len(buffer.storage) - buffer.num_loaded} if player else {}  # to an episode's end
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

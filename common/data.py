@@ -220,14 +220,15 @@ class ReplayBuffer:
         return self.take(self.draw(batch_size))
 
     def add(self, transition: Batch) -> None:
-        """One more, as an environment that is played gives it."""
-        self.storage = self.with_room[: len(self.storage) + 1]
-        columns = self._columns(self.storage[-1:], integers=False)
-        for name, value, column in zip(Batch._fields, transition, columns, strict=True):
-            column.copy_(torch.from_numpy(self._checked(name, np.array([value]))))
+        """One more, as an environment that is played gives it. Raises BadInput for another shape, and without room."""
+        columns = self._columns(self.with_room[len(self.storage) : len(self.storage) + 1], integers=False)
+        for name, values, column in zip(Batch._fields, map(np.array, zip(transition)), columns, strict=True):
+            check(values.shape == column.shape, f"{name} of shape {values.shape} in a room of {tuple(column.shape)}")
+            column.copy_(torch.from_numpy(self._checked(name, values)))
         for observations in (columns.observations, columns.next_observations):
             observations.sub_(self.mean).div_(self.std)
         columns.rewards.add_(self.reward_shift).mul_(self.reward_scale)
+        self.storage = self.with_room[: len(self.storage) + 1]
 
     def _columns(self, rows: Tensor, integers: bool = True) -> Batch:
         """Rows [N, observation | action | reward | next observation | termination] as views; `integers` are a copy."""

@@ -91,19 +91,18 @@ class Run:
             with explain(f"--resume: the checkpoint in {self.dir} does not fit, start a new run"):
                 metrics = self._restore(load_file(self.dir / "checkpoint.pt", self.device))
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
-        self.first_step = self.step + 1
+        (self.dir / "result.json").unlink(missing_ok=True)  # of fewer updates: until its end, this run has none
         self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
         fixed = "OMP_NUM_THREADS" in os.environ or args.compile or args.batch_size > 1024  # else sums may be others
-        self.threads, self.marks = 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
+        self.first_step, self.threads, self.marks = self.step + 1, 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         self.progress = tqdm(total=self.last_step, initial=self.step, desc=args.algorithm, mininterval=interval)
-        interruption.close = self.progress.close
+        interruption.close, interruption.waiting = self.progress.close, True
         if not args.resume:
             self.metrics_path.unlink(missing_ok=True)
             self.save_checkpoint()  # from here on, a run that is killed can be resumed
         track = [TRACKER, self.dir, "--skip", len([*self.rows()])]  # a process of its own, which Ctrl-C does not reach
         self.tracker = Popen([sys.executable, *map(str, track)], start_new_session=True) if args.track else None
-        interruption.waiting = True
 
     def is_due(self, step: int, every: int) -> bool:  # after the last update, too
         return step % every == 0 or step == self.last_step

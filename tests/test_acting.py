@@ -94,6 +94,41 @@ def test_the_run_of_an_older_version_is_one_line(runs, tmp_path, lacks, line):
     assert_one_line(run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out")), line)
 
 
+def test_a_script_that_plays_ahead_says_how_many_steps_it_took(runs, tmp_path):
+    write_run(runs / "cal_ql", [], algorithm="cal_ql", online_steps=400)
+    rows = [(50, -900, 0), (100, -800, 0), (150, -700, 200), (300, -600, 200), (350, -500, 400)]
+    lines = ["step,eval/return_mean,player/steps", *(",".join(map(str, row)) for row in rows)]
+    (runs / "cal_ql" / "metrics.csv").write_text("\n".join(lines) + "\n")
+    run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "out" / "pendulum.csv").open() as file:
+        assert [int(row["steps"]) for row in csv.DictReader(file) if row["script"] == "cal_ql"] == [0, 200, 200, 400]
+
+
+def test_runs_in_different_environments_are_refused(runs, tmp_path):
+    write_run(runs / "awac", [(100, -300), (150, -200)], algorithm="awac", online_steps=100, env_id="Pendulum-v2")
+    run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))
+    assert_one_line(run, "runs in Pendulum-v1 and Pendulum-v2; it must be one environment")
+
+
+def test_returns_in_another_environment_than_the_datas_are_no_scores(tmp_path):
+    rows, more = [(100, -300), (150, -200)], {"online_steps": 100, "env_id": "mine:Short-v0"}
+    write_run(tmp_path / "short" / "iql", rows, **more)
+    run = run_script(SCRIPT, str(tmp_path / "short"), "--out", str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "out" / "short.csv").open() as file:
+        assert [(float(row["value"]), row["unit"]) for row in csv.DictReader(file)] == [
+            (-300, "return"),
+            (-200, "return"),
+        ]
+
+
+def test_two_runs_of_a_script_and_seed_are_refused(runs, tmp_path):
+    write_run(runs / "iql-tau", [(100, -300), (150, -200)], online_steps=100)
+    run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))
+    assert_one_line(run, "iql-tau and .*iql/0 are of one script and seed: take one away")
+
+
 def test_older_runs_from_scratch_have_no_online_steps(runs, tmp_path):
     path = runs / "sac" / "args.json"
     saved = json.loads(path.read_text())

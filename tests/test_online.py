@@ -36,6 +36,7 @@ class Walk(gym.Env):
     action_space = gym.spaces.Box(-2, 2, (1,))
     fails_after = 10**6
     wind = 0.0
+    shape = (3,)  # of the observations after an action
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -51,7 +52,8 @@ class Walk(gym.Env):
             if len(Walk.actions) > Walk.fails_after:
                 raise RuntimeError("a joint is broken")
         self.state = 0.9 * self.state + 0.1 * action + np.float32(self.wind)
-        return self.state, -float(self.state @ self.state), self.short and self.number == 3, False, {}
+        seen = np.resize(self.state, self.shape if self.played else (3,))
+        return seen, -float(self.state @ self.state), self.short and self.number == 3, False, {}
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +123,46 @@ def test_a_run_that_has_played_goes_on_as_it_began(algorithm, arguments, before,
     ran = run_script(algorithm, *arguments, *after, "--resume", "--run-dir", str(tmp_path / "run"))
     gym.registry.pop("Walk-v1")
     assert_one_line(ran, message)
+
+
+@pytest.mark.parametrize("algorithm", ["iql"])
+def test_a_run_that_was_stopped_online_has_no_result_of_before(algorithm, arguments, tmp_path, monkeypatch, walk):
+    run(algorithm, *arguments, "--run-dir", tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(walk, "fails_after", 12)
+    words = [*arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run", "--resume"]
+    assert run_script(algorithm, *map(str, words)).returncode == 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(walk, "fails_after", 10**6)
+    run(algorithm, *words)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (4,)])
+@pytest.mark.parametrize("algorithm", ["iql"])
+def test_observations_of_another_shape_are_one_line(algorithm, shape, arguments, tmp_path, monkeypatch, walk):
+    monkeypatch.setattr(walk, "shape", shape)
+    ran = run_script(algorithm, *map(str, [*arguments, "--online-steps", ONLINE, "--run-dir", tmp_path / "run"]))
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert re.match(r"error: next_observations of shape .* in a room of \(1, 3\)$", ran.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("algorithm", ["awr"])
+def test_steps_that_would_never_be_learned_from_are_refused(algorithm, arguments, tmp_path):
+    words = [*arguments, "--run-dir", tmp_path / "run", "--returns-every", "15", "--online-steps"]  # 10 offline
+    assert_one_line(run_script(algorithm, *map(str, [*words, 5])), "--online-steps 5: these updates take no returns of")
+    run(algorithm, *words, 6)
+
+
+@pytest.mark.parametrize("algorithm", ["cal_ql"])
+def test_the_steps_of_whole_episodes_are_in_the_metrics(algorithm, arguments, tmp_path, walk):
+    more = ["--num-samples", "2", "--online-steps", ONLINE, "--log-every", "1", "--eval-every", "100"]
+    run(algorithm, *arguments, *more, "--run-dir", tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        found = [int(float(row["player/steps"])) for row in csv.DictReader(file)]
+    ends = checkpoint(tmp_path / "run")["learner"]["player"]["lengths"].cumsum(0).tolist()
+    assert found == [0] * OFFLINE + [next(end for end in ends if end >= step) for step in range(1, ONLINE + 1)]
+    assert len(walk.actions) == found[-1]
 
 
 @pytest.mark.parametrize("algorithm", ["iql"])
@@ -202,7 +244,7 @@ def test_the_curve_is_shaded_where_the_policy_acts(algorithm, arguments, tmp_pat
 
 @every_algorithm
 def test_acting_needs_an_environment(algorithm, make_dataset, tmp_path):
-    words = ["--dataset-id", make_dataset(), "--online-steps", "5", "--run-dir", str(tmp_path / "run")]
+    words = ["--dataset-id", make_dataset(), "--online-steps", "2000", "--run-dir", str(tmp_path / "run")]
     ran = run_script(algorithm, *words, "--reward-scale", "return-range")
     assert_one_line(ran, r"^error: test/data-v0 names no environment \(--env-id does\)$")
     assert not (tmp_path / "run").exists()

@@ -181,3 +181,14 @@ def test_what_is_no_number_is_one_line_that_names_the_step(buffer, broken):
         ):
             play(player)
         assert len(buffer.storage) == rows
+
+
+def test_without_room_nothing_is_added(datasets_path):
+    buffer = ReplayBuffer(load_dataset("anchorl/pendulum/mixed-v0"), CPU, room=1)
+    transition = next(buffer.dataset.read_episodes())
+    transition = transition._make(column[0] for column in transition)
+    buffer.add(transition)
+    before = buffer.storage.clone()
+    with pytest.raises(BadInput, match=r"observations of shape \(1, 3\) in a room of \(0, 3\)"):
+        buffer.add(transition)
+    assert torch.equal(buffer.storage, before)

@@ -48,11 +48,13 @@ class Args:
     """steps after the switch in which the lowest evaluation is looked for"""
 
 
-def steps_of(saved: dict[str, Any], update: int) -> int:
-    """Steps in the environment by then: from the switch on, or from the first random one."""
+def steps_of(saved: dict[str, Any], row: Any) -> int:
+    """Steps in the environment by then: from the switch on, where it is negative before, or from the first random one.
+    sac.py's random steps are counted as --random-steps says; they go on to the end of an episode."""
     if saved.get("online_steps"):  # runs of older versions lack it, and have none
-        return update - saved["num_updates"]
-    return saved["random_steps"] + math.ceil(update / saved.get("updates_per_step", 1))
+        before = row["step"] - saved["num_updates"]
+        return int(row.get("player/steps", before) if before >= 0 else before)  # a script that plays ahead says it
+    return saved["random_steps"] + math.ceil(row["step"] / saved.get("updates_per_step", 1))
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
@@ -65,9 +67,15 @@ def read_runs(folder: Path) -> pd.DataFrame:
             lacking = ", ".join(name for name in NEEDED if name not in own)
             check(not lacking, f"{run} lacks {lacking}: take it away")
     ids = {own["dataset_id"] for own in saved.values() if not own.get("random_steps") or "data_ratio" in own}
-    datasets = [load_dataset(dataset_id) for dataset_id in sorted(ids)]
-    check(len(datasets) == 1, f"{folder}: runs on {' and '.join(sorted(ids)) or 'no dataset'}; it must be one dataset")
-    scored = datasets[0].reference_returns is not None
+    check(len(ids) == 1, f"{folder}: runs on {' and '.join(sorted(ids)) or 'no dataset'}; it must be one dataset")
+    default = load_dataset(*ids).env_id
+    played = sorted({str(own.get("env_id") or default).rpartition(":")[2] for own in saved.values()})  # of module:Id
+    check(len(played) == 1, f"{folder}: runs in {' and '.join(played)}; it must be one environment")
+    dataset, first = load_dataset(*ids, *played), dict[tuple[str, int], Path]()
+    for run, own in saved.items():
+        other = first.setdefault((own["algorithm"], own["seed"]), run)
+        check(other == run, f"{run} and {other} are of one script and seed: take one away")
+    scored = dataset.reference_returns is not None
     parts = []
     for run, own in saved.items():
         acts = own.get("online_steps") or own.get("random_steps")
@@ -75,8 +83,8 @@ def read_runs(folder: Path) -> pd.DataFrame:
         with explain(str(run / "metrics.csv")):
             rows = pd.read_csv(run / "metrics.csv").dropna(subset="eval/return_mean")
         returns = rows["eval/return_mean"].to_numpy()
-        values = datasets[0].score(returns) if scored else returns
-        steps = [steps_of(own, int(update)) for update in rows["step"]]
+        values = dataset.score(returns) if scored else returns
+        steps = [steps_of(own, row) for row in rows.to_dict("records")]
         parts.append(pd.DataFrame({"script": own["algorithm"], "seed": own["seed"], "steps": steps, "value": values}))
     found = pd.concat(parts).assign(unit="score" if scored else "return")
     return found[found["steps"] >= 0].sort_values(["script", "seed", "steps"])[COLUMNS]
