@@ -66,7 +66,7 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
     checkpoint_every: int = 5_000  # updates between checkpoints
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     compile: bool = False  # make each update one graph with torch.compile; on a GPU with CUDA graphs
-    precision: Literal["float32", "bf16"] = "float32"  # of matrix products; bf16 pays on GPUs and with AMX alone
+    precision: Literal["float32", "bf16"] = "float32"  # of matrix products; bf16 pays with hardware for it, such as AMX
     run_dir: Path | None = None  # folder of the run; default: runs/<algorithm>/<dataset>/<seed>-<time>
     resume: bool = False  # added to the same command: go on from the checkpoint in --run-dir
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline needs no account)
