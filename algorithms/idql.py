@@ -23,9 +23,10 @@ Fourier features of t, and a slow copy of it acts. The z_i are drawn once, at th
 that the policy is a function of s; the authors draw anew at each step. The paper's policy that draws one of the
 samples, by the weights above, and its other losses of V are left out. One optimiser step trains the three networks,
 each loss seeing the others as they were before it (the authors train the clone, V, and then Q with the new V). V has no
-layer norm, and the batch is half the authors'. Observations are normalised, which the authors do not do. Rewards are
-rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in locomotion.
-Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' by Xavier's rule.
+layer norm, the batch is half the authors', and L_Q sums over the twins (theirs: mean). Observations are normalised,
+which the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says
+otherwise; the authors do so in locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors'
+by Xavier's rule.
 
 Run: python algorithms/idql.py --dataset-id anchorl/pendulum/mixed-v0
 """

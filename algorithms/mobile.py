@@ -14,9 +14,9 @@ these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' 
 Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning", ICML
 2023; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is as the authors' code has it: of Q' without gamma, r and ends, over num_elites - 1. So is y, without
-entropy, which an earlier state of their code added. They keep y >= 0 (here --min-target 0) and the temperature <= 1
-(not here). Observations and z are normalised. Members of the model draw every batch anew (theirs: one bootstrap each),
-stop one by one, and start as PyTorch's layers do (truncated normal). One step trains actor, critic and temperature.
+entropy (theirs in NeoRL alone). They keep y >= 0 (here --min-target 0) and the temperature <= 1 (not here; its loss has
+the log). Observations and z are normalised. The model's members draw every batch anew (theirs: one bootstrap each),
+stop one by one, and start as PyTorch's layers do (truncated normal). One step trains all three.
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """

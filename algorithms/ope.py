@@ -6,7 +6,7 @@ the data's actions; pi(a | s) is 1 for the discrete action that the policy takes
     return    mean_i G_i,  G_i = sum_t gamma^t r_it, of the data themselves
     fqe       mean_i V(s_i0),  V(s) = Q(s, pi(s)),  Q = mean_m Q'_m, where Q'_m slowly follow the Q_m of
               L = sum_m E[ (r + gamma (1 - termination) Q'_m(s', pi(s')) - Q_m(s, a))^2
-                           + conservative (Q_m(s, pi(s)) - Q_m(s, a)) ]
+                           + conservative (Q_m(s, pi(s)) - Q_m(s, a)) ],  r and Q in units of rms(r) / (1 - gamma)
     is        mean_i sum_t gamma^t rho_it r_it,  rho_it = prod_{k <= t} pi(a_k | s_k) / beta(a_k | s_k)
     wis       sum_t gamma^t sum_i w_it r_it,  w_it = rho_it / sum_j rho_jt
     wdr       sum_t gamma^t sum_i [ w_it (r_it - Q(s_it, a_it)) + w_i,t-1 V(s_it) ],  w_i,-1 = 1 / n
@@ -21,10 +21,10 @@ there is no number. The 95 % interval is a bootstrap of the episodes, with fixed
 each network. Neither knows of errors that all networks share.
 
 beta is logged, or fitted to four fifths of the episodes, L_beta = E[ -log beta(a | s) ], at the temperature that suits
-the others best. Where beta is wrong, is and wis are, and wdr is right only as far as Q is. Continuous actions, in
-[-1, 1], have no weights unless --noise sigma is given: then all is of clip(pi(s) + sigma epsilon), whose density has at
-its ends the mass of what is clipped; beta is a mixture of such. conservative > 0 pushes Q down where pi leaves the data
-and up at their actions: with weight enough, fqe is a lower bound in the mean.
+the others best. Where beta is wrong, or 0 where pi is not, is and wis are wrong (mean_i rho_i, `weight`, is not 1),
+and wdr is right only as far as Q is. Continuous actions, in [-1, 1], need --noise sigma: then all is of clip(pi(s) +
+sigma epsilon), whose density has at its ends the mass of what is clipped; beta is a mixture of such. conservative > 0
+pushes Q down where pi leaves the data and up at their actions: with enough, fqe is a lower bound in the mean.
 
 Papers: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000 (is); Thomas, Brunskill,
 "Data-Efficient Off-Policy Policy Evaluation for Reinforcement Learning", 2016, arXiv 1604.00923 (wis, wdr); Le,
@@ -442,7 +442,7 @@ def judge(policy: Policy, evidence: Evidence, dynamics: Ensemble, args: Args) ->
     if args.noise:
         log_pi = log_clipped_normal(batch.actions, act(policy, batch.observations, buffer), torch.tensor(args.noise))
     rho = cumulative_ratios(table(log_pi, buffer) - evidence.log_beta)
-    found["ess"] = effective_sample_size(rho[:, -1])
+    found |= {"ess": effective_sample_size(rho[:, -1]), "weight": float(rho[:, -1].mean())}
     if found["ess"] < args.least_effective:
         return found
     q = q_of(critic, batch.observations, batch.actions) * unit

@@ -15,9 +15,9 @@ Paper: Tarasov, Kurenkov, Nikulin, Kolesnikov, "Revisiting the Minimalist Approa
 Differences: |.|^2 is a sum over the action's dimensions, as in the authors' code. At the last step of an episode that a
 time limit cut, the data hold no action at s': the target of that step has no price (the authors drop the step). The
 import of D4RL files that lack next observations drops it, too; then the step before it has no price. Observations are
-normalised. Layers start as PyTorch's do; the authors' start with biases of 0.1 and with last layers near 0 (uniform
-within 1e-3 in the actor, 3e-3 in the critic). Their target actor follows the actor as it was before the step. As
-theirs, evaluations are of the actor, not of the target actor.
+normalised, and layer norms add 1e-5 to the variance (theirs 1e-6). Layers start as PyTorch's do; the authors' start
+with biases of 0.1 and with last layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the critic). Their target
+actor follows the actor as it was before the step. As theirs, evaluations are of the actor, not of the target actor.
 
 Run: python algorithms/rebrac.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -186,6 +186,7 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
     if dataset.discrete:
         actions = run.vectors(actions - low)
     else:
+        low, high = low.double(), high.double()  # so that a bound becomes 1 exactly, as in a buffer
         actions = ((actions - (high + low) / 2) / ((high - low) / 2)).float()
     observations = ((observations - buffer.normalization[0]) / buffer.normalization[1]).float()
     return Visits(observations, actions, returns, numbers)

@@ -277,8 +277,8 @@ class ReplayBuffer:
             step, value = np.argwhere(wrong)[0, 0], values[wrong][0] + (least if whole else 0)
             rule = f", which is not a whole number from {least} to {most}" if whole else ""
             raise BadInput(f"step {step}: {name} hold {value:g}{rule}")
-        if name == "actions" and not numbered:  # beyond the bounds is on them: environments clip
-            values = (values - (high + low) / 2) / ((high - low) / 2)
+        if name == "actions" and not numbered:  # a bound becomes 1 exactly; beyond it is on it: environments clip
+            values = (values - np.add(high, low, dtype=float) / 2) / (np.subtract(high, low, dtype=float) / 2)
             self.num_clipped += int((np.abs(values) > 1.001).any(axis=1).sum())
             values = np.clip(values, -1, 1)
         return values

@@ -431,11 +431,23 @@ def value_of(noise):
     return (s - first + END * (-s / 2 - second)).mean()
 
 
+def test_the_mean_weight_tells_that_the_data_never_act_at_a_bound():
+    """Of actions that are uniform, so that their density is right and has no mass at 1, half of the policy's noise."""
+    args, evidence = ope.Args(**vars(small(gamma=END, num_updates=1)), noise=0.3), continuous(20_000)
+    actions = torch.rand(40_000, 1) * 2 - 1
+    evidence = evidence._replace(
+        batch=evidence.batch._replace(actions=actions), log_beta=torch.full((20_000, 2), 0.5).double().log()
+    )
+    torch.manual_seed(0)
+    found = ope.judge(half(act=torch.ones_like), evidence, ope.fit_dynamics(evidence.batch, args), args)
+    assert found["ess"] > 1000 and found["weight"] == pytest.approx(0.25, abs=0.02)  # a half of each of two steps
+
+
 def test_policies_with_noise_have_weights():
     args, evidence = ope.Args(**vars(small(gamma=END, num_updates=400)), noise=NOISE), continuous(10_000)
     torch.manual_seed(0)
     found = ope.judge(half(), evidence, ope.fit_dynamics(evidence.batch, args), args)
-    assert 2000 < found.pop("ess") < 10_000
+    assert 2000 < found.pop("ess") < 10_000 and found.pop("weight") == pytest.approx(1, abs=0.05)
     assert found.keys() == {"fqe", "model", "is", "wis", "wdr"}
     errors = {name: abs(each["estimate"] - value_of(NOISE)) for name, each in found.items()}
     assert max(errors.values()) < 0.04, errors
@@ -504,14 +516,14 @@ def test_discrete_actions(folders, tmp_path):
     assert list(result["policies"]) == [folders["cql"], kept] and result["beta"] == "fitted"
     assert result["gamma"] == 0.9 and {"return", "fqe", "beyond"} == set(result["data"])
     for found in result["policies"].values():
-        assert set(found) == {"fqe", "model", "ess", "is", "wis", "wdr"}
-        for name in set(found) - {"ess"}:
+        assert set(found) == {"fqe", "model", "ess", "weight", "is", "wis", "wdr"}
+        for name in set(found) - {"ess", "weight"}:
             assert found[name]["low"] <= found[name]["high"] and math.isfinite(found[name]["estimate"])
             assert ("seeds" in found[name]) == (name in ("fqe", "model", "wdr"))
     assert "--num-updates 20: fqe will know the near future alone" in run.stderr
     result, _ = judged(tmp_path, folders["cql"], "--least-effective", "1e9")
     assert result["gamma"] == 0.99
-    assert set(result["policies"][folders["cql"]]) == {"fqe", "model", "ess"}
+    assert set(result["policies"][folders["cql"]]) == {"fqe", "model", "ess", "weight"}
 
 
 def test_an_estimate_does_not_depend_on_what_else_is_asked(folders, tmp_path):
@@ -541,7 +553,7 @@ def test_continuous_actions_have_fqe_and_model_alone(folders, tmp_path):
     assert result["beta"] == "none" and set(result["policies"][folders["bc"]]) == {"fqe", "model"}
     result, _ = judged(tmp_path, folders["bc"], "--noise", "0.3", "--least-effective", "0", "--gamma", "0.9")
     assert result["beta"] == "fitted"
-    assert set(result["policies"][folders["bc"]]) == {"fqe", "model", "ess", "is", "wis", "wdr"}
+    assert set(result["policies"][folders["bc"]]) == {"fqe", "model", "ess", "weight", "is", "wis", "wdr"}
 
 
 def test_held_out_episodes(folders, tmp_path):

@@ -46,6 +46,14 @@ def test_maps_actions_to_the_unit_box_and_clips_beyond_it(make_dataset):
     assert buffer.transitions.actions.tolist() == [[-1, -1], [0, 0], [1, 1], [1, -1]]
 
 
+def test_a_bound_of_the_actions_becomes_one_exactly(make_dataset):
+    """An estimate by weights takes actions there for clipped ones. In float32 0.8 and 4.4 become -0.9999999."""
+    low, high = np.float32([0.8, 0.2, 18.3]), np.float32([4.4, 0.9, 24.6])
+    episode = random_episode(0, 4, actions=np.stack([low, high, low, high]))
+    buffer = load(make_dataset(episodes=[episode], action_space=gym.spaces.Box(low, high)))
+    assert buffer.transitions.actions.tolist() == [[-1.0] * 3, [1.0] * 3] * 2 and buffer.num_clipped == 0
+
+
 def discrete_dataset(make_dataset, actions, first=0, n=3, **fields):
     episode = random_episode(0, len(actions), actions=np.asarray(actions), **fields)
     return make_dataset(episodes=[episode], action_space=gym.spaces.Discrete(n, start=first))
