@@ -1,8 +1,8 @@
 """Makes Minari datasets of an environment in D4RL's sense, from the course of an online agent, algorithms/sac.py.
 
 First the agent is trained, in a run folder of its own, where learning_curve.png shows its course. A command that was
-stopped goes on when it is given again; one with more --num-updates goes on, too. Then, with S(policy) the return of a
-policy:
+stopped goes on when it is given again, and keeps the datasets that it has made; one with more --num-updates and another
+--prefix goes on, too. Then, with S(policy) the return of a policy:
 
     random         uniformly random actions: score 0
     expert         the policy with the highest S of all evaluations: score 100
@@ -41,6 +41,7 @@ import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
+from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ from common.command_line import BadInput, check, check_argument, explain, launch
 from common.data import Batch, ReplayBuffer, action_bounds, observation_names
 from common.evaluation import FINAL_SEED, Player, Policy, evaluate, load_file, load_policy, make_environment
 
+TAKEN = "exists: delete it, or give another --prefix"
 Quality = Literal["random", "medium", "medium-replay", "full-replay", "expert", "medium-expert"]
 
 
@@ -192,7 +194,12 @@ def train(args: Args, run_dir: Path) -> None:
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
     command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
-    code = subprocess.run(command).returncode
+    with subprocess.Popen(command, start_new_session=True) as process:  # Ctrl-C reaches it through us alone
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # it ends its update and saves a checkpoint
+            raise SystemExit(process.wait()) from None
     if code:
         raise SystemExit(code)
 
@@ -266,8 +273,10 @@ def choose_medium(returns: dict[int, float], random: float, expert: float, mediu
 def main(args: Args) -> None:
     args.validate()
     name = re.split("[:/]", args.env_id)[-1].rsplit("-v", 1)[0].lower()  # of module:namespace/name-v0
-    ids = new_ids(args, f"sac/{name}")
     run_dir = args.run_dir or Path("runs/collect") / f"{name}-{args.seed}"
+    ids = valid_ids(args, f"sac/{name}")
+    there = [dataset_id for dataset_id in ids.values() if get_dataset_path(dataset_id).exists()]
+    check(not there or (run_dir / "checkpoint.pt").exists(), f"{' '.join(there)} {TAKEN}")  # else they may be its own
     environment = make_environment(args.env_id, users=True)
     play = Play(args.env_id, environment, *action_bounds(environment.action_space))
     observation_names(environment.observation_space)  # refuses images before anything is trained
@@ -275,11 +284,12 @@ def main(args: Args) -> None:
     agent = read_agent(run_dir, play, args)
 
     steps = {"expert": max(agent.returns, key=lambda step: agent.returns[step])}
-    references = random_return(play, args), expert_return(agent.policy(steps["expert"]), args)
+    low, high = references = random_return(play, args), expert_return(agent.policy(steps["expert"]), args)
+    check(low < high, f"random actions earn {low:.1f}, the agent's best policy {high:.1f}: give it more --num-updates")
     steps["medium"] = choose_medium(agent.returns, *references, args.medium)
     seen = {"medium-replay": steps["medium"], "full-replay": max(agent.returns)}
     medium = f"medium {agent.returns[steps['medium']]:.1f} (update {steps['medium']})"
-    ends = f"random {references[0]:.1f}, expert {references[1]:.1f} (update {steps['expert']})"
+    ends = f"random {low:.1f}, expert {high:.1f} (update {steps['expert']})"
     print(f"{args.env_id}: {ends}, {medium}; see {run_dir}/learning_curve.png", flush=True)
 
     @cache  # medium-expert takes the episodes of both
@@ -297,18 +307,22 @@ def main(args: Args) -> None:
     sources = {"random": "uniformly random actions", "medium-expert": "medium and expert"}
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
+    scores = "Score 0 is random, 100 the expert's mean action."
     for quality, dataset_id in ids.items():
+        source = f"{sources[quality]}; AnchoRL's algorithms/sac.py"
+        if dataset_id in there:
+            check(is_ours(dataset_id, f"{play.env_id}: {source}. {scores}", references), f"{dataset_id} {TAKEN}")
+            print(f"{dataset_id}: {sources[quality]}; it is there already", flush=True)
+            continue
         with scratch_root(dataset_id, episodes(quality)):
-            source = f"{sources[quality]}; AnchoRL's algorithms/sac.py"
-            scores = "Score 0 is random, 100 the expert's mean action."
             write_dataset(dataset_id, episodes(quality), play, source, references, scores)
             if quality in steps:  # the policy that acted, beside its data
                 shutil.copy(run_dir / f"policy-{steps[quality]}.pt", get_dataset_path(dataset_id) / "policy.pt")
         describe(dataset_id, episodes(quality), sources[quality], references)
 
 
-def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
-    """The id of each dataset to make. Raises BadInput if one is none, or is taken."""
+def valid_ids(args: Args, default_prefix: str) -> dict[str, str]:
+    """The id of each dataset to make. Raises BadInput if one is none."""
     ids: dict[str, str] = {quality: f"{args.prefix or default_prefix}/{quality}-v0" for quality in args.quality}
     for dataset_id in ids.values():
         try:
@@ -318,9 +332,15 @@ def new_ids(args: Args, default_prefix: str) -> dict[str, str]:
                 f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"
             ) from None
         with explain("no datasets folder: point MINARI_DATASETS_PATH to one that can be written"):
-            exists = get_dataset_path(dataset_id).exists()
-        check(not exists, f"{dataset_id} exists: delete it, or give another --prefix")
+            get_dataset_path(dataset_id)
     return ids
+
+
+def is_ours(dataset_id: str, *expected: Any) -> bool:
+    """Whether an earlier command wrote it, of the same agent: with that description, and those reference scores."""
+    with explain(f"{dataset_id} {TAKEN}"):
+        found = MinariStorage.read_raw_metadata(get_dataset_path(dataset_id) / "data")
+        return (found["description"], (found["ref_min_score"], found["ref_max_score"])) == expected
 
 
 def random_return(play: Play, args: Args) -> float:

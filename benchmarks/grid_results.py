@@ -23,8 +23,8 @@ EVALUATION = {
 
 def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
     """Writes results.csv and evaluations.csv of the cells, each with the problem to tell of if it has not ended well,
-    and of those that results.csv holds from earlier commands. Returns the cells that have ended well. An earlier one of
-    these whose folder is gone was taken away, and has no row.
+    and of those that results.csv holds from earlier commands. Returns the cells that have ended well. An earlier one
+    whose folder is gone, or with a problem the folder around it, was taken away, and has no row.
     """
     tables: dict[str, list[dict[str, Any]]] = {"results": [], "evaluations": []}
     ours = {word for cell in problems for word in (cell[:3], cell[3])}
@@ -34,7 +34,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
         try:
             result, evaluations = _rows(cell)
         except Exception:  # not there, or damaged, which raises many kinds
-            if problem:
+            if problem and (cell in problems or cell[3].parent.exists()):
                 tables["results"].append(_key(cell) | {"problem": problem, "run_dir": str(cell[3])})
             continue
         tables["results"].append(result)
@@ -60,6 +60,7 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     result, saved = (json.loads((folder / name).read_text()) for name in ("result.json", "args.json"))
     versions = " ".join(f"{name} {number}" for name, number in result.pop("versions").items())
     protocol = {name: saved[name] for name in ("eval_every", "eval_episodes")}
+    protocol |= {name: saved.get(name) for name in ("dataset_fingerprint", "env_id")}
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("eval/return_mean")]
     evaluations = [key | {name: row.get(column, "") for name, column in EVALUATION.items()} for row in rows]

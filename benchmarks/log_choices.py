@@ -91,7 +91,8 @@ def to_names(table: Table, name: str, used: np.ndarray) -> np.ndarray:
 
 def split_lists(table: Table, name: str) -> list[list[str]]:
     """A column of lists such as 0;2 or [0, 2] or "low | high": [rows] of the names in each."""
-    cells = table.data[name].astype(str).str.strip().str.strip("[](){}")
+    column = table.data[name]
+    cells = column.astype(str).where(column.notna(), "").str.strip().str.strip("[](){}")
     return [[part.strip(" '\"") for part in re.split(r"[;,|\s]+", cell) if part.strip(" '\"")] for cell in cells]
 
 

@@ -27,9 +27,12 @@ class Dialect(NamedTuple):
 
 def open_file(path: Path) -> IO[bytes]:
     """The bytes of a file that may be compressed with gzip, whatever its name says."""
+    return cast(IO[bytes], gzip.open(path)) if is_zipped(path) else path.open("rb")
+
+
+def is_zipped(path: Path) -> bool:
     with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
+        return file.read(2) == b"\x1f\x8b"
 
 
 def find_encoding(path: Path) -> str:
@@ -86,6 +89,7 @@ def read_csv(path: Path, dialect: Dialect, names: list[str], texts: list[str], d
         table, decimal = parse(path, dialect, names, texts, ","), ","
     words = [] if dialect.delimiter == "," else [f"{dialect.delimiter!r} between columns (--delimiter)"]
     words += ["',' as decimal mark (--decimal)"] if decimal == "," else []
+    words += ["gzip"] if is_zipped(path) else []
     words += [] if dialect.encoding == "utf-8" else [f"text in {dialect.encoding.upper()}"]
     if words:
         print("read with", ", ".join(words))

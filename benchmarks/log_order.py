@@ -64,6 +64,8 @@ def find_episodes(table: Table, episode: str) -> np.ndarray:
     import pandas
 
     column = table.data[episode]
+    if column.dtype.kind not in "iufbmM":  # text, in which spaces at the ends say nothing
+        column = column.astype(str).where(column.notna()).str.strip()
     codes, _ = pandas.factorize(column)  # -1 where an id is missing
     missing = (codes == -1) | (column == "").to_numpy()
     row = int(np.argmax(missing)) + 1
@@ -152,13 +154,16 @@ def parse_dates(text: Any, **how: Any) -> np.ndarray | None:
 
 
 def check_no_midnight(table: Table, name: str, values: np.ndarray, ends: np.ndarray) -> None:
-    """Raises BadInput where a column begins anew, once an episode, as hours do at midnight: it cannot sort the rows."""
+    """Raises BadInput where a column begins anew, as hours do at midnight, which cannot sort the rows."""
     turned, others = 0, 0
+    text = table.data[name].astype(str).str.strip()
+    clock = any(parse_dates(text, format=form) is not None for form in (*CLOCK, HALF_DAYS[-1]))
     for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         back = np.flatnonzero(np.diff(values[start:end]) < 0)
         turns = len(back) == 1 and end - start > 2 and values[end - 1] < values[start]
+        turns |= clock and len(back) > 1 and end - start > 2 * (len(back) + 1)  # else the rows lie in no order
         turned, others = turned + turns, others + (len(back) > 0 and not turns)
-    what = f"in {turned} episodes the column goes back once, to less than it began with, as hours do at midnight"
+    what = f"in {turned} episodes the column goes back to less than it began with, as hours do at midnight"
     advice = "name a column of dates and times, or of steps, or sort the file and leave --order out"
     check(turned <= others, f"{table.path}, column {name}: {what}: {advice}")
 

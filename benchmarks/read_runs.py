@@ -15,7 +15,8 @@ MEASURES: dict[str, Any] = {"last": "last", "last five": lambda x: x.tail(5).mea
 KEYS = ["algorithm", "dataset_id", "seed"]
 NEEDED = [*KEYS, "num_updates", "score", "return_mean"]
 TIMES = ["updates_per_second", "wall_seconds"]
-KNOWN = [*TIMES, "eval_episodes"]  # if there is a results.csv beside the evaluations
+DATA = ["dataset_fingerprint", "env_id"]  # what is the same in all runs on a dataset
+KNOWN = [*TIMES, "eval_episodes", *DATA]  # if there is a results.csv beside the evaluations
 FINAL = ["final_score", "final_return_mean", "episode_error"]  # and if its runs have final_returns
 
 
@@ -51,7 +52,7 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
     failed = pd.concat([failures for _, failures, _ in files], ignore_index=True)
     failed = failed.merge(rows[["dataset_id", "unit", "num_updates"]].drop_duplicates(), on="dataset_id", how="left")
     failed["num_updates"] = failed["num_updates"].fillna(0).astype(int)
-    lowest = failed["dataset_id"].map(datasets["value"].min()).astype(float)
+    lowest = failed["dataset_id"].map(datasets[["value", "final"]].min().min(axis=1)).astype(float)
     random = lowest.clip(upper=0.0) if failed_score is None else failed_score
     failed["value"] = failed["final"] = lowest.where(failed["unit"] != "score", random)
     rows = pd.concat([rows.assign(problem=""), failed], ignore_index=True)
@@ -91,9 +92,11 @@ def _without(some: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:
     """Raises BadInput for a column that it lacks, and for text among numbers."""
-    numbers = ["score", "return_mean", *KNOWN, *FINAL]
+    numbers = ["score", "return_mean", *TIMES, "eval_episodes", *FINAL]
     with explain(f"cannot read {path}"), np.errstate(all="ignore"):  # what is beyond a whole number is refused
-        names = dict.fromkeys(KEYS[:2], str) | {name: int for name in ("seed", "num_updates") if name in needed}
+        names = dict.fromkeys([*KEYS[:2], *DATA], str) | {
+            name: int for name in ("seed", "num_updates") if name in needed
+        }
         table = pd.read_csv(path, dtype=names | dict.fromkeys(numbers, float))  # type: ignore[arg-type]
     missing = [name for name in needed if name not in table]
     check(not missing, f"{path}: lacks the column {', '.join(missing)}; give a folder that benchmarks/run.py wrote")
@@ -109,12 +112,14 @@ def _standard_error(returns: Any) -> float:
 
 
 def check_equal(rows: pd.DataFrame) -> None:
-    """Raises BadInput unless all runs on a dataset were evaluated after the same updates, with as many episodes."""
+    """Raises BadInput unless all runs on a dataset learned from the same data, and were evaluated after the same
+    updates, with as many episodes, in the same environment."""
     for dataset_id, runs in rows[rows["problem"] == ""].groupby("dataset_id"):
         groups = runs.groupby(["algorithm", "seed"])
         steps = groups["num_updates"].apply(lambda x: f"{x.max():,} updates, evaluated at {', '.join(map(str, x))}")
         episodes = groups["eval_episodes"].first().dropna().map("{:.0f} episodes".format)  # where they are known
-        for protocols in (steps, episodes):
+        own = [groups[name].first().dropna().map(f"{name} {{}}".format) for name in DATA]
+        for protocols in (steps, episodes, *own):
             kinds = protocols.drop_duplicates().iloc[:2]
             what = "; ".join(f"{' '.join(map(str, run))}: {shorten(kind, 90)}" for run, kind in kinds.items())
             check(len(kinds) < 2, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")

@@ -381,7 +381,7 @@ def as_name(text: str) -> str:
 def same_arguments(out: Path, script_arguments: tuple[str, ...]) -> None:
     """Raises BadInput if the folder's cells were run with other arguments: they would pass for this command's."""
     path, ours = out / "script_arguments.json", list(script_arguments)
-    if path.exists():
+    if path.exists() and (any(out.glob("*/*/*/checkpoint.pt")) or any(out.glob("*/*/*/result.json"))):
         with explain(f"cannot read {path}: remove it if the arguments are the same"):
             found = [str(word) for word in list(json.loads(path.read_text()))]
         check(found == ours, f"--out {out}: holds runs with {shlex.join(found) or 'no arguments'}; name another folder")

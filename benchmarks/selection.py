@@ -92,7 +92,8 @@ def find_policies(args: Args) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in args.runs:
         kept = path.glob("policy-*.pt") if args.kept and path.is_dir() else ()
-        found += [*sorted(kept, key=lambda file: int(file.stem.rpartition("-")[2])), path]
+        numbers = {file: file.stem.rpartition("-")[2] for file in kept}  # of updates, but for a file of the user's own
+        found += [*sorted(filter(lambda file: numbers[file].isdecimal(), numbers), key=lambda f: int(numbers[f])), path]
     check(len(found) > 1, "there is nothing to choose from: name two runs or more, or give --kept")
     check(len({*found}) == len(found), "a policy is named twice")
     return tuple(found)

@@ -77,7 +77,9 @@ def main(args: Args) -> None:
         if args.beside_data:
             episode = median_episode(dataset)
             frames = list(replay(environment, episode, args.max_steps))
-            panels.append(captioned(frames[::every], f"data: {episode.rewards.sum():.0f}", args.height))
+            panels.append(
+                captioned(frames[::every], f"data: {episode.rewards[: args.max_steps].sum():.0f}", args.height)
+            )
             reset(environment, args.seed)
             observation = episode.observations[0]
             set_pose(environment)(observation)

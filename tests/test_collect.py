@@ -167,6 +167,28 @@ def test_the_same_command_again_trains_nothing_anew(folder, tmp_path, datasets_p
     assert [path.name for path in (datasets_path / "collected" / "again").glob("*-v0")] == ["random-v0"]
 
 
+def test_a_command_that_was_stopped_goes_on_after_the_datasets_it_has_made(folder, datasets_path):
+    made = sorted((datasets_path / PREFIX).glob("*-v0"))
+    shutil.rmtree(made.pop(2))  # expert, medium, medium-expert, medium-replay, ...
+    before = [path.stat().st_mtime_ns for path in made]
+    run = run_script("collect", *COLLECT, "--prefix", PREFIX, "--run-dir", str(folder))
+    assert run.returncode == 0 and run.stdout.count("it is there already") == 5, run.stderr
+    assert len([*(datasets_path / PREFIX).glob("*-v0")]) == 6 and before == [path.stat().st_mtime_ns for path in made]
+
+
+def test_without_an_agent_what_is_there_is_not_its_own(folder, tmp_path):
+    run = run_script("collect", *COLLECT, "--prefix", PREFIX, "--run-dir", str(tmp_path / "other"))
+    assert_one_line(run, f"{PREFIX}/random-v0 .*exists: delete it")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_expert_below_random_actions_is_refused(folder, monkeypatch, datasets_path):
+    monkeypatch.setattr("collect.expert_return", lambda *_: -1e6)
+    run = run_script("collect", *COLLECT, "--prefix", "collected/low", "--run-dir", str(folder))
+    assert_one_line(run, "random actions earn -.*, the agent's best policy -1000000.0: give it more --num-updates")
+    assert not (datasets_path / "collected" / "low").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -224,12 +246,13 @@ def test_a_users_own_environment(folder, tmp_path, monkeypatch):
         (["--medium", "1.5"], "--medium 1.5: must be between 0 and 1"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--prefix", "a b"], "a b/random-v0 is no Minari id"),
-        (["--prefix", PREFIX], f"{PREFIX}/random-v0 exists"),
+        (["--prefix", "collected/other"], "collected/other/random-v0 exists: delete it, or give another --prefix"),
         (["--seed", "1", "--prefix", "collected/x"], "seed is 0 there, not 1; name another folder"),
         (["--env-id", "MountainCarContinuous-v0"], "env_id is 'Pendulum-v1' there, not 'MountainCarContinuous-v0'"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, folder, datasets_path):
+def test_bad_input_is_one_line(arguments, message, folder, make_dataset, datasets_path):
+    make_dataset("collected/other/random-v0")  # of something else
     assert_one_line(run_script("collect", *COLLECT, "--run-dir", str(folder), *arguments), message)
     assert not (datasets_path / "collected" / "x").exists()
     assert not list(datasets_path.glob(".making-*"))
