@@ -28,7 +28,7 @@ def collect(problems: Mapping[Any, str], out: Path) -> list[CellLike]:
     """
     tables: dict[str, list[dict[str, Any]]] = {"results": [], "evaluations": []}
     ours = {word for cell in problems for word in (cell[:3], cell[3])}
-    earlier = {cell: it for cell, it in _cells_in(out / "results.csv") if ours.isdisjoint((cell[:3], cell[3]))}
+    earlier = {cell: it for cell, it in cells_in(out / "results.csv") if ours.isdisjoint((cell[:3], cell[3]))}
     written = []
     for cell, problem in [*earlier.items(), *problems.items()]:
         try:
@@ -68,7 +68,7 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return result, evaluations
 
 
-def _cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
+def cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:
     """Those of a results.csv, which may have been moved together with their run folders, and their problems."""
     with explain(str(path)), path.open(newline="") if path.exists() else io.StringIO() as file:
         for row in csv.DictReader(file):

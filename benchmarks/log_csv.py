@@ -89,8 +89,8 @@ def read_csv(path: Path, dialect: Dialect, names: list[str], texts: list[str], d
         table, decimal = parse(path, dialect, names, texts, ","), ","
     words = [] if dialect.delimiter == "," else [f"{dialect.delimiter!r} between columns (--delimiter)"]
     words += ["',' as decimal mark (--decimal)"] if decimal == "," else []
-    words += ["gzip"] if is_zipped(path) else []
     words += [] if dialect.encoding == "utf-8" else [f"text in {dialect.encoding.upper()}"]
+    words += ["gzip"] if is_zipped(path) else []
     if words:
         print("read with", ", ".join(words))
     return table, decimal or "."

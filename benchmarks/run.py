@@ -7,7 +7,7 @@ is tried once more, unless it diverged, then reported with its log; it never sto
     OUT/evaluations.csv   a row per evaluation of the cells that ended well: the learning curves
 
 of all cells in OUT, earlier commands' too. The last lines name those that did not end well, which report.py counts as
-failed, and the exit code is 1. What follows `--` goes to every script.
+failed, and the exit code is 1; of earlier commands' they say how many. What follows `--` goes to every script.
 
 --engine ray spreads the cells over a cluster (extra `cluster`): a cell whose machine dies starts again on another one,
 from its checkpoint where OUT is a folder that all of them share. Where it is not, the rows come to this machine's OUT,
@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from grid_results import collect
+from grid_results import cells_in, collect
 from scratch import replace
 
 from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, launch, one_line
@@ -368,6 +368,10 @@ def run_grid(cells: list[Cell], args: Args, out: Path) -> None:
     failed = [cell for cell in cells if cell not in written]
     for cell in failed:
         print(f"failed: {cell.name}: {problems[cell]}")
+    if earlier := sum(bool(problem) and cell not in problems for cell, problem in cells_in(out / "results.csv")):
+        print(
+            f"{earlier} cells of earlier commands have not ended well either: run them again, or delete their folders"
+        )
     print(f"{out}/results.csv: {len(cells) - len(failed)} of {len(cells)} cells ended well", flush=True)
     if failed:
         raise SystemExit(1)

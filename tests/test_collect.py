@@ -1,6 +1,11 @@
 """collect.py: what it writes is what happened, with the boundaries and probabilities right; all or nothing."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import gymnasium as gym
 import minari
@@ -174,6 +179,22 @@ def test_a_command_that_was_stopped_goes_on_after_the_datasets_it_has_made(folde
     run = run_script("collect", *COLLECT, "--prefix", PREFIX, "--run-dir", str(folder))
     assert run.returncode == 0 and run.stdout.count("it is there already") == 5, run.stderr
     assert len([*(datasets_path / PREFIX).glob("*-v0")]) == 6 and before == [path.stat().st_mtime_ns for path in made]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_agents_checkpoint(number, tmp_path, datasets_path):
+    words = ["--env-id", "Pendulum-v1", "--num-updates", "100000", "--prefix", "collected/x"]
+    words += ["--run-dir", str(tmp_path / "run"), "--", *FAST, "--log-every", "10", "--checkpoint-every", "100000"]
+    command = [sys.executable, "-m", "benchmarks.collect", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    rows = tmp_path / "run" / "metrics.csv"
+    while not rows.exists() or "\n20," not in rows.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # as a terminal does
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert checkpoint(tmp_path / "run")["step"] >= 20 and "interrupted at update" in errors
 
 
 def test_without_an_agent_what_is_there_is_not_its_own(folder, tmp_path):

@@ -127,6 +127,13 @@ def test_legal_actions_are_a_mask_before_the_observation(folder, how):
     np.testing.assert_allclose(age, np.arange(5) / 7, atol=1e-6)
 
 
+@pytest.mark.parametrize("lists", [LISTS, [text.split(";") for text in LISTS]], ids=["texts", "lists"])
+def test_a_cell_without_legal_actions_adds_none(lists, folder):
+    values = table(allowed=[*lists[:5], None], terminated=[0, 0, 1, 0, 0, 0])
+    run = import_logs(values, folder, "--discrete-action", "dose", "--legal-list", "allowed", suffix=".parquet")
+    assert run.returncode == 2 and "row 6: no action is legal: each row needs one" in run.stderr, run
+
+
 def test_an_action_that_only_the_mask_knows_has_a_number(folder):
     dataset, buffer = imported(table(**MASK, may_double=[0, 0, 0, 1, 1, 1]), folder, "--legal-prefix", "may_")
     assert dataset.action_names == ["double", "high", "low", "none"] and buffer.num_actions == 4

@@ -56,7 +56,8 @@ def test_dialects_are_found(name, zipped, tmp_path, plain):
     buffer, said = imported_from(path)
     assert buffer.fingerprint == plain
     first = said.splitlines()[0]
-    assert first == (f"read with {words}" if words else "not used: note")
+    found = ", ".join(filter(None, (words, "gzip" * zipped)))
+    assert first == (f"read with {found}" if found else "not used: note")
 
 
 @pytest.mark.parametrize(("word", "mark"), [("tab", "\t"), (r"\t", "\t"), (";", ";"), ("#", "#"), (" ", " ")])

@@ -161,6 +161,7 @@ def test_no_warning_of_time_that_goes_on_or_cannot_be_read(tmp_path):
 
 DAYS = [f"0{day}/0{6 - day}/2023" for day in range(1, 6)] * 4 + ["06/06/2023"] * 4
 TEXT, ONE_WORD = nights(hour=["first", *"abcde"] * 4), nights(hour=[1, 2, "x", 4, 5, 6] * 4)
+THREE_DAYS = ["08:05", "12:31", "18:02", "07:58", "12:10", "19:00", "06:30", "11:59", "20:15"]
 REFUSED = {
     "interleaved": (
         interleaved(nights()),
@@ -187,8 +188,15 @@ REFUSED = {
     ),
     "midnight": (
         nights(hour=np.tile([22, 23, 0, 1, 2, 3], 4)),
-        "in 4 episodes the column goes back once, to less than it began with, as hours do at midnight: name a column",
+        "in 4 episodes the column goes back to less than it began with, as hours do at midnight: name a column",
         "hour",
+    ),
+    "two midnights": (
+        pd.DataFrame(
+            {"episode": 1, "time": THREE_DAYS, "obs_0": range(9), "action_0": 0.5, "reward": 1.0, "terminated": 0}
+        ),
+        "in 1 episodes the column goes back to less than it began with, as hours do at midnight: name a column",
+        "time",
     ),
     "an end amid": (
         interleaved(nights(terminated=nights()["hour"] == 3)),

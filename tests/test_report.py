@@ -285,6 +285,14 @@ def test_of_returns_the_lowest_evaluation_is_the_worst(tmp_path, score):
     assert runs[runs["problem"] != ""]["last"].tolist() == [200, 200]  # ten times the score
 
 
+def test_a_failed_run_is_not_above_the_final_score_of_one_that_ended_well(tmp_path):
+    """A final of -120 in fresh episodes is below all evaluations on the way."""
+    results = ['y,0,1,,"[-110, -130]",-12,-120', "x,0,1,exit code 3,,,"]
+    grid(tmp_path, {("y", "a", 0): [-10] * 3}, results)
+    runs = report.measures(report.read((tmp_path,)), "last")
+    assert dict(zip(runs["algorithm"], runs["value"], strict=True)) == {"x": -12, "y": -12}
+
+
 def test_a_failed_run_that_nothing_can_be_compared_with_is_named(tmp_path, capsys):
     """And a whole algorithm that failed is a row like any other."""
     runs = {("y", "a", 0): [50] * 3}
@@ -369,6 +377,14 @@ def test_other_evaluations_are_unequal_too(tmp_path):
         text = f"algorithm,dataset_id,seed,updates_per_second,wall_seconds,eval_episodes\n{name},a,0,5,9,{episodes}\n"
         (tmp_path / name / "results.csv").write_text(text)
     assert_one_line(run_script("report", *paths), "a: unequal protocols .*10 episodes.*2 episodes")
+
+
+@pytest.mark.parametrize("column", ["dataset_fingerprint", "env_id"])
+def test_other_data_under_the_same_id_are_unequal(column, tmp_path):
+    write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3], ("x", "a", 1): [1, 2, 3]})
+    lines = [f"algorithm,dataset_id,seed,{column},problem", "x,a,0,12,", "x,a,1,ab,"]
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    assert_one_line(run_script("report", str(tmp_path)), f"a: unequal protocols .*{column} 12.*{column} ab")
 
 
 def test_a_file_that_does_not_tell_its_episodes_is_not_unequal(tmp_path):

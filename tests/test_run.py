@@ -272,6 +272,8 @@ def test_damage_of_any_kind_is_no_row(name, content, fake, tmp_path):
 )
 def test_a_damaged_table_is_one_line(name, content, message, fake, tmp_path):
     fake(fake="end_well()")
+    (tmp_path / "an" / "other" / "0").mkdir(parents=True)
+    (tmp_path / "an" / "other" / "0" / "result.json").touch()
     (tmp_path / name).write_text(content, encoding="latin-1")
     ran = run_script("run", "--algorithms", "fake", "--seeds", "1", "--out", str(tmp_path))
     assert_one_line(ran, message)
@@ -284,6 +286,30 @@ def test_a_problem_stays_in_the_results_until_the_cell_has_ended_well(fake, tmp_
             run.main(run.Args((algorithm,), seeds=1, out=tmp_path))
         (found,) = (row["problem"] for row in rows(tmp_path / "results.csv") if row["algorithm"] == "bad")
         assert found.startswith(problem) and bool(found) == bool(problem)
+
+
+def test_a_problem_goes_with_its_folder_and_is_told_of_until_then(fake, tmp_path, capsys):
+    fake(good="end_well()", bad="sys.exit('oh')")
+    with pytest.raises(SystemExit):
+        run.main(run.Args(("bad",), seeds=2, out=tmp_path))
+    run.main(run.Args(("good",), seeds=1, out=tmp_path))
+    line = "2 cells of earlier commands have not ended well either: run them again, or delete their folders"
+    assert line in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "bad")
+    run.main(run.Args(("good",), seeds=1, out=tmp_path))
+    assert [row["algorithm"] for row in rows(tmp_path / "results.csv")] == ["good"]
+    assert "earlier" not in capsys.readouterr().out
+
+
+def test_arguments_with_which_nothing_ran_do_not_bind(fake, tmp_path):
+    fake(fake="sys.exit(2)")
+    with pytest.raises(SystemExit):
+        run.main(run.Args(("fake",), seeds=1, out=tmp_path, script=("--num-updats", "20")))
+    fake(fake="end_well()")
+    run.main(run.Args(("fake",), seeds=1, out=tmp_path, script=("--num-updates", "20")))
+    assert rows(tmp_path / "results.csv")[0]["problem"] == ""
+    with pytest.raises(run.BadInput, match="holds runs with --num-updates 20"):
+        run.main(run.Args(("fake",), seeds=1, out=tmp_path, script=("--num-updates", "30")))
 
 
 def test_cells_that_were_not_begun_are_in_the_results_as_not_finished(fake, tmp_path, monkeypatch):
