@@ -199,7 +199,8 @@ def train(args: Args, run_dir: Path) -> None:
             code = process.wait()
         except KeyboardInterrupt:
             process.terminate()  # it ends its update and saves a checkpoint
-            raise SystemExit(process.wait()) from None
+            process.wait()
+            raise
     if code:
         raise SystemExit(code)
 
