@@ -212,7 +212,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
 from common.command_line import BadInput, ExperimentArgs, check, check_argument, launch, warn
 from common.data import Dataset, ReplayBuffer, load_dataset
-from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, make_environments
+from common.evaluation import Policy, evaluate, load_policy, make_environments
 from common.experiment import Run, replace, set_up
 from common.optim import Adam, compiled
 
@@ -286,7 +286,7 @@ def true_returns(policy: Policy, dataset: Dataset, args: Args) -> np.ndarray | N
         return None
     try:
         environments = make_environments(dataset, args.eval_episodes)
-    except NoEnvironment as reason:
+    except BadInput as reason:
         check(args.env_id is None, f"--env-id: {reason}")
         warn(f"{reason}: the estimate is compared with nothing")
         return None

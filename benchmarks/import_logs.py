@@ -72,7 +72,7 @@ from scratch import scratch_root
 
 from common.command_line import BadInput, check, explain, launch, warn
 from common.data import MASK, action_bounds, observation_names
-from common.evaluation import NoEnvironment, make_environment
+from common.evaluation import make_environment
 
 
 @dataclass
@@ -122,16 +122,16 @@ def read_log(args: Args) -> Log:
 def find_environment(env_id: str, log: Log) -> Environment:
     """Raises BadInput if the environment is not installed, or not one for the log's observations and actions."""
     try:
-        with warnings.catch_warnings(action="ignore"), make_environment(env_id, users=True) as environment:
-            bounds = action_bounds(environment.action_space, log.discrete)
-            found = len(observation_names(environment.observation_space)), len(bounds[0])
-    except NoEnvironment as reason:
+        with warnings.catch_warnings(action="ignore"):
+            environment = make_environment(env_id, users=True)
+    except BadInput as reason:
         advice = "check the name, or leave --env-id out and give it to the script that trains"
         check(env_id in gym.registry, f"--env-id: {reason}: {advice}")
         print(f"{reason}: it gives no bounds of actions")
         return Environment(find_spec(env_id), bounds=None)
-    except BadInput as error:
-        raise BadInput(f"--env-id {env_id}: {error}") from None
+    with explain(f"--env-id {env_id}"), environment:
+        bounds = action_bounds(environment.action_space, log.discrete)
+        found = len(observation_names(environment.observation_space)), len(bounds[0])
     masks = 0 if log.steps.legal is None else int(bounds[1][0] - bounds[0][0]) + 1
     expected = log.steps.observations.shape[1] + masks, 1 if log.discrete else len(log.actions)
     for what, size, own in zip(("observations", "actions"), found, expected, strict=True):

@@ -45,9 +45,9 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from report import STYLE, markdown
 from scratch import replace
 
-from common.command_line import check, check_argument, explain, warn
+from common.command_line import BadInput, check, check_argument, explain, warn
 from common.data import load_dataset
-from common.evaluation import NoEnvironment, evaluate, load_policy, load_script, make_environments
+from common.evaluation import evaluate, load_policy, load_script, make_environments
 
 Estimator = Literal["lesser", "fqe", "model", "wdr", "wis", "is"]
 ESTIMATORS: tuple[Estimator, ...] = ("lesser", "fqe", "model", "wdr", "wis", "is")
@@ -196,7 +196,7 @@ def true_returns(args: Args, policies: tuple[Path, ...], result: dict[str, Any])
     dataset = load_dataset(result["dataset_id"], args.env_id, discrete=None)
     try:
         environments = make_environments(dataset, min(20, args.eval_episodes))
-    except NoEnvironment as reason:
+    except BadInput as reason:
         check(args.env_id is None, f"--env-id: {reason}")
         warn(f"{reason}: there is no truth to compare with")
         return {}

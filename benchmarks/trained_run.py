@@ -18,7 +18,7 @@ from shift_measures import discounted_returns
 
 from common.command_line import BadInput, check, explain, one_line, warn
 from common.data import ReplayBuffer, flatten_observations, hold_out, load_dataset
-from common.evaluation import NoEnvironment, Policy, evaluate, load_file, load_policy, load_script, make_environments
+from common.evaluation import Policy, evaluate, load_file, load_policy, load_script, make_environments
 from common.optim import Adam
 
 MOST_FURTHER = 10_000  # steps that an episode is played on after its time limit, for its G
@@ -163,7 +163,7 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
         return None
     try:
         recorders: list[Any] = [Recorder(environment) for environment in make_environments(dataset, num_episodes)]
-    except NoEnvironment as reason:
+    except BadInput as reason:
         warn(f"{reason}: there are no visits")
         return None
     limit = recorders[0].spec.max_episode_steps

@@ -136,10 +136,8 @@ def observation_names(space: Any, name: str = "") -> list[str]:
 
 
 def _parts(space: gym.Space) -> list[tuple[Any, gym.Space]]:  # of a Tuple or Dict, in a fixed order
-    if isinstance(space, gym.spaces.Dict):  # a goal task's achieved_goal repeats what the observation says
-        goal_task = {*space} == {"observation", "achieved_goal", "desired_goal"}
-        keys = ["observation", "desired_goal"] if goal_task else sorted(space, key=lambda key: (key != MASK, key))
-        return [(key, space[key]) for key in keys]
+    if isinstance(space, gym.spaces.Dict):  # of a goal task, too: AntMaze's achieved_goal alone says where the ant is
+        return [(key, space[key]) for key in sorted(space, key=lambda key: (key != MASK, key))]
     return list(enumerate(space)) if isinstance(space, gym.spaces.Tuple) else []
 
 

@@ -111,11 +111,8 @@ def load_script(name: str, path: str | Path | None = None) -> Any:
     return module
 
 
-class NoEnvironment(BadInput): ...  # to evaluate in
-
-
 def make_environment(env_id: str, max_episode_steps: int | None = None, users: bool = False, **kwargs: Any) -> gym.Env:
-    """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises NoEnvironment."""
+    """An installed environment, of 1,000 steps unless it says. A `users` module is imported. Raises BadInput."""
     for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
         with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
             gym.register_envs(importlib.import_module(known))
@@ -126,29 +123,30 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
         problem = "is not installed"
     except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
         problem = f"cannot be made ({one_line(error)})"
-    raise NoEnvironment(f"environment {env_id!r} {problem}")
+    raise BadInput(f"environment {env_id!r} {problem}")
 
 
 def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env]:
-    """Copies of the dataset's environment, with its arguments and `more`. Raises NoEnvironment if it does not fit."""
-    env_id, spec = dataset.env_id, dataset.env_spec or {}
-    if env_id is None:
-        raise NoEnvironment(f"{dataset.dataset_id} names no environment (--env-id does)")
-    for name in (str(wrapper["name"]) for wrapper in spec.get("additional_wrappers") or ()):
-        if name.endswith(("Observation", "Action", "Reward")):  # Gymnasium calls those so that change what is seen
-            raise NoEnvironment(f"{env_id} without {name} is another (--env-id takes one of yours that has it)")
+    """Copies of the dataset's environment, with its arguments and `more`. Raises BadInput if it does not fit."""
+    env_id, spec = str(dataset.env_id), dataset.env_spec or {}
+    check(dataset.env_id is not None, f"{dataset.dataset_id} names no environment (--env-id does)")
+    for name, made in ((each["name"], str(each.get("entry_point"))) for each in spec.get("additional_wrappers") or ()):
+        harmless = made.startswith(("gymnasium.", "minari.")) and not name.endswith(
+            ("Observation", "Action", "Reward")
+        )  # its names
+        check(harmless, f"{env_id} without {name} is another (--env-id takes one of yours that has it)")
     kwargs = {key: value for key, value in spec.get("kwargs", {}).items() if key != "render_mode"}
     own, limit, installed = spec.get("entry_point"), spec.get("max_episode_steps"), gym.registry.get(env_id)
-    if kwargs and installed and own != installed.entry_point:
-        raise NoEnvironment(f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
+    ours = not kwargs or not installed or own == installed.entry_point
+    check(ours, f"{env_id!r} is other code, {own!r}, than what is installed (--env-id {env_id} takes that)")
     environments = [make_environment(env_id, limit, dataset.env_spec is None, **kwargs, **more) for _ in range(count)]
     env, expected, low, high = environments[0], len(dataset.observation_names), dataset.action_low, dataset.action_high
     dim, bounds = len(observation_names(env.observation_space)), action_bounds(env.action_space, dataset.discrete)
     found = f"{env_id} has {dim} observed numbers and actions {env.action_space}, the data {expected}, {low} to {high}"
     fits = dim == expected and low.shape == bounds[0].shape
-    if not fits or not np.allclose(bounds, [low, high]):
-        if not fits or dataset.discrete:
-            raise NoEnvironment(found)
+    alike = fits and np.allclose(bounds, [low, high])
+    check(fits and bool(alike or not dataset.discrete), found)
+    if not alike:
         warn(f"{found}: scores say something if both are in the same units")
     return environments
 

@@ -21,9 +21,9 @@ from filelock import FileLock
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.command_line import TRACKER, Diverged, ExperimentArgs, check, explain, interruption, warn
+from common.command_line import TRACKER, BadInput, Diverged, ExperimentArgs, check, explain, interruption, warn
 from common.data import ReplayBuffer
-from common.evaluation import FINAL_SEED, NoEnvironment, Policy, evaluate, load_file, make_environments
+from common.evaluation import FINAL_SEED, Policy, evaluate, load_file, make_environments
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ class Run:
             self.policy = Policy(actor, buffer.normalization, (data.action_low, data.action_high), data.discrete, more)
             try:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
-            except NoEnvironment as reason:
+            except BadInput as reason:
                 check(args.env_id is None, f"--env-id: {reason}")
                 warn(f"{reason}: training goes on without evaluation")
         default = f"{args.dataset_id.replace('/', '-').replace(':', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -93,8 +93,14 @@ class Run:
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         (self.dir / "result.json").unlink(missing_ok=True)  # of fewer updates: until its end, this run has none
         self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
-        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or args.batch_size > 1024  # else sums may be others
-        self.first_step, self.threads, self.marks = self.step + 1, 1 if fixed else torch.get_num_threads(), [0.0, 0.0]
+        shapes = {w.shape for each in learner if hasattr(each, "parameters") for w in each.parameters() if w.ndim == 2}
+        threads, found, rows = torch.get_num_threads(), list[Any](), args.batch_size
+        for count in (1, threads):  # are the gradients of the layers of these shapes the same with all?
+            torch.set_num_threads(count)
+            sides = ([torch.arange(rows * size).sin().view(rows, size) for size in shape] for shape in shapes)
+            found.append([left.T @ right for left, right in sides])
+        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or rows > 1024 or not all(map(torch.equal, *found))
+        self.first_step, self.threads, self.marks = self.step + 1, 1 if fixed else threads, [0.0, 0.0]
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         self.progress = tqdm(total=self.last_step, initial=self.step, desc=args.algorithm, mininterval=interval)
         interruption.close, interruption.waiting = self.progress.close, True

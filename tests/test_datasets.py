@@ -15,7 +15,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from common.command_line import BUILT_IN_ID, BadInput
 from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, flatten_observations, load_dataset, observation_names
-from common.evaluation import NoEnvironment, make_environments
+from common.evaluation import make_environments
 
 CPU = torch.device("cpu")
 
@@ -213,8 +213,8 @@ MIXED = gym.spaces.Tuple(
 )
 NAMES = {
     "kitchen": [
+        *(f"{goal}_goal/{part}" for goal in ("achieved", "desired") for part in ("kettle/0", "kettle/1", "light/0")),
         *(f"observation/{i}" for i in range(4)),
-        *(f"desired_goal/{part}" for part in ("kettle/0", "kettle/1", "light/0")),
     ],
     "mixed": ["0/5", "0/6", "0/7", "1/count/0", "1/flags/0", "1/flags/1", "2/0", "2/1", *(f"3/{i}" for i in range(4))],
 }
@@ -223,8 +223,11 @@ NAMES = {
 def by_hand(name, one):
     """A single observation as a list of numbers."""
     if name == "kitchen":
-        goal = one["desired_goal"]
-        return [*one["observation"], *goal["kettle"], *goal["light"]]
+        goals = one["achieved_goal"], one["desired_goal"]
+        return [
+            *(number for goal in goals for part in ("kettle", "light") for number in goal[part]),
+            *one["observation"],
+        ]
     phase, counts, codes, matrix = one
     return [
         *(float(phase == k) for k in (5, 6, 7)),
@@ -291,11 +294,11 @@ def test_never_imports_what_a_dataset_names(make_dataset, datasets_path, tmp_pat
     spec = json.loads(metadata["env_spec"])
     for change in ({"id": "evil:Env-v0"}, {"id": "Evil-v0", "entry_point": "evil:Env"}):
         path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | change)}))
-        with pytest.raises(NoEnvironment, match="not installed"):
+        with pytest.raises(BadInput, match="not installed"):
             make_environments(load_dataset("test/data-v0"), 1)
     unlike = {"entry_point": "evil:Env", "kwargs": {"g": 5.0}}
     path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec | unlike)}))
-    with pytest.raises(NoEnvironment, match=r"other code, 'evil:Env', .*\(--env-id Pendulum-v1 takes that\)"):
+    with pytest.raises(BadInput, match=r"other code, 'evil:Env', .*\(--env-id Pendulum-v1 takes that\)"):
         make_environments(load_dataset("test/data-v0"), 1)
     (environment,) = make_environments(load_dataset("test/data-v0", "Pendulum-v1"), 1)
     assert environment.unwrapped.g == 10
@@ -347,7 +350,7 @@ def test_a_module_that_the_user_names_is_imported(make_dataset, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     (environment,) = make_environments(load_dataset(make_dataset(), "theirs:Theirs-v0"), 1)
     assert type(environment.unwrapped).__module__ == "theirs" and environment.spec.max_episode_steps == 7
-    with pytest.raises(NoEnvironment, match=r"'nobodys:Env-v0' cannot be made .*No module named 'nobodys'"):
+    with pytest.raises(BadInput, match=r"'nobodys:Env-v0' cannot be made .*No module named 'nobodys'"):
         make_environments(load_dataset("test/data-v0", "nobodys:Env-v0"), 1)
 
 
@@ -366,7 +369,7 @@ def test_a_users_module_that_fails_is_named(text, reason, make_dataset, tmp_path
     name = f"faulty{abs(hash(text))}"
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(NoEnvironment, match=re.escape(f"environment '{name}:Env-v0' {reason}")):
+    with pytest.raises(BadInput, match=re.escape(f"environment '{name}:Env-v0' {reason}")):
         make_environments(load_dataset(make_dataset(), f"{name}:Env-v0"), 1)
     gym.registry.pop("Env-v0", None)
 

@@ -26,7 +26,7 @@ from conftest import DISCRETE, REMEMBER, ROOT, SCRIPTS, SHORT, assert_one_line, 
 
 from common.command_line import BadInput, Diverged
 from common.data import ReplayBuffer, load_dataset
-from common.evaluation import NoEnvironment, Policy, evaluate, load_policy, load_script, make_environments
+from common.evaluation import Policy, evaluate, load_policy, load_script, make_environments
 
 
 class Countdown(gym.Env):
@@ -287,12 +287,12 @@ def test_goal_conditioned_environments_are_flattened_as_their_data_is(make_datas
         return np.zeros((1, 1), np.float32)
 
     assert evaluate(policy, make_environments(dataset, 1))[0].tolist() == [1]
-    assert seen[0].tolist() == [[1, 1, 5]]
+    assert seen[0].tolist() == [[0, 0, 5, 1, 1]]
 
 
 @pytest.mark.parametrize("env_id", [None, "NotInstalled-v0", "module:Env-v0"])
 def test_no_environment(make_dataset, env_id):
-    with pytest.raises(NoEnvironment, match=r"names no environment|is not installed|cannot be made"):
+    with pytest.raises(BadInput, match=r"names no environment|is not installed|cannot be made"):
         make_environments(load_dataset(make_dataset(), env_id), 2)
 
 
@@ -301,9 +301,36 @@ def test_an_environment_that_lacks_a_wrapper_of_the_data_s_is_none(make_dataset,
     """The policy would be scored in another one."""
     wrapped = wrapper(gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1")))
     dataset_id = make_dataset(env=wrapped.spec)
-    with pytest.raises(NoEnvironment, match=rf"Pendulum-v1 without {wrapper.__name__} is another \(--env-id takes"):
+    with pytest.raises(BadInput, match=rf"Pendulum-v1 without {wrapper.__name__} is another \(--env-id takes"):
         make_environments(load_dataset(dataset_id), 1)
     assert len(make_environments(load_dataset(dataset_id, "Pendulum-v1"), 2)) == 2
+
+
+class Shaped(gym.RewardWrapper, gym.utils.RecordConstructorArgs):
+    """Whose name does not say what it changes."""
+
+    def __init__(self, env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.RewardWrapper.__init__(self, env)
+
+    def reward(self, reward):
+        return float(reward) + 100
+
+
+def test_a_wrapper_of_the_users_own_is_taken_for_one_that_changes_something(make_dataset):
+    dataset_id = make_dataset(env=Shaped(gym.make("Pendulum-v1")).spec)
+    with pytest.raises(BadInput, match=r"Pendulum-v1 without Shaped is another \(--env-id takes"):
+        make_environments(load_dataset(dataset_id), 1)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Blackjack-v1"])
+def test_data_of_another_kind_than_their_environment_are_trained_on_without_it(env, make_dataset, tmp_path):
+    """As after a wrapper that makes numbers of choices."""
+    run = run_script(
+        "bc", "--dataset-id", make_dataset(env=env), "--num-updates", "2", "--run-dir", str(tmp_path / "r")
+    )
+    assert run.returncode == 0 and "actions must be vectors of real numbers (a Box), not Discrete(2)" in run.stderr
+    assert "training goes on without evaluation" in run.stderr
 
 
 def test_a_wrapper_that_only_watches_does_not_matter(make_dataset):

@@ -336,6 +336,31 @@ def test_threads_that_are_chosen_stay_and_where_sums_would_differ(changes, tmp_p
     assert machine.threads == 4
 
 
+def test_the_number_of_threads_changes_no_bit_where_it_may_change(pendulum, tmp_path, monkeypatch):
+    """The gradient of a layer with few outputs, [outputs, batch] @ [batch, width], has another order of sums with more
+    threads on some processors: there the number stays."""
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for number, outputs in enumerate(range(1, 40)):
+            args = bc.Args(run_dir=tmp_path / str(number), hidden_dims=(64,))
+            run = Run(args, pendulum, bc.build(3, outputs, args, torch.device("cpu"), Adam), bc.update)
+            assert torch.get_num_threads() == 2
+            run.lock.release()
+            run.progress.close()
+            gradients = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                generator = torch.Generator().manual_seed(number)
+                inputs, slopes = (torch.randn(256, size, generator=generator) for size in (64, outputs))
+                gradients.append(slopes.T @ inputs)
+            assert torch.equal(*gradients) or run.threads == 1, outputs
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [name for name in SCRIPTS if name not in ("fqe", "decision_transformer")])
 def test_the_number_of_threads_does_not_change_a_bit(algorithm, tmp_path, pendulum):

@@ -103,7 +103,7 @@ def test_flattens_goal_conditioned_observations(make_dataset):
     rng = np.random.default_rng(0)
     parts = {name: rng.normal(size=(4, size)).astype(np.float32) for name, size in names.items()}
     buffer = load(make_dataset(episodes=[random_episode(0, 3, observations=parts)], observation_space=space))
-    expected = np.concatenate([parts["observation"], parts["desired_goal"]], axis=1)
+    expected = np.concatenate([parts[name] for name in sorted(parts)], axis=1)  # the achieved goal, too
     np.testing.assert_array_equal(buffer.transitions.observations, expected[:-1])
     np.testing.assert_array_equal(buffer.transitions.next_observations, expected[1:])
 
