@@ -38,6 +38,7 @@ FOLDERS: tuple[str, ...] = (
     "hopper-more",
     "walker2d-medium-expert",
     "halfcheetah-medium-expert",
+    "medium",
     "medium-expert-50k",
     "model-medium",
 )
