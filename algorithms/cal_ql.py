@@ -423,7 +423,7 @@ def main(args: Args) -> None:
         online = online_step > 0
         rows = draw_both(buffer, args.batch_size, args.data_ratio) if online else buffer.draw(args.batch_size)
         metrics = train(learner, Batch(*buffer.take(rows), returns[rows]), step, args)
-        metrics |= {"player/steps": len(buffer.storage) - buffer.num_loaded} if player else {}  # to an episode's end
+        metrics |= {"player/steps": len(buffer.storage) - buffer.num_loaded} if online else {}  # to an episode's end
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

@@ -96,7 +96,7 @@ def test_the_run_of_an_older_version_is_one_line(runs, tmp_path, lacks, line):
 
 def test_a_script_that_plays_ahead_says_how_many_steps_it_took(runs, tmp_path):
     write_run(runs / "cal_ql", [], algorithm="cal_ql", online_steps=400)
-    rows = [(50, -900, 0), (100, -800, 0), (150, -700, 200), (300, -600, 200), (350, -500, 400)]
+    rows = [(50, -900, ""), (100, -800, ""), (150, -700, 200), (300, -600, 200), (350, -500, 400)]
     lines = ["step,eval/return_mean,player/steps", *(",".join(map(str, row)) for row in rows)]
     (runs / "cal_ql" / "metrics.csv").write_text("\n".join(lines) + "\n")
     run = run_script(SCRIPT, str(runs), "--out", str(tmp_path / "out"))

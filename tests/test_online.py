@@ -159,7 +159,7 @@ def test_the_steps_of_whole_episodes_are_in_the_metrics(algorithm, arguments, tm
     more = ["--num-samples", "2", "--online-steps", ONLINE, "--log-every", "1", "--eval-every", "100"]
     run(algorithm, *arguments, *more, "--run-dir", tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open() as file:
-        found = [int(float(row["player/steps"])) for row in csv.DictReader(file)]
+        found = [int(float(row["player/steps"] or 0)) for row in csv.DictReader(file)]
     ends = checkpoint(tmp_path / "run")["learner"]["player"]["lengths"].cumsum(0).tolist()
     assert found == [0] * OFFLINE + [next(end for end in ends if end >= step) for step in range(1, ONLINE + 1)]
     assert len(walk.actions) == found[-1]

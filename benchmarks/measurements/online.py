@@ -53,7 +53,7 @@ def steps_of(saved: dict[str, Any], row: Any) -> int:
     sac.py's random steps are counted as --random-steps says; they go on to the end of an episode."""
     if saved.get("online_steps"):  # runs of older versions lack it, and have none
         before = row["step"] - saved["num_updates"]
-        return int(row.get("player/steps", before) if before >= 0 else before)  # a script that plays ahead says it
+        return int(row.get("player/steps", before) if before > 0 else before)  # a script that plays ahead says it
     return saved["random_steps"] + math.ceil(row["step"] / saved.get("updates_per_step", 1))
 
 
