@@ -364,7 +364,6 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
         both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or self.data_ratio in (0, 1)
-        both = both or self.online_steps == 0
         check_argument(self, "data_ratio", both, f"a batch of {self.batch_size} has no room for both")
 
 
