@@ -78,7 +78,8 @@ def follow(run_dir: Path, arguments: dict[str, Any], skip: int) -> None:
             skip += 1
     result = run_dir / "result.json"
     found = json.loads(result.read_text()) if result.exists() else {}
-    run.summary.update({name: value for name, value in found.items() if not isinstance(value, list)})
+    if found.get("num_updates") == arguments["num_updates"]:  # else it is of a shorter run in this folder
+        run.summary.update({name: value for name, value in found.items() if not isinstance(value, list)})
     run.finish()
 
 

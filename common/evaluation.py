@@ -130,11 +130,9 @@ def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env
     """Copies of the dataset's environment, with its arguments and `more`. Raises BadInput if it does not fit."""
     env_id, spec = str(dataset.env_id), dataset.env_spec or {}
     check(dataset.env_id is not None, f"{dataset.dataset_id} names no environment (--env-id does)")
-    for name, made in ((each["name"], str(each.get("entry_point"))) for each in spec.get("additional_wrappers") or ()):
-        harmless = made.startswith(("gymnasium.", "minari.")) and not name.endswith(
-            ("Observation", "Action", "Reward")
-        )  # its names
-        check(harmless, f"{env_id} without {name} is another (--env-id takes one of yours that has it)")
+    for name, made in ((str(w["name"]), str(w.get("entry_point"))) for w in spec.get("additional_wrappers") or ()):
+        same = made.startswith(("gymnasium.", "minari.")) and not name.endswith(("Observation", "Action", "Reward"))
+        check(same, f"{env_id} without {name} is another (--env-id takes one of yours that has it)")
     kwargs = {key: value for key, value in spec.get("kwargs", {}).items() if key != "render_mode"}
     own, limit, installed = spec.get("entry_point"), spec.get("max_episode_steps"), gym.registry.get(env_id)
     ours = not kwargs or not installed or own == installed.entry_point
