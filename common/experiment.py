@@ -94,7 +94,7 @@ class Run:
         (self.dir / "result.json").unlink(missing_ok=True)  # of fewer updates: until its end, this run has none
         self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
         shapes = {w.shape for each in learner if hasattr(each, "parameters") for w in each.parameters() if w.ndim == 2}
-        threads, found, rows = torch.get_num_threads(), list[Any](), args.batch_size
+        threads, found, rows = torch.get_num_threads(), list[Any](), min(args.batch_size, 1025)
         for count in (1, threads):  # are the gradients of the layers of these shapes the same with all?
             torch.set_num_threads(count)
             sides = ([torch.arange(rows * size).sin().view(rows, size) for size in shape] for shape in shapes)
