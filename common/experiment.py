@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from common.command_line import TRACKER, BadInput, Diverged, ExperimentArgs, check, explain, interruption, warn
@@ -54,6 +54,7 @@ def set_up(args: ExperimentArgs) -> torch.device:
     args.validate()
     check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch finds no CUDA device; take cpu")
     torch.manual_seed(args.seed)
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # its products then have the same bits with one thread and with more
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay to denormals, which slow a CPU many times
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed: glibc then keeps blocks of this size, a tenth of BCQ's time
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -154,8 +155,7 @@ class Run:
         return found
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:  # a row of metrics.csv (and W&B); may raise Diverged
-        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 2)}
-        row |= {name: float(value) for name, value in metrics.items()}
+        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 2)} | tree_map(float, metrics)
         self._check_finite(dict(sorted(row.items(), key=lambda item: "loss" not in item[0])))  # losses first
         self.columns += (missing := [name for name in row if name not in self.columns])
         writer = csv.DictWriter(text := io.StringIO(), self.columns, lineterminator="\n")

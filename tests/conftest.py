@@ -80,7 +80,7 @@ SHORTER["mbpo"] += [
 ]  # from 40 updates on they are longer
 
 # one thread a test keeps a busy machine's tests as fast as an idle one's, and sums in one order
-os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AUTO", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 torch.set_num_threads(1)
 
 

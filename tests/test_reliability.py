@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import bc
@@ -359,6 +360,31 @@ def test_the_number_of_threads_changes_no_bit_where_it_may_change(pendulum, tmp_
             assert torch.equal(*gradients) or run.threads == 1, outputs
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_sums_of_a_layer_with_few_outputs_are_the_same_with_one_thread_and_with_two():
+    """On AMD's processors MKL split them by the number of threads, until it was told to keep their order. It is told
+    before its first product, hence the process of its own."""
+    lines = """
+        import torch
+        from algorithms.bc import Args
+        from common.experiment import set_up
+        set_up(Args(device="cpu"))
+        for outputs in range(1, 40):
+            slopes, inputs = (torch.arange(256 * size).sin().view(256, size) for size in (outputs, 256))
+            gradients = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                gradients.append(slopes.T @ inputs)
+            assert torch.equal(*gradients), outputs
+    """
+    cpu = pathlib.Path("/proc/cpuinfo")
+    if not (torch.backends.mkl.is_available() and cpu.exists() and "AMD" in cpu.read_text()):
+        pytest.skip("sums of another library or on another processor")
+    environment = {name: value for name, value in os.environ.items() if name not in ("MKL_CBWR", "OMP_NUM_THREADS")}
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.slow

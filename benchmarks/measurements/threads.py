@@ -27,6 +27,8 @@ class Args:
     """scripts in algorithms/, without .py"""
     num_updates: tuple[int, ...] = (6000, 1500, 300)
     """of each of them; the first trial of threads begins after 100"""
+    dataset_id: str = "anchorl/pendulum/mixed-v0"
+    """what they train on: with 6 actions, say, sums could depend on the threads"""
     rounds: int = 3
     """times that the three take turns"""
 
@@ -43,13 +45,13 @@ def busy(wanted: bool) -> Iterator[None]:
             other.wait()
 
 
-def updates_per_second(algorithm: str, num_updates: int, threads: int | None) -> float:
+def updates_per_second(algorithm: str, num_updates: int, dataset_id: str, threads: int | None) -> float:
     """Of a run. Raises CalledProcessError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     with tempfile.TemporaryDirectory() as folder:
         words = ["--num-updates", str(num_updates), "--eval-every", str(num_updates), "--run-dir", f"{folder}/run"]
-        words += ["--eval-episodes", "1", "--final-eval-episodes", "1", "--device", "cpu"]
+        words += ["--dataset-id", dataset_id, "--eval-episodes", "1", "--final-eval-episodes", "1", "--device", "cpu"]
         command = [sys.executable, str(ROOT / "algorithms" / f"{algorithm}.py"), *words]
         subprocess.run(command, env=environment, check=True, capture_output=True)
         return float(json.loads(Path(folder, "run", "result.json").read_text())["updates_per_second"])
@@ -65,7 +67,7 @@ def main() -> None:
             with busy(wanted):
                 for _ in range(args.rounds):
                     for name, threads in choices.items():
-                        found[name].append(updates_per_second(algorithm, num_updates, threads))
+                        found[name].append(updates_per_second(algorithm, num_updates, args.dataset_id, threads))
             cells = " | ".join(f"{statistics.median(values):.3g}" for values in found.values())
             print(f"| {algorithm} | {'one' if wanted else 'none'} | {cells} |", flush=True)
 
