@@ -51,7 +51,7 @@ import sac
 from import_logs import find_spec
 from scratch import scratch_root
 
-from common.command_line import BadInput, check, check_argument, explain, launch
+from common.command_line import check, check_argument, explain, launch
 from common.data import Batch, ReplayBuffer, action_bounds, observation_names
 from common.evaluation import FINAL_SEED, Player, Policy, evaluate, load_file, load_policy, make_environment
 
@@ -87,6 +87,8 @@ class Args:
             check_argument(self, name, getattr(self, name) >= 1, "must be at least 1")
         check_argument(self, "medium", 0 < self.medium < 1, "must be between 0 and 1")
         check_argument(self, "seed", 0 <= self.seed < 2**31, "must be in [0, 2^31)")
+        own = [word for word in self.script if re.match("--(seed|env.id|run.dir|num.updates)(=|$)", word)]
+        check(not own, f"{' '.join(own)} after --: collect has it, too; give it before --")
 
 
 class Play(NamedTuple):
@@ -326,12 +328,9 @@ def valid_ids(args: Args, default_prefix: str) -> dict[str, str]:
     """The id of each dataset to make. Raises BadInput if one is none."""
     ids: dict[str, str] = {quality: f"{args.prefix or default_prefix}/{quality}-v0" for quality in args.quality}
     for dataset_id in ids.values():
-        try:
+        with explain(f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"):
             parse_dataset_id(dataset_id)
-        except ValueError:
-            raise BadInput(
-                f"--prefix {args.prefix}: {dataset_id} is no Minari id: take letters, digits, - and /"
-            ) from None
+        check(not dataset_id.startswith("anchorl/"), f"--prefix {args.prefix}: anchorl/ is for built-in datasets")
         with explain("no datasets folder: point MINARI_DATASETS_PATH to one that can be written"):
             get_dataset_path(dataset_id)
     return ids

@@ -111,12 +111,16 @@ def read_log(args: Args) -> Log:
     check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .tsv, .csv.gz, .parquet, .hdf5 or .h5")
     check(path.is_file(), f"no file {path}: give the path of a .csv, .parquet, .hdf5 or .h5 file")
     if suffix in (".hdf5", ".h5"):
-        options = "--episode, --order, --reward, --terminated, --truncated, --delimiter, --decimal and the prefixes"
-        check(args.table == TableOptions(), f"{options} are for tables, which {path} is not")
+        check_no_options(args.table, f"for tables, which {path} is not")
         return read_hdf5_log(path, args.hdf5)
-    options = "--timeouts, --observation-keys and --dones are for HDF5 files"
-    check(args.hdf5 == Hdf5Options(), f"{options}, which {path} is not")
+    check_no_options(args.hdf5, f"for HDF5 files, which {path} is not")
     return read_table_log(path, args.table)
+
+
+def check_no_options(options: TableOptions | Hdf5Options, what: str) -> None:
+    """Raises BadInput if one of them is given."""
+    given = [name for name, value in vars(options).items() if value != getattr(type(options)(), name)]
+    check(not given, f"{', '.join('--' + name.replace('_', '-') for name in given)}: {what}")
 
 
 def find_environment(env_id: str, log: Log) -> Environment:
@@ -315,6 +319,8 @@ def main(args: Args) -> None:
     environment = None if args.env_id is None else find_environment(args.env_id, log)
     space: gym.Space | None = None
     if log.discrete:
+        amounts = args.action_low is None and args.action_high is None
+        check(amounts, "--action-low and --action-high: are for amounts, not for --discrete-action")
         log, space = number_choices(log, environment)
     steps = log.steps
     returns = find_returns(args, log)

@@ -40,7 +40,7 @@ from inspect_actions import (
 )
 from scratch import replace
 
-from common.command_line import BadInput, check, launch, one_line
+from common.command_line import BadInput, check, explain, launch
 from common.data import MASK, Dataset, find_dataset, flatten_observations, load_dataset, observation_names
 from common.data import Batch as Episode
 
@@ -97,14 +97,12 @@ def open_dataset(dataset_id: str) -> Dataset:
 
 def read_episodes(dataset: Dataset) -> Iterator[tuple[Episode, np.ndarray, np.ndarray]]:
     """Each with its truncations and the log probabilities of its actions, [T]. Raises BadInput for a damaged file."""
-    try:
+    with explain(f"cannot read dataset {dataset.dataset_id}"):
         source = minari.MinariDataset(find_dataset(dataset.dataset_id))
         for stored in source.iterate_episodes():
             observations = flatten_observations(stored.observations, source.observation_space)
             fields = observations[:-1], stored.actions, stored.rewards, observations[1:], stored.terminations
             yield Episode(*fields), stored.truncations, log_probabilities(stored.infos, len(stored.rewards))
-    except (OSError, KeyError, ValueError) as error:
-        raise BadInput(f"cannot read dataset {dataset.dataset_id}: {one_line(error)}") from None
 
 
 def log_probabilities(infos: Any, steps: int) -> np.ndarray:
@@ -143,9 +141,10 @@ def collect(dataset: Dataset) -> Data:
     returns, refused = [], []
     for index, (episode, truncations, log_probs) in enumerate(read_episodes(dataset)):
         observations = np.asarray(episode.observations)  # training rounds them when they are near 0
-        if dataset.discrete:
-            episode = episode._replace(actions=np.asarray(episode.actions, np.float64) - dataset.action_low[0])
-        with np.errstate(over="ignore"):  # what is too large for training's float32 becomes infinite, and is refused
+        with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):
+            if dataset.discrete:
+                episode = episode._replace(actions=np.asarray(episode.actions, np.float64) - dataset.action_low[0])
+            # what is too large for training's float32 becomes infinite, and is refused
             episode = Episode(*(np.asarray(values, np.float32) for values in episode))
         if reason := refusal(episode, truncations, dataset):
             refused.append(f"episode {index}: {reason}")

@@ -9,6 +9,7 @@ import numpy as np
 from common.command_line import BadInput, check
 
 YES, NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+NOT_KNOWN = "na", "nan", "n/a", "#n/a", "null"  # how programs write a blank cell among numbers
 FLAGS = "say which of the values is an end"
 KINDS = {  # of cells that are no numbers: a pattern, and what to do with such a column
     "lists": (r"[\[({].*[\])}]", "give each of their numbers a column of its own, such as obs_0, obs_1"),

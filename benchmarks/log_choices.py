@@ -4,12 +4,11 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from log_cells import Table, as_text, count_blanks, is_blank, to_flags, to_floats
+from log_cells import NOT_KNOWN, Table, as_text, count_blanks, is_blank, to_flags, to_floats
 
 from common.command_line import BadInput, check
 
 MOST_CHOICES = 1000  # a column of more different values is taken for an amount, or an id
-NOT_KNOWN = "na", "nan", "n/a", "#n/a", "null"  # how programs write a blank cell among numbers
 
 
 class Choices(NamedTuple):
@@ -82,18 +81,24 @@ def to_names(table: Table, name: str, used: np.ndarray) -> np.ndarray:
         what = f"{where}: {numbers[row]:g} in row {table.data.index[row] + 1} is no choice"
         raise BadInput(f"{what}: amounts are columns that begin with --action-prefix")
     if table.data[name].dtype.kind == "f":
-        return np.array([f"{number:.0f}" for number in numbers])
+        return np.array([f"{number + 0.0:.0f}" for number in numbers])  # -0 is 0
     text, zeros = table.data[name].astype(str).str.strip(), rf"{re.escape(table.decimal)}0*$"
     if not text[used].str.fullmatch(rf"-?\d+({zeros})?").all():
         return text.to_numpy()
-    return text.str.replace(zeros, "", regex=True).to_numpy()
+    return text.str.replace(zeros, "", regex=True).replace("-0", "0").to_numpy()
 
 
 def split_lists(table: Table, name: str) -> list[list[str]]:
-    """A column of lists such as 0;2 or [0, 2] or "low | high": [rows] of the names in each."""
+    """A column of lists such as 0;2 or [0, 2] or "low | very high", or 0 2 where no cell has a mark: names [rows]."""
     column = table.data[name]
-    cells = column.astype(str).where(column.notna(), "").str.strip().str.strip("[](){}")
-    return [[part.strip(" '\"") for part in re.split(r"[;,|\s]+", cell) if part.strip(" '\"")] for cell in cells]
+    if any(isinstance(cell, (list, np.ndarray)) for cell in column):  # of Parquet
+        cells = [cell if isinstance(cell, (list, np.ndarray)) else [] for cell in column]
+    else:
+        texts = column.astype(str).where(column.notna(), "").str.strip().str.strip("[](){}")
+        marks = r"[;,|]" if texts.str.contains(r"[;,|]").any() else r"\s"
+        cells = [re.split(marks, text) for text in texts]
+    names = [[re.sub(r"^(-?\d+)\.0*$", r"\1", str(part).strip(" '\"")) for part in cell] for cell in cells]
+    return [[part for part in parts if part] for parts in names]
 
 
 def is_whole(name: str) -> bool:

@@ -71,7 +71,7 @@ def vector_dim(item: Any, kinds: str = "biuf") -> int:
 
 def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf", spare: np.ndarray | None = None) -> np.ndarray:
     """[rows, dim], as the file has them. Raises BadInput unless they are vectors, and finite in float32 but in the rows
-    that are `spare`, of which nobody asks.
+    that are `spare`, where what is not known may be NaN or infinite.
     """
     item = group[name]
     dim = vector_dim(item, kinds)
@@ -80,7 +80,7 @@ def read_numbers(group: h5py.Group, name: str, kinds: str = "biuf", spare: np.nd
     with np.errstate(over="ignore"):
         finite = np.isfinite(values.astype(np.float32, copy=False))
     if spare is not None and len(spare) == len(values):
-        finite |= spare[:, None]
+        finite |= spare[:, None] & ~np.isfinite(values)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
         index = row if item.ndim == 1 else f"{row}, {column}"

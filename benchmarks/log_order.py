@@ -5,7 +5,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from log_cells import Table, count_blanks, is_blank, to_floats
+from log_cells import NOT_KNOWN, Table, as_text, count_blanks, is_blank, to_floats
 
 from common.command_line import BadInput, check, warn
 
@@ -67,7 +67,10 @@ def find_episodes(table: Table, episode: str) -> np.ndarray:
     if column.dtype.kind not in "iufbmM":  # text, in which spaces at the ends say nothing
         column = column.astype(str).where(column.notna()).str.strip()
     codes, _ = pandas.factorize(column)  # -1 where an id is missing
-    missing = (codes == -1) | (column == "").to_numpy()
+    words = as_text(table, episode)
+    unknown = words.isin(NOT_KNOWN)
+    unknown &= pandas.to_numeric(words[~unknown], errors="coerce").notna().all()  # else NA may be an id among words
+    missing = (codes == -1) | (column == "").to_numpy() | unknown.to_numpy()
     row = int(np.argmax(missing)) + 1
     what = f"{missing.sum()} of {len(codes)} rows have no episode's id"
     check(not missing.any(), f"{table.path}, column {episode}: {what}, the first in row {row}: fill it in")

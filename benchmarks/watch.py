@@ -31,8 +31,8 @@ from trained_run import given_or_own
 
 from common.command_line import BadInput, check, explain, launch, one_line
 from common.data import Batch as Episode
-from common.data import Dataset, flatten_observations, load_dataset
-from common.evaluation import EVALUATION_SEED, Policy, load_policy, make_environments
+from common.data import Dataset, load_dataset
+from common.evaluation import EVALUATION_SEED, Policy, answer, load_policy, make_environments
 
 FRAMES_PER_SECOND = 25
 
@@ -69,7 +69,7 @@ def main(args: Args) -> None:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame's: it draws without a screen, too
     (environment,) = make_environments(dataset, 1, render_mode="rgb_array")
     with environment:
-        step_seconds = 1 / environment.metadata.get("render_fps", FRAMES_PER_SECOND)
+        step_seconds = 1 / (environment.metadata.get("render_fps") or FRAMES_PER_SECOND)
         every = max(1, round(1 / FRAMES_PER_SECOND / step_seconds))  # a picture needs no more frames than eyes see
         follow(environment)
         panels = []
@@ -93,8 +93,9 @@ def main(args: Args) -> None:
 def read_run(args: Args) -> tuple[Policy, Dataset, str]:
     """The policy, its dataset (of SAC, an empty one) and the algorithm's name. Raises BadInput."""
     policy = load_policy(args.run_dir, args.script)
-    with explain(f"cannot read {args.run_dir / 'args.json'}"):
-        saved = json.loads((args.run_dir / "args.json").read_text())
+    folder = args.run_dir.parent if args.run_dir.suffix == ".pt" else args.run_dir
+    with explain(f"cannot read {folder / 'args.json'}"):
+        saved = json.loads((folder / "args.json").read_text())
         dataset_id, own, name = saved["dataset_id"], saved.get("env_id"), saved["algorithm"]
         texts = all(isinstance(text, str) for text in (dataset_id, own or "", name))
         check(texts, "dataset_id, env_id and algorithm must be texts")
@@ -149,7 +150,7 @@ def follow(environment: gym.Env) -> None:
 
 
 def reset(environment: gym.Env, seed: int) -> np.ndarray:
-    return flatten_observations(environment.reset(seed=EVALUATION_SEED + seed)[0], environment.observation_space)
+    return answer(environment, 0, EVALUATION_SEED + seed)[0]
 
 
 def replay(environment: gym.Env, episode: Episode, max_steps: int) -> Iterator[Image.Image]:
@@ -166,11 +167,10 @@ def play(
     """Pictures of the policy, one a step, the sum of its rewards, and whether the episode has ended."""
     frames, total, last = [], 0.0, None
     tell = getattr(policy.actor, "follow", lambda episodes, rewards: None)  # an actor with a memory
-    for _ in range(max_steps):
+    for step in range(1, max_steps + 1):
         frames.append(picture(environment))
         tell([0], [last])
-        after, reward, terminated, truncated, _ = environment.step(policy(observation[None])[0])
-        observation, last = flatten_observations(after, environment.observation_space), float(reward)
+        observation, last, terminated, truncated = answer(environment, step, policy(observation[None])[0])
         total += last
         if terminated or truncated:
             return frames, total, True

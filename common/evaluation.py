@@ -73,7 +73,7 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
     path = Path(run) if Path(run).suffix == ".pt" else Path(run) / "policy.pt"
     check(path.is_file(), f"no policy at {path}: give the folder of a run that has saved a checkpoint")
     state, kept = load_file(path), ("script", "hyper_parameters", "observation_names", "action_names")
-    with explain(f"cannot read {path}"):
+    with explain(f"cannot read {path} (policies are a run's policy.pt and policy-1000.pt)"):
         origin: dict[str, Any] = {key: state.get(key) for key in kept}  # older versions saved no names
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
         (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]

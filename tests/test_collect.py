@@ -267,6 +267,8 @@ def test_a_users_own_environment(folder, tmp_path, monkeypatch):
         (["--medium", "1.5"], "--medium 1.5: must be between 0 and 1"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--prefix", "a b"], "a b/random-v0 is no Minari id"),
+        (["--prefix", "anchorl/mine"], "--prefix anchorl/mine: anchorl/ is for built-in datasets"),
+        (["--", "--seed=3", "--run-dir", "x"], "--seed=3 --run-dir after --: collect has it, too; give it before --"),
         (["--prefix", "collected/other"], "collected/other/random-v0 exists: delete it, or give another --prefix"),
         (["--seed", "1", "--prefix", "collected/x"], "seed is 0 there, not 1; name another folder"),
         (["--env-id", "MountainCarContinuous-v0"], "env_id is 'Pendulum-v1' there, not 'MountainCarContinuous-v0'"),

@@ -134,6 +134,33 @@ def test_a_cell_without_legal_actions_adds_none(lists, folder):
     assert run.returncode == 2 and "row 6: no action is legal: each row needs one" in run.stderr, run
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_choices_may_have_spaces_in_their_names(suffix, folder):
+    lists = [["low", "wait and see"]] * 6
+    allowed = [";".join(names) for names in lists] if suffix == ".csv" else lists
+    values = table(dose=["low", "wait and see"] * 3, allowed=allowed)
+    dataset, buffer = imported(values, folder, "--legal-list", "allowed", suffix=suffix)
+    assert dataset.action_names == ["low", "wait and see"] and buffer.num_legal == 2
+
+
+def test_lists_without_marks(folder):
+    doses = [0, 1, 2, 1, 1, 0]
+    dataset, _ = imported(table(dose=doses, allowed=["0 1 2"] * 6), folder, "--legal-list", "allowed")
+    assert dataset.action_names == ["0", "1", "2"]
+
+
+def test_lists_of_fractions_name_whole_numbers(folder):
+    values = table(dose=[0, 1, 2, 1, 1, 0], allowed=[[0.0, 1.0, 2.0]] * 6)
+    dataset, _ = imported(values, folder, "--legal-list", "allowed", suffix=".parquet")
+    assert dataset.action_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_minus_zero_is_zero(suffix, folder):
+    dataset, buffer = imported(table(dose=[-0.0, 0.0, 1.0, -1.0, 0.0, -0.0]), folder, suffix=suffix)
+    assert dataset.action_names == ["-1", "0", "1"] and buffer.transitions.actions.tolist() == [1, 1, 2, 0, 1]
+
+
 def test_an_action_that_only_the_mask_knows_has_a_number(folder):
     dataset, buffer = imported(table(**MASK, may_double=[0, 0, 0, 1, 1, 1]), folder, "--legal-prefix", "may_")
     assert dataset.action_names == ["double", "high", "low", "none"] and buffer.num_actions == 4
@@ -223,6 +250,7 @@ def test_densities_of_amounts_may_be_above_1(folder):
         ),
         ({}, ["--env-id", "CartPole-v1"], "--env-id CartPole-v1 has observations of size 4, the file of size 1"),
         ({}, ["--propensity", "dose"], "name one column twice"),
+        ({}, ["--action-low", "0"], "--action-low and --action-high: are for amounts, not for --discrete-action"),
     ],
 )
 def test_what_is_no_choice_is_one_line(folder, changes, options, line):

@@ -313,6 +313,18 @@ TABLES = {
         table(episode=["b", "b", None, "a", "a", "a"]),
         "column episode: 1 of 6 rows have no episode's id, the first in row 3: fill",
     ),
+    "id not known": (
+        table(episode=["1", "1", "NA", "3", "3", "3"]),
+        "1 of 6 rows have no episode's id, the first in row 3",
+    ),
+    "next is text": (
+        following(next_obs_2=[*map(str, following()["next_obs_2"][:5]), "#REF!"]),
+        "row 6, column next_obs_2: '#REF!'",
+    ),
+    "next too large": (
+        following(next_obs_2=[*following()["next_obs_2"][:5], 1e300]),
+        "row 6, column next_obs_2: '1e+300'",
+    ),
     "id again": (table(episode=["b", "b", "a", "a", "b", "b"]), "row 5, column episode: 'b' comes again after another"),
     "after the end": (table(terminated=[0, 1, 1, 0, 0, 0]), "row 3: follows row 2, which ended the same episode"),
     "after a cut": (table(truncated=[0, 0, 0, 1, 0, 0]), "row 5: follows row 4, which ended the same episode"),
@@ -387,7 +399,7 @@ ARGUMENTS = {
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
     "one return": (["--reference-returns", "1", "1"], "--reference-returns 1.0 1.0: give two, the lower first"),
     "infinite return": (["--reference-returns", "1", "inf"], "give two, the lower first"),
-    "robomimic": (["--observation-keys", "object"], "are for HDF5 files, which "),
+    "robomimic": (["--observation-keys", "object"], "--observation-keys: for HDF5 files, which "),
 }
 
 

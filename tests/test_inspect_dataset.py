@@ -542,7 +542,15 @@ def test_data_that_leaves_nothing_to_report(make_dataset, datasets_path, tmp_pat
     ]
     with h5py.File(datasets_path / "test/damaged-v0" / "data" / "main_data.hdf5", "a") as file:
         del file["episode_2"]["rewards"]
+    dataset_ids += [make_dataset(f"test/{name}-v0") for name in ("group", "text")]
+    for name, field, values in (("group", "actions", None), ("text", "rewards", np.array([b"x"] * 30))):
+        with h5py.File(datasets_path / f"test/{name}-v0" / "data" / "main_data.hdf5", "a") as file:
+            del file["episode_1"][field]
+            file["episode_1"].create_group(field) if values is None else file["episode_1"].create_dataset(
+                field, data=values
+            )
     messages = "empty; episode 0: rewards hold nan", "no images", "cannot read dataset test/damaged-v0"
+    messages += "cannot read dataset test/group-v0: ", "test/text-v0, episode 1: "
     for dataset_id, message in zip(dataset_ids, messages, strict=True):
         run = run_script(SCRIPT, dataset_id, "--out", str(out))
         assert (run.returncode, run.stderr.count("\n"), out.exists()) == (2, 1, False)

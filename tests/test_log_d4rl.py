@@ -117,6 +117,16 @@ def test_transitions_in_no_order_stay_what_they_are(d4rl_file):
     assert buffer.episode_lengths.tolist() == [1] * 10 and "7 cuts inside episodes" in said
 
 
+def test_what_a_large_number_hides_is_seen(d4rl_file):
+    """A pressure of 101,325 that changes by one is the same number to four digits, in whatever row."""
+    arrays = {name: values + np.float32(101_325) for name, values in (("observations", d4rl_arrays()["observations"]),)}
+    following = np.random.default_rng(1).permutation(np.roll(arrays["observations"], -1, axis=0))
+    buffer, said = imported(d4rl_file(**arrays, next_observations=following))
+    assert buffer.episode_lengths.tolist() == [1] * 10 and "7 cuts inside episodes" in said
+    in_order = imported_again(d4rl_file(**arrays, next_observations=np.roll(arrays["observations"], -1, axis=0)))
+    assert in_order.episode_lengths.tolist() == [4, 3, 3]
+
+
 def test_next_observations_that_are_rounded_cut_nothing(d4rl_file):
     following = next_observations() * (1 + 1e-6)
     assert imported(d4rl_file(next_observations=following))[0].episode_lengths.tolist() == [4, 3, 3]
@@ -322,7 +332,7 @@ def test_refuses_d4rl_files(name, d4rl_file, folder):
 
 OPTIONS_REFUSED = {
     "actions": (["--env-id", "MountainCarContinuous-v0"], "has observations of size 2, the file of size 3"),
-    "table": (["--reward", "gain"], "--delimiter, --decimal and the prefixes are for tables, which"),
+    "table": (["--reward", "gain", "--discrete-action", "dose"], "--reward, --discrete-action: for tables, which"),
     "robomimic": (["--dones", "truncated"], "--observation-keys and --dones are for robomimic's layout: "),
 }
 

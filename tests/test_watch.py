@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import SHORT, SHORTER, assert_one_line, random_episode, run_script, write_policy
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from PIL import Image
 from watch import median_episode, set_pose
 
@@ -111,6 +112,17 @@ def test_a_policy_that_learned_from_no_dataset_plays_alone(algorithm, tmp_path):
     run = run_script("watch", *words)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"{algorithm} on Pendulum-v1: return ")
+
+
+def test_an_environment_that_fails_is_one_line_and_a_kept_policy_is_played(tmp_path, monkeypatch):
+    pytest.importorskip("pygame")
+    words = [*FEW, "--keep-policies", "--run-dir", str(tmp_path / "run")]
+    assert run_script("bc", *words).returncode == 0
+    words = [str(tmp_path / "run" / "policy-3.pt"), "--out", str(tmp_path / "policy.gif"), "--max-steps", "3"]
+    monkeypatch.setitem(PendulumEnv.metadata, "render_fps", None)
+    assert run_script("watch", *words).returncode == 0
+    monkeypatch.setattr(PendulumEnv, "step", lambda self, action: 1 / 0)
+    assert_one_line(run_script("watch", *words), "the environment failed at step 1 of an episode: division by zero")
 
 
 def test_no_environment_is_one_line(tmp_path, make_dataset):
