@@ -23,11 +23,11 @@ Differences: as in the authors' code, the squared error has no factor 1/2, and e
 before the step. The gap's actions serve y (at s') and L_pi (one of them, at s), too; the authors draw these anew. The
 log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3
 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). A last reward that goes on
-is so in AntMaze and Adroit where an episode failed; R ends there with the other episodes, as it would in all tasks with
-dense rewards: where rewards are negative, R is too high then. Entropy in y, off in their scripts, and a gap without the
-actions' densities are not here. Their loader leaves out the last transition of an episode that a time limit cut.
-Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal,
-and the standard deviation of u smaller by exp(-1).
+is so in kitchen, and in AntMaze and Adroit where an episode failed; R ends there with the other episodes, as it would
+in tasks with dense rewards: where rewards are negative, R is too high then. Entropy in y, off in their scripts, and a
+gap without the actions' densities are not here. Their loader leaves out the last transition of an episode that a time
+limit cut. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start
+orthogonal, and the standard deviation of u smaller by exp(-1).
 
 Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster ones, cql.py's)
 """
@@ -62,7 +62,7 @@ class HyperParameters:
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam, also for cql_alpha under --lagrange (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)
-    """hidden layers of every network (authors' code; in antmaze critics have 4, in Adroit 3 of 512, actors 2)"""
+    """hidden layers of each network (authors' code; antmaze: critics 4; Adroit 3 of 512, actors 2; kitchen 3 of 512)"""
 
 
 class Batch(NamedTuple):
@@ -353,7 +353,7 @@ class Args(HyperParameters, ExperimentArgs):
     """after the other updates, steps that the policy takes, by sampling, with an update each: whole episodes first,
     then as many updates (authors' code). The last episode goes to its end"""
     data_ratio: float = 0.5
-    """share of a batch that is data, online; the rest are the policy's steps (authors' code)"""
+    """share of a batch that is data, online; the rest are the policy's steps (authors' code; kitchen: 0.25)"""
 
     def validate(self) -> None:
         super().validate()
@@ -363,7 +363,8 @@ class Args(HyperParameters, ExperimentArgs):
         used = self.lagrange or self.target_gap == Args.target_gap
         check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
-        both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or self.data_ratio in (0, 1)
+        one_kind = not self.online_steps or self.data_ratio in (0, 1)
+        both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or one_kind
         check_argument(self, "data_ratio", both, f"a batch of {self.batch_size} has no room for both")
 
 

@@ -27,9 +27,10 @@ Differences: the noise of the policy's samples is drawn once, at the start, and 
 a function of s; the authors draw anew at each step, and choose one with probabilities softmax(min_i Q'_i). The copy of
 the model follows from the first update on, at each; theirs from the 1,000th, at every fifth, five times as fast. One
 optimiser step trains critic and model, each loss seeing the other as it was before it (the authors train the critic
-first). As in their code, and not in the paper, E|Q| is over samples, and std is as above, not sqrt(1 - alpha_t). Their
---lr-decay is left out: as they call it, once per evaluation, it takes 0.1 % off the rates in a whole run. Gradients are
-shortened to one length for all tasks. Observations are normalised, which the authors do not do.
+first). As in their code, and not in the paper, E|Q| is over samples, and std is as above, not sqrt(1 - alpha_bar_t /
+alpha_bar_{t-1}). Their --lr-decay is left out: as they call it, once per evaluation, it takes 0.1 % off the rates in a
+whole run. Gradients are shortened to one length for all tasks. Observations are normalised, which the authors do not
+do.
 
 Run: python algorithms/diffusion_ql.py --dataset-id anchorl/pendulum/mixed-v0
 """

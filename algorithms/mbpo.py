@@ -225,8 +225,7 @@ def build(
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
-    """
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]

@@ -14,9 +14,9 @@ these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' 
 Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning", ICML
 2023; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is as the authors' code has it: of Q' without gamma, r and ends, over num_elites - 1. So is y, without
-entropy (theirs in NeoRL alone). They keep y >= 0 (here --min-target 0) and the temperature <= 1 (not here; its loss has
-the log). Observations and z are normalised. The model's members draw every batch anew (theirs: one bootstrap each),
-stop one by one, and start as PyTorch's layers do (truncated normal). One step trains all three.
+entropy (theirs in NeoRL alone). They keep y >= 0 (here --min-target 0) and the temperature <= 1 (not here); its loss
+has the log, and some tasks keep 0.2. Observations and z are normalised. Members draw every batch anew (theirs: one
+bootstrap each), stop one by one, and start as PyTorch's layers do (truncated normal). One step trains all three.
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -39,14 +39,14 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
-    penalty_coefficient: float = 1.0  # weight of u in y; 0 trusts the model (authors' code; OfflineRL-Kit: 0.1 to 5)
+    penalty_coefficient: float = 1.0  # weight of u in y; 0 trusts the model (authors' default; by the dataset 0.1 to 5)
     num_samples: int = 10  # draws of s' and a' in each T_k (authors' code)
     min_target: float | None = None  # least y; default: any (authors' code: 0)
     rollout_length: int = 5  # steps of a rollout, h (authors' code: 1 or 5, by the dataset)
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (authors' code)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (authors' code)
     rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (authors' code)
-    real_ratio: float = 0.05  # share of a batch that is data (authors' code)
+    real_ratio: float = 0.05  # share of a batch that is data (authors' code; once 0.5)
     num_models: int = 7  # members of the ensemble (authors' code)
     num_elites: int = 5  # members that are used, the best on held-out data (authors' code)
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (authors' code)
@@ -224,8 +224,7 @@ def build(
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
-    """
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
@@ -432,6 +431,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
         check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check("player" not in saved["learner"], "has a model of steps that it played, too; take a run that did not")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])

@@ -18,9 +18,9 @@ the data and r as scaled: max_k |std_k| (max_std, section 4.3) or |sqrt(E_k[std_
 Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020,
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is over the elites, with s in deviations of the data; the authors' is over all members and in the
-environment's units. z is normalised. Each member draws every batch anew, stops on its own and has its own bounds of
-variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one step trains
-pi, Q and the temperature. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model.
+environment's units. Observations and z are normalised. Each member draws every batch anew, stops on its own and has its
+own bounds of variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one
+step trains all three. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -227,8 +227,7 @@ def build(
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
-    """
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
@@ -431,6 +430,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
         check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check("player" not in saved["learner"], "has a model of steps that it played, too; take a run that did not")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])

@@ -16,10 +16,10 @@ pays -kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' 
 Paper: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020,
 arXiv 2005.05951; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: the authors plan by natural policy gradients, on rollouts of whole episodes from first states, each in one
-member; SAC has short ones here, and bootstraps where they end. kappa is R_max in the paper's theory. V(HALT) has no
-entropy, so it bounds the rewards, not SAC's values. Where unknown, their code pays r + truncate_reward (0 in its
-settings) and cuts the rollout; its advantages still bootstrap there. It has four networks of 2 x 512, no variances,
-known rewards, and disc in the environment's units; here disc is over the elites, in the units of the scaled s'.
+member, from a cloned policy; SAC has short ones here, bootstraps where they end, and starts at random. kappa is R_max
+in theory. V(HALT) has no entropy, so it does not bound SAC's values. Where unknown, their code pays r + truncate_reward
+(0 in its settings) and cuts the rollout; advantages bootstrap there. It has four networks of 2 x 512, no variances,
+known rewards, and disc in the environment's units; here disc is of the elites, in units of the scaled s'.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -224,8 +224,7 @@ def build(
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor) -> tuple[Tensor, Metrics]:
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
-    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other a little (MBPO).
-    """
+    All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
     known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
     z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
@@ -436,6 +435,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
         check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check("player" not in saved["learner"], "has a model of steps that it played, too; take a run that did not")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
         learner.dynamics.load_state_dict(saved["learner"]["dynamics"])

@@ -16,7 +16,8 @@ KEYS = ["algorithm", "dataset_id", "seed"]
 NEEDED = [*KEYS, "num_updates", "score", "return_mean"]
 TIMES = ["updates_per_second", "wall_seconds"]
 DATA = ["dataset_fingerprint", "env_id"]  # what is the same in all runs on a dataset
-KNOWN = [*TIMES, "eval_episodes", *DATA]  # if there is a results.csv beside the evaluations
+EPISODES = ["eval_episodes", "final_episodes"]  # of an evaluation, and behind the final score
+KNOWN = [*TIMES, *EPISODES, *DATA]  # if there is a results.csv beside the evaluations
 FINAL = ["final_score", "final_return_mean", "episode_error"]  # and if its runs have final_returns
 
 
@@ -71,7 +72,9 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame, p
     if "final_returns" in cells:
         with explain(f"cannot read {results}: final_returns"), np.errstate(all="ignore"):
             cells["episode_error"] = cells["final_returns"].map(_standard_error).astype(float)
+            cells["final_episodes"] = cells["final_returns"].map(lambda x: len(json.loads(x)), na_action="ignore")
     runs = rows[KEYS].drop_duplicates()
+    lost = rows[~np.isfinite(rows["return_mean"])][KEYS].drop_duplicates().assign(problem="a return is not finite")
     if "problem" in cells:
         planned = cells[[*KEYS, "problem"]].dropna()
     elif unequal:
@@ -80,6 +83,7 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame, p
         planned = runs[KEYS[:2]].drop_duplicates().merge(runs[KEYS[1:]].drop_duplicates()).assign(problem="missing")
     check(len(rows) + len(cells) > 0, f"{file}: holds no evaluation")
     failed, unevaluated = _without(planned, runs), _without(_without(cells[KEYS], planned[KEYS]), runs)
+    failed, rows = pd.concat([failed, lost]), _without(rows, lost[KEYS])
     known = [name for name in [*KNOWN, *FINAL] if name not in rows]
     rows = rows.merge(cells.reindex(columns=[*KEYS, *known]), on=KEYS, how="left")
     return rows[[*NEEDED, *KNOWN, *FINAL]].assign(source=str(file)), failed.assign(source=str(file)), unevaluated
@@ -104,11 +108,11 @@ def _read_table(path: Path, needed: list[str]) -> pd.DataFrame:
 
 
 def _standard_error(returns: Any) -> float:
-    """Of the mean of the final returns, which results.csv holds as JSON; NaN where there are none."""
+    """Of the mean of the final returns, which results.csv holds as JSON; infinite of one; NaN where there are none."""
     if not isinstance(returns, str):
         return np.nan
     numbers = json.loads(returns)
-    return float(np.std(numbers, ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else np.nan
+    return float(np.std(numbers, ddof=1) / np.sqrt(len(numbers))) if len(numbers) > 1 else np.inf
 
 
 def check_equal(rows: pd.DataFrame) -> None:
@@ -117,9 +121,11 @@ def check_equal(rows: pd.DataFrame) -> None:
     for dataset_id, runs in rows[rows["problem"] == ""].groupby("dataset_id"):
         groups = runs.groupby(["algorithm", "seed"])
         steps = groups["num_updates"].apply(lambda x: f"{x.max():,} updates, evaluated at {', '.join(map(str, x))}")
-        episodes = groups["eval_episodes"].first().dropna().map("{:.0f} episodes".format)  # where they are known
-        own = [groups[name].first().dropna().map(f"{name} {{}}".format) for name in DATA]
-        for protocols in (steps, episodes, *own):
+        counts = [groups[name].first().dropna().map("{:.0f} episodes".format) for name in EPISODES]  # where known
+        given = runs["env_id"].notna().any()  # --env-id beside the data's own environment
+        own = runs.fillna({"env_id": "as the data say"} if given else {}).groupby(["algorithm", "seed"])
+        data = [own[name].first().dropna().map(f"{name} {{}}".format) for name in DATA]
+        for protocols in (steps, *counts, *data):
             kinds = protocols.drop_duplicates().iloc[:2]
             what = "; ".join(f"{' '.join(map(str, run))}: {shorten(kind, 90)}" for run, kind in kinds.items())
             check(len(kinds) < 2, f"{dataset_id}: unequal protocols ({what}): --unequal compares them all the same")

@@ -326,6 +326,8 @@ def main(args: Args) -> None:
     pictures = [args.out / f"{name}.png" for name in figures]
     for path, figure in zip(pictures, figures.values(), strict=True):
         replace(path, partial(figure.savefig, dpi=130, format="png"))
+    if not complete:  # one of an earlier report would pass for this one's
+        (args.out / "summary.png").unlink(missing_ok=True)
     replace(args.out / "report.md", text.encode())
     replace(args.out / "report.html", page(tables, lines, pictures).encode())
 

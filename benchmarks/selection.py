@@ -93,7 +93,9 @@ def find_policies(args: Args) -> tuple[Path, ...]:
     for path in args.runs:
         kept = path.glob("policy-*.pt") if args.kept and path.is_dir() else ()
         numbers = {file: file.stem.rpartition("-")[2] for file in kept}  # of updates, but for a file of the user's own
-        found += [*sorted(filter(lambda file: numbers[file].isdecimal(), numbers), key=lambda f: int(numbers[f])), path]
+        files = sorted(filter(lambda file: numbers[file].isdecimal(), numbers), key=lambda file: int(numbers[file]))
+        last = path / "policy.pt"  # often kept once more, as the policy of its update
+        found += [file for file in files if not last.is_file() or file.read_bytes() != last.read_bytes()] + [path]
     check(len(found) > 1, "there is nothing to choose from: name two runs or more, or give --kept")
     check(len({*found}) == len(found), "a policy is named twice")
     return tuple(found)

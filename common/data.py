@@ -252,8 +252,8 @@ class ReplayBuffer:
                     digest.update(np.ascontiguousarray(values, np.float64).data)
                     if name == "observations":  # neighbours that are apart, but not in float32
                         merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
-                lengths.append(end - start)
-                returns.append(float(np.sum(episode.rewards, dtype=np.float64)))
+                lengths += [end - start] if end > start else []
+                returns += [float(np.sum(episode.rewards, dtype=np.float64))] if end > start else []
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
         if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:

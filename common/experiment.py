@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:  # what goes wrong inside becomes an 
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter, on its way from the former
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), repr(error))
-        raise OSError(f"cannot write {path} ({reason}): make room; --resume --run-dir {path.parent} goes on") from None
+        raise OSError(f"cannot write {path} ({reason}): make room; trainings go on with --resume --run-dir") from None
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -72,7 +72,7 @@ class Run:
         self.last_step, self.policy = args.num_updates + args.online_steps, cast(Any, None)
         self.environments, self.step, self.update_seconds, self.columns = None, 0, 0.0, list[str]()
         names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
-        names += ["env_id"] if player else []  # what it plays in decides what it learns
+        names += ["env_id", "eval_episodes"]  # of one curve
         self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
             data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}

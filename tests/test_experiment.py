@@ -289,6 +289,8 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     resume = ["--num-updates", "3", *SHORT, "--resume", "--run-dir", folder]
     assert_one_line(run_script("td3_bc", *resume), "does not fit, start a new run: algorithm is iql in it, not td3_bc")
     assert_one_line(run_script("iql", *resume, "--num-updates", "2"), "it has made 3 updates already")
+    other = "eval_episodes is 2 in it, not 5"  # of one curve
+    assert_one_line(run_script("iql", *resume, "--eval-episodes", "5"), other)
     assert_one_line(run_script("iql", *resume, "--gamma", "0.9"), "start a new run: gamma is 0.99 in it, not 0.9")
     other = ["--dataset-id", make_dataset(env="Pendulum-v1")]
     assert_one_line(run_script("iql", *resume, *other), f"dataset_id is {BUILT_IN_ID} in it")
@@ -575,5 +577,5 @@ def test_a_download_without_network_is_one_line(tmp_path):
 @pytest.mark.parametrize("algorithm", ["cal_ql", "rlpd"])
 def test_a_share_of_the_data_that_is_no_row_of_a_batch_is_refused(algorithm):
     """Rounded, half of one row is none: the data would never be drawn."""
-    run = run_script(algorithm, "--batch-size", "1")
+    run = run_script(algorithm, "--batch-size", "1", *(["--online-steps", "10"] if algorithm == "cal_ql" else []))
     assert_one_line(run, "error: --data-ratio 0.5: a batch of 1 has no room for both")

@@ -1,6 +1,7 @@
 """The replay buffer against datasets whose every number the test knows."""
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,18 @@ def test_refuses_numbers_that_float32_cannot_hold(make_dataset):
     dataset_id = make_dataset(episodes=[random_episode(0, 3, rewards=np.array([0.0, 1e300, 0.0]))])
     with pytest.raises(BadInput, match="step 1: rewards hold inf"):
         load(dataset_id)
+
+
+def test_episodes_without_steps_are_left_out(make_dataset, datasets_path):
+    """Minari writes none; one that was cut by hand has a first observation alone."""
+    path = datasets_path / make_dataset() / "data" / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            kept = file["episode_1"][name][: 1 if name == "observations" else 0]
+            del file["episode_1"][name]
+            file["episode_1"][name] = kept
+    buffer = load("test/data-v0")
+    assert buffer.episode_lengths.tolist() == [30, 30, 30] and len(buffer.episode_returns) == 3
 
 
 def test_refuses_an_empty_dataset(make_dataset):

@@ -379,6 +379,34 @@ def test_other_evaluations_are_unequal_too(tmp_path):
     assert_one_line(run_script("report", *paths), "a: unequal protocols .*10 episodes.*2 episodes")
 
 
+def test_an_environment_of_ones_own_is_not_the_datas(tmp_path):
+    write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3], ("y", "a", 0): [1, 2, 3]})
+    lines = ["algorithm,dataset_id,seed,env_id,problem", "x,a,0,,", "y,a,0,my_env:Light-v0,"]
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    line = "a: unequal protocols .*env_id as the data say.*env_id my_env:Light-v0"
+    assert_one_line(run_script("report", str(tmp_path)), line)
+
+
+def test_final_scores_of_other_numbers_of_episodes_are_unequal(tmp_path):
+    runs = {("x", "a", 0): [1, 2, 3], ("y", "a", 0): [1, 2, 3]}
+    folder = grid(tmp_path, runs, ['x,0,1,,"[10, 20]",1.5,15', 'y,0,1,,"[10, 20, 30]",2,20'])
+    assert_one_line(run_script("report", str(folder)), "a: unequal protocols .*2 episodes.*3 episodes")
+
+
+def test_a_final_score_of_one_episode_is_one(tmp_path):
+    table = report.read((grid(tmp_path, {("x", "a", 0): [1, 2, 3]}, ["x,0,1,,[900],90,900"]),))
+    runs = report.measures(table)
+    assert runs["last"].tolist() == [90] and report.per_dataset(table, runs)["+- episodes"].tolist() == ["inf"]
+
+
+def test_a_run_with_an_evaluation_that_is_no_number_has_failed(tmp_path):
+    path = Path(write(tmp_path / "evaluations.csv", final("x", "a", [50, 40]) | final("y", "a", [10, 20])))
+    path.write_text(path.read_text().replace("x,a,1,3,40,400", "x,a,1,3,nan,nan"))
+    runs = report.measures(report.read((path,)))
+    assert runs["value"].tolist() == [50, 0, 10, 20] and runs["unit"].unique().tolist() == ["score"]
+    assert runs["problem"].tolist() == ["", "a return is not finite", "", ""]
+
+
 @pytest.mark.parametrize("column", ["dataset_fingerprint", "env_id"])
 def test_other_data_under_the_same_id_are_unequal(column, tmp_path):
     write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3], ("x", "a", 1): [1, 2, 3]})

@@ -236,6 +236,18 @@ def test_later_commands_add_to_the_results(fake, tmp_path):
         run.main(run.Args(("two",), seeds=1, out=moved))
 
 
+def test_a_folder_is_not_taken_for_another_datasets(fake, tmp_path):
+    """anchorl/pendulum/mixed-v0 and anchorl-pendulum/mixed-v0 have the same folders."""
+    fake(one="end_well()")
+    run.main(run.Args(("one",), seeds=1, out=tmp_path))
+    before = (tmp_path / "results.csv").read_text()
+    (tmp_path / "results.csv").write_text(before.replace("anchorl/pendulum/", "anchorl-pendulum/"))
+    with pytest.raises(
+        run.BadInput, match="one/anchorl-pendulum-mixed-v0/0 holds one anchorl-pendulum/mixed-v0 0; name"
+    ):
+        run.main(run.Args(("one",), seeds=1, out=tmp_path))
+
+
 def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):
     fake(fake="end_well()")
     run.main(run.Args(("fake",), seeds=2, out=tmp_path))

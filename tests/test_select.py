@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -175,8 +176,10 @@ def test_the_choice_is_refused_in_words(tmp_path, monkeypatch, capsys):
 
 
 def test_kept_policies_come_in_the_order_of_their_updates(tmp_path):
-    for name in ("policy-900.pt", "policy-1000.pt", "policy-best.pt", "policy.pt"):  # one is a user's copy
-        (tmp_path / name).touch()
+    """The last is kept twice, and counts once."""
+    for name in ("policy-900.pt", "policy-1000.pt", "policy-2000.pt", "policy-best.pt"):  # one is a user's copy
+        (tmp_path / name).write_text(name)
+    shutil.copy(tmp_path / "policy-2000.pt", tmp_path / "policy.pt")
     found = selection.find_policies(selection.Args((tmp_path,), kept=True))
     assert found == (tmp_path / "policy-900.pt", tmp_path / "policy-1000.pt", tmp_path)
 

@@ -95,11 +95,15 @@ def measure(name: str, args: Args) -> pd.DataFrame:
     rows = []
     for seed in range(args.repetitions):
         choice = folder / f"choice-{seed}"
+        own = () if args.num_updates is None else ("--num-updates", str(args.num_updates))
+        judging = ["--truth", "--eval-episodes", str(args.eval_episodes), *task.judging, *own]
+        told = choice / "judging.txt"
         if not (choice / "select.csv").is_file():
             policies = policies_of(task, folder, seed, updates)
-            own = () if args.num_updates is None else ("--num-updates", str(args.num_updates))
-            truth = "--truth", "--eval-episodes", str(args.eval_episodes)
-            program("select", *policies, "--out", choice, "--seed", str(seed), *truth, *task.judging, *own)
+            program("select", *policies, "--out", choice, "--seed", str(seed), *judging)
+            told.write_text(" ".join(judging))
+        same = told.is_file() and told.read_text() == " ".join(judging)
+        check(same, f"--out {args.out}: {choice} was judged with other arguments; name another folder")
         ranked = pd.read_csv(choice / "select.csv")
         ranked["policy"] = [str(Path(path).relative_to(folder)) for path in ranked["policy"]]
         rows.append(ranked.assign(task=name, repetition=seed))

@@ -63,12 +63,15 @@ def estimate(args: Args, policy: str, seed: int) -> list[Any]:
         if problem := run.run_cell(cell, run.Args(script=tuple(arguments)), {}):
             sys.exit(f"error: {cell.name}: {problem}")
     result = json.loads((folder / "fqe" / "result.json").read_text())
-    error = result["true_return_std"] / math.sqrt(args.eval_episodes)
+    error = result["true_return_std"] / math.sqrt(max(args.eval_episodes - 1, 1))
     numbers = [result["estimate"], *result["interval"], result["true_return_mean"], error]
     return [args.dataset_id, policy, seed, result["num_updates"], *(f"{number:.1f}" for number in numbers)]
 
 
 def main(args: Args) -> None:
+    words = [args.dataset_id, args.num_updates, args.eval_episodes, *args.script]
+    args.runs_dir.mkdir(parents=True, exist_ok=True)
+    run.same_arguments(args.runs_dir.resolve(), tuple(map(str, words)))
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(estimate, args, *cell) for cell in product(args.policies, args.seeds)]
         rows = [job.result() for job in jobs]

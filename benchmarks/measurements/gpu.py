@@ -251,8 +251,11 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
     ready.wait()
     with turn or nullcontext():
         for mode, step in steps.items():
-            rates = [throughput.rate(step, args.seconds, args.device) for _ in range(args.rounds)]
-            rows.put((algorithm, mode, statistics.median(rates)))
+            try:
+                rates = [throughput.rate(step, args.seconds, args.device) for _ in range(args.rounds)]
+                rows.put((algorithm, mode, statistics.median(rates)))
+            except Exception as error:
+                print(f"{algorithm} {mode}: {error!r:.500}", file=sys.stderr, flush=True)
     rows.put(None)
     ready.wait()
 

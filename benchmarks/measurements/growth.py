@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parent))
 import throughput
 
-from common.command_line import launch
+from common.command_line import check, launch
 
 COLUMNS = ["axis", "size", "algorithm", "mode", "ms", "bound_ms"]
 
@@ -97,6 +97,9 @@ def draw(table: list[list[Any]], path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    known = throughput.Args.algorithms
+    check(args.algorithm in known, f"--algorithm {args.algorithm}: there are {', '.join(known)}")
+    check(min(args.rounds, args.threads) >= 1, "--rounds and --threads: must be at least 1")
     torch.set_num_threads(args.threads)
     table = rows(args)
     args.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import report
+from scratch import replace
 
 from common.command_line import check, explain, launch
 from common.data import load_dataset
@@ -114,11 +115,13 @@ def draw(all_rows: dict[str, pd.DataFrame], path: Path) -> None:
     scripts = sorted(set().union(*(rows["script"] for rows in all_rows.values())))
     for axes, (name, rows) in zip(figure.subplots(1, len(all_rows), squeeze=False)[0], all_rows.items(), strict=True):
         for number, script in enumerate(scripts):
-            own = rows[rows["script"] == script].groupby("steps")["value"]
+            own = rows[rows["script"] == script].pivot(index="steps", columns="seed", values="value")
             if not len(own):
                 continue
-            axes.plot(own.mean(), color=f"C{number}", label=script, linewidth=1.4)
-            axes.fill_between(own.min().index, own.min(), own.max(), color=f"C{number}", alpha=0.12, linewidth=0)
+            own = own.interpolate("index", limit_area="inside").dropna()  # seeds whose episodes differ in length
+            axes.plot(own.mean(axis=1), color=f"C{number}", label=script, linewidth=1.4)
+            low, high = own.min(axis=1), own.max(axis=1)
+            axes.fill_between(own.index, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
         axes.set(title=name, xlabel="steps in the environment", ylabel=rows["unit"].iloc[0])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -136,7 +139,7 @@ def main(args: Args) -> None:
                 with explain(str(path)):
                     earlier = pd.read_csv(path)[COLUMNS]
                 rows = pd.concat([earlier[~earlier["script"].isin(rows["script"])], rows])
-            rows.to_csv(path, index=False)
+            replace(path, rows.to_csv(index=False).encode())
         else:
             with explain(str(source)):
                 rows = pd.read_csv(source)[COLUMNS]

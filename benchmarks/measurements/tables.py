@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import intervals
 import report
 from read_runs import measures, read
+from scratch import replace
 
 from common.command_line import launch
 
@@ -148,7 +149,7 @@ def final_scores() -> str:
 def put(page: Path, text: str) -> None:
     """Between the page's two comments."""
     pattern = f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})"
-    page.write_text(re.sub(pattern, lambda _: text, page.read_text(), flags=re.DOTALL))
+    replace(page, re.sub(pattern, lambda _: text, page.read_text(), flags=re.DOTALL).encode())
 
 
 def draw() -> None:

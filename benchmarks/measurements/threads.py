@@ -59,6 +59,8 @@ def updates_per_second(algorithm: str, num_updates: int, dataset_id: str, thread
 
 def main() -> None:
     args, count = tyro.cli(Args, description=__doc__), os.cpu_count() or 1
+    if len(args.num_updates) < len(args.algorithms) or args.rounds < 1:
+        sys.exit("error: --num-updates needs a number for each of --algorithms, --rounds at least 1")
     choices = {"1 thread": 1, f"{count} threads": count, "its own choice": None}
     print(f"| algorithm | other programs | {' | '.join(choices)} |", *["|---" * (2 + len(choices)) + "|"], sep="\n")
     for algorithm, num_updates in zip(args.algorithms, args.num_updates, strict=False):

@@ -319,6 +319,7 @@ def main(args: Args) -> None:
         check(
             script_of(algorithm) in Args.algorithms, f"--algorithms {algorithm}: there are {', '.join(Args.algorithms)}"
         )
+    check(min(args.rounds, args.threads) >= 1, "--rounds and --threads: must be at least 1")
     torch.set_num_threads(args.threads)
     print(*(f"{name:>24}" if "second" in name else f"{name:>9}" for name in COLUMNS), sep=" ")
     table: list[list[Any]] = [COLUMNS]
