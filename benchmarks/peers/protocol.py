@@ -295,6 +295,9 @@ def done_cells(args: Args) -> set[tuple[str, str, int]]:
 
 def add(out: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """A cell's rows to the two files, in place of those of a command that was cut off between them."""
+    result = {
+        name: json.dumps(value) if isinstance(value, list) else value for name, value in result.items()
+    }  # NaN, too
     with alone_in(out):
         results, evaluations = read_rows(out / "results.csv"), read_rows(out / "evaluations.csv")
         others = set(map(cell_of, results)) - {cell_of(result)}
