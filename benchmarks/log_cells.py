@@ -93,6 +93,13 @@ def is_blank(table: Table, name: str) -> np.ndarray:
     return table.data[name].isna().to_numpy() | (as_text(table, name) == "").to_numpy()
 
 
+def is_unknown(table: Table, name: str) -> np.ndarray:
+    """Where a column [rows] of numbers has none, however programs write that."""
+    if table.data[name].dtype.kind in "biuf":
+        return ~np.isfinite(to_floats(table, name))
+    return as_text(table, name).isin(("", *NOT_KNOWN, "none", "<na>", "nat", "nil", "-", "inf", "-inf")).to_numpy()
+
+
 def count_blanks(table: Table, blank: np.ndarray) -> str:
     row = table.data.index[np.argmax(blank)] + 1
     return f"{blank.sum()} of {len(blank)} cells are blank, the first in row {row}"

@@ -89,16 +89,20 @@ def to_names(table: Table, name: str, used: np.ndarray) -> np.ndarray:
 
 
 def split_lists(table: Table, name: str) -> list[list[str]]:
-    """A column of lists such as 0;2 or [0, 2] or "low | very high", or 0 2 where no cell has a mark: names [rows]."""
+    """A column of lists such as 0;2 or [0, 2] or "low | very high", or 0 2: [rows] of the names in each. Spaces divide
+    where no cell has a mark, and numbers.
+    """
     column = table.data[name]
     if any(isinstance(cell, (list, np.ndarray)) for cell in column):  # of Parquet
         cells = [cell if isinstance(cell, (list, np.ndarray)) else [] for cell in column]
     else:
         texts = column.astype(str).where(column.notna(), "").str.strip().str.strip("[](){}")
-        marks = r"[;,|]" if texts.str.contains(r"[;,|]").any() else r"\s"
-        cells = [re.split(marks, text) for text in texts]
-    names = [[re.sub(r"^(-?\d+)\.0*$", r"\1", str(part).strip(" '\"")) for part in cell] for cell in cells]
-    return [[part for part in parts if part] for parts in names]
+        words = r"[;,|]" if texts.str.contains(r"[;,|]").any() else r"\s"
+        cells = [re.split(r"[\s;,|]" if re.fullmatch(r"[-\d.\s;,|]*", text) else words, text) for text in texts]
+    names = [[part for each in cell if (part := str(each).strip(" '\""))] for cell in cells]
+    if all(re.fullmatch(r"-?\d+(\.0*)?", part) for parts in names for part in parts):
+        return [[re.sub(r"^-0$", "0", part.partition(".")[0]) for part in parts] for parts in names]
+    return names
 
 
 def is_whole(name: str) -> bool:

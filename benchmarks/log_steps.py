@@ -46,7 +46,7 @@ def describe_names(names: list[str]) -> str:
 
 def find_gaps(steps: Steps) -> np.ndarray:
     """Rows [gaps], within episodes, whose next observation is not the next row's observation: to four digits, and to
-    a thousandth of the column's spread, as a pressure of 101,325 changes by little.
+    a hundredth of the column's spread, as a pressure of 101,325 changes by little. A constant column tells none.
     """
     if steps.next_observations is None:
         return np.empty(0, int)
@@ -55,7 +55,8 @@ def find_gaps(steps: Steps) -> np.ndarray:
     unequal[steps.ends[:-1] - 1] = False
     rows = np.flatnonzero(unequal)
     size, spread = np.abs(next_rows[rows]), steps.observations.std(axis=0, dtype=np.float64)
-    reach = 1e-6 + np.minimum(1e-4 * size, 1e-3 * spread + 2e-7 * size)  # at least what float32 rounds
+    fine = np.where(spread > 1e-6 * size, 1e-2 * spread + 2e-7 * size, np.inf)  # at least what float32 rounds
+    reach = 1e-6 + np.minimum(1e-4 * size, fine)
     return rows[~(np.abs(following[rows] - next_rows[rows]) <= reach).all(axis=1)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from log_cells import NOT_KNOWN, Table, as_text, is_blank, to_flags, to_matrix, to_numbers
+from log_cells import Table, is_unknown, to_flags, to_matrix, to_numbers
 from log_choices import read_choices, read_log_probabilities
 from log_csv import Dialect, find_dialect, read_csv
 from log_order import find_order, is_like_time
@@ -210,12 +210,10 @@ def read_steps(table: Table, ends: np.ndarray, columns: Columns, args: TableOpti
     last, every = last_rows(ends), np.ones(len(table.data), bool)
     known, following = np.zeros_like(last), None
     if columns.next_observations:
-        blank = {
-            name: is_blank(table, name) | as_text(table, name).isin(NOT_KNOWN) for name in columns.next_observations
-        }
-        following = np.stack([to_numbers(table, name, used=~(last & cells)) for name, cells in blank.items()], axis=1)
-        if columns.legal or args.legal_list is not None:
-            following[last] = np.nan  # what was legal there is in no row
+        masked = bool(columns.legal) or args.legal_list is not None  # what was legal after a last row is in no row
+        unknown = {name: last & (masked | is_unknown(table, name)) for name in columns.next_observations}
+        following = np.stack([to_numbers(table, name, used=~cells) for name, cells in unknown.items()], axis=1)
+        following[last & masked] = np.nan
         known = np.isfinite(following).all(axis=1)
     transitions = ~last | terminations | known
     names, legal = columns.actions, None

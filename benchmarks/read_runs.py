@@ -73,6 +73,8 @@ def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame, p
         with explain(f"cannot read {results}: final_returns"), np.errstate(all="ignore"):
             cells["episode_error"] = cells["final_returns"].map(_standard_error).astype(float)
             cells["final_episodes"] = cells["final_returns"].map(lambda x: len(json.loads(x)), na_action="ignore")
+    if "env_id" in cells:
+        cells["env_id"] = cells["env_id"].fillna("as the data say")  # without --env-id
     runs = rows[KEYS].drop_duplicates()
     lost = rows[~np.isfinite(rows["return_mean"])][KEYS].drop_duplicates().assign(problem="a return is not finite")
     if "problem" in cells:
@@ -122,9 +124,7 @@ def check_equal(rows: pd.DataFrame) -> None:
         groups = runs.groupby(["algorithm", "seed"])
         steps = groups["num_updates"].apply(lambda x: f"{x.max():,} updates, evaluated at {', '.join(map(str, x))}")
         counts = [groups[name].first().dropna().map("{:.0f} episodes".format) for name in EPISODES]  # where known
-        given = runs["env_id"].notna().any()  # --env-id beside the data's own environment
-        own = runs.fillna({"env_id": "as the data say"} if given else {}).groupby(["algorithm", "seed"])
-        data = [own[name].first().dropna().map(f"{name} {{}}".format) for name in DATA]
+        data = [groups[name].first().dropna().map(f"{name} {{}}".format) for name in DATA]
         for protocols in (steps, *counts, *data):
             kinds = protocols.drop_duplicates().iloc[:2]
             what = "; ".join(f"{' '.join(map(str, run))}: {shorten(kind, 90)}" for run, kind in kinds.items())

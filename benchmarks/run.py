@@ -333,10 +333,10 @@ def main(args: Args) -> None:
     for dataset_id in args.datasets:
         load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
     with alone_in(out):
-        inside = {cell[3]: " ".join(map(str, cell[:3])) for cell, _ in cells_in(out / "results.csv")}
+        inside = {cell[3]: cell[1] for cell, _ in cells_in(out / "results.csv")}
         for cell in cells:
-            other = inside.get(cell.folder, cell.name)
-            check(other == cell.name, f"--out {out}: {cell.folder} holds {other}; name another folder")
+            other = inside.get(cell.folder, cell.dataset_id)
+            check(other == cell.dataset_id, f"--out {out}: {cell.folder} holds a run on {other}; name another folder")
         run_grid(cells, args, out)
 
 

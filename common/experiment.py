@@ -71,9 +71,6 @@ class Run:
         self.parts: dict[str, Any] = learner._asdict() | ({"player": player} if player else {})
         self.last_step, self.policy = args.num_updates + args.online_steps, cast(Any, None)
         self.environments, self.step, self.update_seconds, self.columns = None, 0, 0.0, list[str]()
-        names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
-        names += ["env_id", "eval_episodes"]  # of one curve
-        self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()
         if actor := self.parts.get("actor"):
             data, more = self.dataset, {"script": args.algorithm, "hyper_parameters": args.hyper_parameters()}
             more |= {"observation_names": data.observation_names, "action_names": data.action_names}
@@ -83,6 +80,9 @@ class Run:
             except BadInput as reason:
                 check(args.env_id is None, f"--env-id: {reason}")
                 warn(f"{reason}: training goes on without evaluation")
+        names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
+        names += ["env_id", "eval_episodes"] if self.environments or player else []  # of one curve
+        self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()
         default = f"{args.dataset_id.replace('/', '-').replace(':', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         self.metrics_path = self.dir / "metrics.csv"

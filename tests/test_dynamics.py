@@ -705,7 +705,9 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
     torch.save(checkpoint(stopped) | {"step": 0}, stopped / "checkpoint.pt")
     played = shutil.copytree(elsewhere, tmp_path / "played")
     saved = checkpoint(played)
-    torch.save(saved | {"learner": saved["learner"] | {"player": {}}}, played / "checkpoint.pt")
+    torch.save(
+        saved | {"learner": saved["learner"] | {"player": {"added": torch.ones(1, 9)}}}, played / "checkpoint.pt"
+    )
     cloned = tmp_path / "cloned"
     assert (
         run_script(
@@ -723,7 +725,7 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         (elsewhere, ["--num-models", "4"], r"Error.* size mismatch for "),
         (cloned, [], "has no finished model; go on with that run first"),
         (stopped, [], "has no finished model; go on with that run first"),
-        (played, [], "has a model of steps that it played, too; take a run that did not"),
+        (played, [], "has a model of steps that it played, too"),
         (tmp_path / "none", [], "cannot read "),
     ):
         words = ["--dynamics", str(folder), *wrong, "--run-dir", str(tmp_path / "wrong")]

@@ -304,6 +304,14 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path, make_dataset):
     assert (tmp_path / "run" / "metrics.csv").read_text() == before
 
 
+def test_a_run_without_an_environment_is_given_one_later(tmp_path, make_dataset):
+    """There is no curve yet that it would mix."""
+    words = ["--dataset-id", make_dataset(), *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert "not evaluated" in run_script("bc", "--num-updates", "3", *words).stdout
+    run = run_script("bc", "--num-updates", "5", *words, "--resume", "--env-id", "Pendulum-v1")
+    assert run.returncode == 0 and "in 3 episodes" in run.stdout, run
+
+
 def test_resume_goes_on_with_a_run_of_a_version_that_lacked_an_argument(tmp_path):
     words = ["--num-updates", "3", *SHORT, "--run-dir", str(tmp_path)]
     assert run_script("iql", *words).returncode == 0

@@ -143,6 +143,18 @@ def test_choices_may_have_spaces_in_their_names(suffix, folder):
     assert dataset.action_names == ["low", "wait and see"] and buffer.num_legal == 2
 
 
+def test_choices_may_be_words_and_numbers(folder):
+    doses = ["none", "1.0", "2.0", "1.0", "none", ""]
+    dataset, _ = imported(table(dose=doses, allowed=["none;1.0;2.0"] * 6), folder, "--legal-list", "allowed")
+    assert dataset.action_names == ["1.0", "2.0", "none"]
+
+
+def test_lists_of_numbers_with_marks_here_and_spaces_there(folder):
+    allowed = ["-0;1", "0 1", "[0, 1.0]", "0|1", "0 1", "0 1"]
+    dataset, buffer = imported(table(dose=[0, 1, 0, 1, 0, 0], allowed=allowed), folder, "--legal-list", "allowed")
+    assert dataset.action_names == ["0", "1"] and buffer.num_legal == 2
+
+
 def test_lists_without_marks(folder):
     doses = [0, 1, 2, 1, 1, 0]
     dataset, _ = imported(table(dose=doses, allowed=["0 1 2"] * 6), folder, "--legal-list", "allowed")

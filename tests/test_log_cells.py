@@ -49,6 +49,14 @@ def test_the_next_observation_of_an_end_need_not_be_known(suffix, tmp_path):
     assert buffer.fingerprint == again.fingerprint
 
 
+@pytest.mark.parametrize("word", ["None", "NaN", "<NA>", "inf", "-", "null", ""])
+def test_what_programs_write_for_an_unknown_next_observation(word, tmp_path):
+    values = following().astype({"next_obs_2": object, "next_obs_10": object})
+    values.loc[[2, 5], ["next_obs_2", "next_obs_10"]] = word
+    buffer, said = imported(values, tmp_path, ".csv")
+    assert buffer.episode_lengths.tolist() == [3, 2] and "dropped 1 rows" in said
+
+
 def test_a_next_observation_that_is_known_is_kept_where_another_is_not(tmp_path):
     values = following()
     values.loc[2, "next_obs_2"] = np.nan  # the terminated row; one of its two numbers

@@ -132,6 +132,16 @@ def test_next_observations_that_are_rounded_cut_nothing(d4rl_file):
     assert imported(d4rl_file(next_observations=following))[0].episode_lengths.tolist() == [4, 3, 3]
 
 
+@pytest.mark.parametrize("digits", [4, 3])
+def test_next_observations_with_fewer_digits_cut_nothing(digits, d4rl_file):
+    """Of a constant column, and of temperatures near 20 that hardly vary."""
+    observations = d4rl_arrays()["observations"].astype(np.float64) / 3 + 20
+    observations[:, 1] = 9.80665
+    following = np.roll(observations, -1, axis=0).round(digits)
+    buffer, _ = imported(d4rl_file(observations=observations, next_observations=following))
+    assert buffer.episode_lengths.tolist() == [4, 3, 3]
+
+
 def test_a_termination_at_the_time_limit_is_one(d4rl_file):
     buffer, _ = imported(d4rl_file(terminals=np.isin(np.arange(10), [3, 6])))
     assert buffer.transitions.terminations.tolist() == [0, 0, 0, 1, 0, 0, 1, 0, 0]

@@ -383,6 +383,12 @@ def test_an_environment_of_ones_own_is_not_the_datas(tmp_path):
     write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3], ("y", "a", 0): [1, 2, 3]})
     lines = ["algorithm,dataset_id,seed,env_id,problem", "x,a,0,,", "y,a,0,my_env:Light-v0,"]
     (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
+    alone = write(tmp_path / "alone.csv", {("z", "a", 0): [1, 2, 3]})  # of which nothing is known
+    (tmp_path / "results.csv").write_text("\n".join(lines[::2]) + "\n")
+    write(tmp_path / "evaluations.csv", {("y", "a", 0): [1, 2, 3]})
+    assert run_script("report", str(tmp_path), alone).returncode == 0
+    write(tmp_path / "evaluations.csv", {("x", "a", 0): [1, 2, 3], ("y", "a", 0): [1, 2, 3]})
+    (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
     line = "a: unequal protocols .*env_id as the data say.*env_id my_env:Light-v0"
     assert_one_line(run_script("report", str(tmp_path)), line)
 

@@ -242,9 +242,7 @@ def test_a_folder_is_not_taken_for_another_datasets(fake, tmp_path):
     run.main(run.Args(("one",), seeds=1, out=tmp_path))
     before = (tmp_path / "results.csv").read_text()
     (tmp_path / "results.csv").write_text(before.replace("anchorl/pendulum/", "anchorl-pendulum/"))
-    with pytest.raises(
-        run.BadInput, match="one/anchorl-pendulum-mixed-v0/0 holds one anchorl-pendulum/mixed-v0 0; name"
-    ):
+    with pytest.raises(run.BadInput, match="one/anchorl-pendulum-mixed-v0/0 holds a run on anchorl-pendulum/mixed-v0;"):
         run.main(run.Args(("one",), seeds=1, out=tmp_path))
 
 
