@@ -4,9 +4,12 @@ import csv
 import json
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, assert_one_line, run_script
 
+from benchmarks.measurements import online
 from common.data import load_dataset
 
 DATA = "anchorl/pendulum/mixed-v0"
@@ -60,6 +63,21 @@ def test_steps_count_from_the_switch_or_from_the_first_random_one(runs, tmp_path
     assert (tmp_path / "out" / "online.png").stat().st_size > 10_000
     again = run_script(SCRIPT, str(tmp_path / "out" / "pendulum.csv"), *words[1:2], str(tmp_path / "b"), *words[3:])
     assert again.returncode == 0 and (tmp_path / "b" / "table.md").read_text() == table
+
+
+@pytest.mark.parametrize(
+    ("steps", "value"), [(1100, 10), (1000, 10 * 1000 / 1054), (2000, 10 + 20 * 946 / 972), (0, 0), (3000, np.nan)]
+)
+def test_where_no_evaluation_falls_the_line_between_two_counts(steps, value):
+    run = pd.DataFrame({"steps": [0, 1054, 2026], "value": [0, 10, 30]})
+    assert online.value_at(run, steps) == pytest.approx(value, nan_ok=True)
+
+
+def test_the_picture_is_of_all_seeds_at_each_step(tmp_path):
+    """Two seeds whose episodes differ in length: the mean of 0 and 100 is 50 throughout."""
+    rows = [("cal_ql", seed, step + seed, 100.0 * seed, "score") for seed in (0, 1) for step in (0, 10, 20)]
+    own = online.over_seeds(pd.DataFrame(rows, columns=online.COLUMNS))
+    assert own.index.tolist() == [1, 10, 11, 20] and own.mean(axis=1).tolist() == [50] * 4
 
 
 def test_scripts_of_earlier_commands_stay(runs, tmp_path):

@@ -7,7 +7,8 @@ of each script, in the data's scores or, where there are no reference scores, in
 
     switch   what the offline updates had made of the policy
     lowest   the lowest of the evaluations in the first --dip steps after it
-    5,000 .. the mean of the evaluations in the tenth of the steps that ends there; of 5,000, from 4,501 to 5,000
+    5,000 .. the mean of the evaluations in the tenth of the steps that ends there; of 5,000, from 4,501 to 5,000; where
+             it has none, as of Cal-QL, which plays whole episodes, the value between the two beside 5,000
 
 Below five seeds each one's value stands behind the mean, from five on the 95 % interval of the mean, as in report.py.
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
@@ -91,22 +93,32 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return found[found["steps"] >= 0].sort_values(["script", "seed", "steps"])[COLUMNS]
 
 
+def value_at(run: pd.DataFrame, steps: int) -> float:
+    """The mean in the tenth of the steps that ends at `steps` or else the value between, NaN beyond both ends."""
+    near = run[(run["steps"] > 0.9 * steps) & (run["steps"] <= steps)]["value"]
+    between = np.interp(steps, run["steps"], run["value"], left=np.nan, right=np.nan)
+    return float(near.mean() if len(near) else between)
+
+
 def table(rows: pd.DataFrame, at: tuple[int, ...], dip: int) -> str:
     """The highest at the end first."""
     lines = [f"| script | seeds | switch | lowest | {' | '.join(f'{steps:,}' for steps in at)} |"]
     lines += ["|" + "---|" * (4 + len(at))]
     ends = {}
     for script, own in rows.groupby("script"):
-        parts = [own[own["steps"] == 0], own[(own["steps"] > 0) & (own["steps"] <= dip)]]
-        parts = parts if len(parts[0]) else [parts[0], parts[0]]  # what was never offline has neither
-        parts += [own[(own["steps"] > 0.9 * steps) & (own["steps"] <= steps)] for steps in at]
-        cells = []
-        for i, part in enumerate(parts):
-            values = part.groupby("seed")["value"].agg("min" if i == 1 else "mean").to_numpy()
-            cells.append(report.words([values]) if len(values) else "-")
+        first, early = own[own["steps"] == 0], own[(own["steps"] > 0) & (own["steps"] <= dip)]
+        parts = [first["value"], early.groupby("seed")["value"].min() if len(first) else early["value"][:0]]
+        parts += [own.groupby("seed")[["steps", "value"]].apply(value_at, steps).dropna() for steps in at]
+        cells = [report.words([part.to_numpy()]) if len(part) else "-" for part in parts]
         last = own[own["steps"] > 0.9 * own["steps"].max()]["value"].mean()
         ends[str(script)] = (last, f"| `{script}` | {own['seed'].nunique()} | {' | '.join(cells)} |")
     return "\n".join([*lines, *(line for _, line in sorted(ends.values(), reverse=True))]) + "\n"
+
+
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """[steps, seeds], with the values between where seeds have episodes of different lengths."""
+    table = rows.pivot_table("value", "steps", "seed")  # the mean where Cal-QL, which is ahead, is evaluated twice
+    return table.interpolate("index", limit_area="inside").dropna()
 
 
 def draw(all_rows: dict[str, pd.DataFrame], path: Path) -> None:
@@ -115,10 +127,9 @@ def draw(all_rows: dict[str, pd.DataFrame], path: Path) -> None:
     scripts = sorted(set().union(*(rows["script"] for rows in all_rows.values())))
     for axes, (name, rows) in zip(figure.subplots(1, len(all_rows), squeeze=False)[0], all_rows.items(), strict=True):
         for number, script in enumerate(scripts):
-            own = rows[rows["script"] == script].pivot(index="steps", columns="seed", values="value")
+            own = over_seeds(rows[rows["script"] == script])
             if not len(own):
                 continue
-            own = own.interpolate("index", limit_area="inside").dropna()  # seeds whose episodes differ in length
             axes.plot(own.mean(axis=1), color=f"C{number}", label=script, linewidth=1.4)
             low, high = own.min(axis=1), own.max(axis=1)
             axes.fill_between(own.index, low, high, color=f"C{number}", alpha=0.12, linewidth=0)
