@@ -363,8 +363,7 @@ class Args(HyperParameters, ExperimentArgs):
         used = self.lagrange or self.target_gap == Args.target_gap
         check_argument(self, "target_gap", used, "has a say with --lagrange alone")
         check_argument(self, "data_ratio", 0 <= self.data_ratio <= 1, "must be in [0, 1]")
-        one_kind = not self.online_steps or self.data_ratio in (0, 1)
-        both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or one_kind
+        both = 0 < round(self.data_ratio * self.batch_size) < self.batch_size or self.data_ratio in (0, 1)
         check_argument(self, "data_ratio", both, f"a batch of {self.batch_size} has no room for both")
 
 
