@@ -1,4 +1,4 @@
-"""Calibrated Q-learning (Cal-QL): CQL whose critic doubts no action below what the data earned, and then goes online.
+"""Calibrated Q-learning (Cal-QL): CQL that lowers the policy's Q only down to the data's return, then goes online.
 
 CQL's critic lies below every value that the environment will show. Where its actor goes on in the environment, the
 first new actions seem better than the old ones, and what the data taught is unlearned. So here the push on the policy's
@@ -22,9 +22,9 @@ Efficient Online Fine-Tuning", 2023, arXiv 2303.05479; CQL is arXiv 2006.04779, 
 Differences: as in the authors' code, the squared error has no factor 1/2, and each loss sees the others as they were
 before the step. The gap's actions serve y (at s') and L_pi (one of them, at s), too; the authors draw these anew. The
 log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3
-num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). A last reward that goes on
-is so in kitchen, and in AntMaze and Adroit where an episode failed; R ends there with the other episodes, as it would
-in tasks with dense rewards: where rewards are negative, R is too high then. Entropy in y, off in their scripts, and a
+num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). Their R goes on after a cut
+only in kitchen, and in AntMaze and Adroit where an episode failed; after other cuts it ends, as it would in tasks with
+dense rewards, and is then too high where rewards are negative. Entropy in y, off in their scripts, and a
 gap without the actions' densities are not here. Their loader leaves out the last transition of an episode that a time
 limit cut. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start
 orthogonal, and the standard deviation of u smaller by exp(-1).

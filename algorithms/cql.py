@@ -33,8 +33,8 @@ layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, their temper
 place, and their cloning clips the data's actions at 1e-6 from the bounds, ours at 1e-3. rho is the policy of the last
 target update, which is the actor as this update finds it, or uniform. In a continuous space no state of the data occurs
 twice: the count d(s) |D| is 1. With --online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's
-code (arXiv 2303.05479), to which CQL is the baseline, plays an episode before as many updates, in its scripts on halves
-of data and new steps.
+code (arXiv 2303.05479), whose baseline is CQL, plays an episode, then makes as many updates, in its scripts on batches
+that are half data.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """

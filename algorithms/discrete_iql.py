@@ -12,7 +12,7 @@ read the data's only. With Q' the target critic (a slow copy of Q) and A(s, a) =
 Paper: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", 2021, arXiv 2110.06169.
 Differences: the paper's actions are continuous, and its policy is Gaussian. TorchRL's example of a discrete IQL plays
 as it learns, with the same losses, expectile 0.8 and beta 100, copies the target critic at every tenth update and keeps
-the actor's rate; here both are as in the authors' code. One optimiser step trains the three networks, each loss seeing
+the actor's rate; here these two are the authors'. One optimiser step trains the three networks, each loss seeing
 the others as they were before it (the authors update V first, then pi and Q with the new V). Observations are
 normalised, which the authors do not do. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors'
 start orthogonal.

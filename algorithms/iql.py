@@ -13,7 +13,7 @@ Differences: one optimiser step trains the three networks, each loss seeing the 
 authors update V first, then pi and Q with the new V). Observations are normalised, which the authors do not do.
 Rewards are rescaled by the range of returns everywhere, unless --reward-scale says otherwise; the authors do so in
 locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' start orthogonal. With
---online-steps pi takes a step before each update, drawn from data and new steps alike, as theirs does. Its rewards are
+--online-steps pi takes a step before each update; batches mix data and new steps, as in theirs. New rewards are
 rescaled as the data's are; theirs, in locomotion, are not. The actor's rate is whole again then, after its decay;
 theirs does not decay where finetuning follows.
 

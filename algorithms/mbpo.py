@@ -2,7 +2,7 @@
 
 Every --model-every steps an ensemble is fitted to all that was seen. SAC makes many updates a step, which might overfit
 the few real transitions, so most rows are of short rollouts of the policy in the model, from states that were seen.
-Where the model is too optimistic, the policy goes, and the real steps correct it. With x = (s, a), z = (s' - s, r):
+The policy goes where the model is too optimistic; real steps correct it there. With x = (s, a), z = (s' - s, r):
 
     p_k(z | x) = Normal(mean_k(x), std_k(x)),  k = 1 .. num_models
     L_model = sum_k E[ ((z - mean_k(x)) / std_k(x))^2 + 2 log std_k(x) ] + cross-entropy of ends, E over z's entries too

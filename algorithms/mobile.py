@@ -1,7 +1,7 @@
 """Model-Bellman inconsistency penalised offline policy optimization (MOBILE): pay where models disagree on the value.
 
 An ensemble of networks learns the dynamics from the data. SAC learns from short rollouts of the policy in it, from
-states of the data. Each member says where a step of them leads, and the target critic what that is worth: the further
+states of the data. Each member says where a step leads, and the target critic says what that is worth: the further
 these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' - s, r) and SAC's entropy `temperature`:
 
     p_k(z|x) = Normal(mean_k, std_k), L_model = sum_k E[ ((z - mean_k)/std_k)^2 + 2 log std_k ] + cross-entropy of ends

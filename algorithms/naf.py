@@ -11,8 +11,8 @@ is V(s), and the policy is mu. With mu, V and L a network's outputs, and V' its 
 
 Nothing holds mu to the data. Where they lack good actions, the parabola's summit lies beyond what was tried, V promises
 what nobody saw, and the next target is made of that promise. With --online-steps the policy acts, with noise, after the
-other updates: what it overestimates gets tried, and is corrected. One summit is all that a parabola has: where two
-actions are good and what lies between them is not, Q can say so nowhere.
+other updates: what it overestimates gets tried, and is corrected. A parabola has one summit only: where two
+actions are good and those between them are not, Q cannot represent it.
 
 With --imagined-ratio above 0, that share of each batch is imagined: short rollouts in a learned model, from states that
 were seen. Once the policy acts, the model is trained further before each round of rollouts, on what was played, too:

@@ -21,7 +21,7 @@ there is no number. The 95 % interval is a bootstrap of the episodes, with fixed
 each network. Neither knows of errors that all networks share.
 
 beta is logged, or fitted to four fifths of the episodes, L_beta = E[ -log beta(a | s) ], at the temperature that suits
-the others best. Where beta is wrong, or 0 where pi is not, is and wis are wrong (mean_i rho_i, `weight`, is not 1),
+the others best. If beta is wrong, or 0 where pi is not, `is` and `wis` err (mean_i rho_i, `weight`, is not 1),
 and wdr is right only as far as Q is. Continuous actions, in [-1, 1], need --noise sigma: then all is of clip(pi(s) +
 sigma epsilon), whose density has at its ends the mass of what is clipped; beta is a mixture of such. conservative > 0
 pushes Q down where pi leaves the data and up at their actions: with enough, fqe is a lower bound in the mean.

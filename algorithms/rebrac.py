@@ -1,4 +1,4 @@
-"""ReBRAC: TD3+BC with a price for leaving the data in the critic, too, and the networks that later work settled on.
+"""ReBRAC: TD3+BC whose critic, too, is charged for leaving the data, with the networks that later work settled on.
 
 The actor is TD3+BC's, its squared error weighed by actor_beta. The critic's target pays critic_beta for the distance
 between the target actor's action at s' and the one that the data took there. So the critic learns the value of a policy

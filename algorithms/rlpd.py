@@ -1,4 +1,4 @@
-"""RL with prior data (RLPD): an agent that plays in the environment from the start, and half of whose batches are data.
+"""RL with prior data (RLPD): an agent that acts in the environment from the start, with half of each batch data.
 
 Nothing is learned before it plays. It is SAC with three changes that let the data help: every batch is half of the data
 and half of its own steps, layer norms keep the critics from growing beyond what they have seen, and many gradient steps

@@ -1,7 +1,7 @@
 """Sparse and exponential Q-learning (SQL and EQL): IQL with a value that a stated regulariser suggests.
 
-Implicit value regularisation: rewards pay for leaving the data's policy mu, alpha f(pi / mu) a step. Of the policy that
-is best then, V needs nothing but the data's own actions, as in IQL, and so does pi. With Q' the target critic (a slow
+Implicit value regularisation: every step costs alpha f(pi / mu), the price of leaving the data's policy mu. The best
+policy then, and its V, are learned from the data's own actions alone, as in IQL. With Q' the target critic (a slow
 copy of Q) and A(s, a) = min_i Q'_i(s, a) - V(s):
 
     sql    f = pi / mu - 1:  u = 1 + A / (2 alpha),  L_V = E[ 1(u > 0) u^2 + V(s) / alpha ],  w = max(A, 0)
