@@ -202,6 +202,20 @@ def numpy_twins(critic: torch.nn.Module, observations: np.ndarray, actions: np.n
     return np.stack(values)
 
 
+def lower(twins: np.ndarray) -> np.ndarray:
+    """The lowest member's Q [batch], of [members, batch]; fails where one of two alone would do, too."""
+    assert len(set(twins.argmin(axis=0))) > 1, "one member is the lowest everywhere: level(critic)"
+    return twins.min(axis=0)
+
+
+def level(critic: torch.nn.Module, observations: torch.Tensor | None = None) -> None:
+    """Shifts a critic's members to a mean of 0.5 each, on `random_batch`, so that none is the lowest everywhere."""
+    batch = random_batch()
+    with torch.no_grad():
+        q = critic(batch.observations if observations is None else observations, batch.actions)
+        critic.layers[-1].bias.add_(0.5 - q.mean(dim=1)[:, None, None])
+
+
 def numpy_sample(
     actor: torch.nn.Module, observations: np.ndarray, noise: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -358,6 +372,8 @@ def sac_learner(script: Any, args: Any) -> Any:
         for parameter in (*learner.target_critic.parameters(), *learner.actor.parameters()):
             parameter.add_(0.5 * torch.randn_like(parameter))
         learner.actor.log_temperature.fill_(math.log(0.3))
+    level(learner.critic)
+    level(learner.target_critic)
     return learner
 
 

@@ -7,6 +7,8 @@ import torch
 from conftest import (
     assert_each_trains_its_own,
     assert_one_line,
+    level,
+    lower,
     networks_of,
     numpy_mlp,
     numpy_twins,
@@ -33,6 +35,8 @@ def learner(args):
         for parameter in learner.target_critic.parameters():
             parameter.add_(torch.randn_like(parameter))
         learner.actor.log_std.copy_(torch.tensor([-0.2, -1.0]))
+    level(learner.critic)
+    level(learner.target_critic)
     return learner
 
 
@@ -47,10 +51,9 @@ def numpy_sample(learner, observations, noise):
 def numpy_advantage(learner, batch, noise):
     observations = batch.observations.numpy()
     value = [
-        numpy_twins(learner.critic, observations, numpy_sample(learner, observations, rows)).min(axis=0)
-        for rows in noise
+        lower(numpy_twins(learner.critic, observations, numpy_sample(learner, observations, rows))) for rows in noise
     ]
-    return numpy_twins(learner.critic, observations, batch.actions.numpy()).min(axis=0) - np.mean(value, axis=0)
+    return lower(numpy_twins(learner.critic, observations, batch.actions.numpy())) - np.mean(value, axis=0)
 
 
 def test_samples_are_clipped_to_the_range_of_actions(learner):
@@ -75,7 +78,7 @@ def test_critic_loss(learner, args):
     loss, metrics = awac.critic_loss(learner, batch, noise, args.gamma)
     next_observations = batch.next_observations.numpy()
     next_actions = numpy_sample(learner, next_observations, noise)
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0)
+    next_q = lower(numpy_twins(learner.target_critic, next_observations, next_actions))
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-5)

@@ -6,7 +6,7 @@ import bcq
 import numpy as np
 import pytest
 import torch
-from conftest import numpy_twins, random_batch
+from conftest import level, lower, numpy_twins, random_batch
 
 from common.evaluation import Policy, load_policy
 from common.optim import Adam
@@ -27,6 +27,7 @@ def learner(args):
         for module in (learner.target_perturbation, learner.target_critic):
             for parameter in module.parameters():
                 parameter.add_(torch.randn_like(parameter))
+    level(learner.actor.critic)
     return learner
 
 
@@ -85,7 +86,7 @@ def test_critic_loss(learner, args):
     for latents in np.clip(noise.numpy(), -0.5, 0.5):
         actions = numpy_sample(learner.actor.decoder, learner.target_perturbation, next_observations, latents, 0.2)
         q = numpy_twins(learner.target_critic, next_observations, actions)
-        values.append(0.75 * np.minimum(q[0], q[1]) + 0.25 * np.maximum(q[0], q[1]))
+        values.append(0.75 * lower(q) + 0.25 * q.max(axis=0))
     next_q = np.max(values, axis=0)
     assert len(set(np.argmax(values, axis=0))) > 1  # no sample is the best for every state
     target = batch.rewards.numpy() + args.gamma * np.where(batch.terminations.numpy() == 1, 0, next_q)
@@ -98,8 +99,9 @@ def test_actor_loss(learner, args):
     loss, _ = bcq.actor_loss(learner, batch, noise, args)
     observations, latents = batch.observations.numpy(), np.clip(noise.numpy(), -0.5, 0.5)
     actions = numpy_sample(learner.actor.decoder, learner.actor.perturbation, observations, latents, 0.2)
-    q1 = numpy_twins(learner.actor.critic, observations, actions)[0]
-    assert loss.item() == pytest.approx(-np.mean(q1), rel=1e-5)
+    q = numpy_twins(learner.actor.critic, observations, actions)
+    assert not np.allclose(lower(q), q[0])
+    assert loss.item() == pytest.approx(-np.mean(q[0]), rel=1e-5)
 
 
 def test_termination_ends_the_target_and_truncation_does_not(learner, args):
@@ -163,13 +165,13 @@ def test_acting_takes_the_candidate_of_highest_q1(learner):
     observations = normal(50, 3)
     actions = learner.actor(observations).detach()
     assert actions.abs().max() <= 1
-    candidates, q1 = [], []
+    candidates, q = [], []
     for latents in learner.actor.latents.expand(50, 7, 4).unbind(dim=1):
         networks = learner.actor.decoder, learner.actor.perturbation
         candidates.append(numpy_sample(*networks, observations.numpy(), latents.numpy(), 0.2))
-        q1.append(numpy_twins(learner.actor.critic, observations.numpy(), candidates[-1])[0])
-    best = np.argmax(q1, axis=0)
-    assert len(set(best)) > 1
+        q.append(numpy_twins(learner.actor.critic, observations.numpy(), candidates[-1]))
+    best = np.argmax(np.array(q)[:, 0], axis=0)
+    assert len(set(best)) > 1 and (best != np.argmax(np.min(q, axis=1), axis=0)).any()  # of Q_1, not of the lower
     np.testing.assert_allclose(actions.numpy(), np.array(candidates)[best, np.arange(50)], atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import bear
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_mlp, numpy_twins, random_batch
+from conftest import assert_each_trains_its_own, level, lower, numpy_mlp, numpy_twins, random_batch
 
 from common.command_line import BadInput
 from common.evaluation import Policy, load_policy
@@ -39,6 +39,8 @@ def learner(args):
                 parameter.add_(0.5 * torch.randn_like(parameter))
         learner.actor.policy.log_std.bias.copy_(torch.tensor([-5.0, 2.0]))  # rows on either side of each end
         learner.alpha.log.fill_(math.log(0.3))
+    level(learner.actor.critic)
+    level(learner.target_critic)
     return learner
 
 
@@ -140,7 +142,7 @@ def test_critic_loss(learner, args):
     for sample in noise:
         actions = np.tanh(numpy_policy(learner.actor.policy, next_observations, sample))
         q = numpy_twins(learner.target_critic, next_observations, actions)
-        values.append(0.75 * np.minimum(q[0], q[1]) + 0.25 * np.maximum(q[0], q[1]))
+        values.append(0.75 * lower(q) + 0.25 * q.max(axis=0))
     assert len(set(np.argmax(values, axis=0))) > 1  # no sample is the best for every state
     next_q = np.max(values, axis=0)
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
@@ -162,7 +164,7 @@ def test_actor_loss(learner, args, warm, noise_clip, largest):
     q = numpy_twins(learner.actor.critic, observations, np.tanh(u[0]))
     loss, metrics = bear.actor_loss(learner, batch, latents, noise, warm, args)
     assert metrics["actor/mmd"].item() == pytest.approx(mmd, rel=1e-4)
-    loss_pi = 0.3 * mmd - (0 if warm else q.min(axis=0).mean())
+    loss_pi = 0.3 * mmd - (0 if warm else lower(q).mean())
     assert metrics["actor/loss"].item() == pytest.approx(loss_pi, rel=1e-4)
     assert loss.item() == pytest.approx(loss_pi - 0.3 * (mmd - 0.7), rel=1e-4)
 
@@ -267,12 +269,12 @@ def test_acting_takes_the_candidate_of_highest_q1(learner):
     observations = normal(50, 3)
     actions = learner.actor(observations).detach()
     assert actions.abs().max() <= 1
-    candidates, q1 = [], []
+    candidates, q = [], []
     for noise in learner.actor.noise.squeeze(1):
         candidates.append(np.tanh(numpy_policy(learner.actor.policy, observations.numpy(), noise)))
-        q1.append(numpy_twins(learner.actor.critic, observations.numpy(), candidates[-1])[0])
-    best = np.argmax(q1, axis=0)
-    assert len(set(best)) > 1
+        q.append(numpy_twins(learner.actor.critic, observations.numpy(), candidates[-1]))
+    best = np.argmax(np.array(q)[:, 0], axis=0)
+    assert len(set(best)) > 1 and (best != np.argmax(np.min(q, axis=1), axis=0)).any()  # of Q_1, not of the lower
     np.testing.assert_allclose(actions.numpy(), np.array(candidates)[best, np.arange(50)], atol=1e-5)
 
 

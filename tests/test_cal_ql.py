@@ -15,6 +15,8 @@ from conftest import (
     assert_one_line,
     assert_same_runs,
     checkpoint,
+    level,
+    lower,
     numpy_sample,
     numpy_twins,
     random_batch,
@@ -87,13 +89,18 @@ def test_returns_to_go(gamma):
 @pytest.mark.parametrize("max_backup", [True, False])
 def test_critic_loss(learner, args, max_backup):
     args.max_backup = max_backup
+    with torch.no_grad():  # so that the twins have their bests at different actions
+        learner.target_critic.layers[0].weight[:, 3:].mul_(3)
+    level(learner.target_critic)
     uniform, noise = draws()
     batch = batch_with(np.linspace(-1.5, 1.5, 8))
     observations, next_observations = batch.observations.numpy(), batch.next_observations.numpy()
     actions, log_prob = numpy_sample(learner.actor, observations, noise[0])
     next_actions, next_log_prob = numpy_sample(learner.actor, next_observations, noise[1])
-    lower = np.stack([numpy_twins(learner.target_critic, next_observations, rows).min(axis=0) for rows in next_actions])
-    next_q = lower.max(axis=0) if max_backup else lower[0]
+    next_qs = np.stack([numpy_twins(learner.target_critic, next_observations, rows) for rows in next_actions])
+    lowest = next_qs.min(axis=1)
+    assert not np.allclose(lowest.max(axis=0), lower(next_qs.max(axis=0)))  # CQL's order of the two
+    next_q = lowest.max(axis=0) if max_backup else lowest[0]
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q_data, *q = (  # [2, n, batch]
         np.stack([numpy_twins(learner.critic, observations, rows) for rows in each], axis=1)
@@ -131,13 +138,13 @@ def test_with_returns_below_every_q_it_is_cql(learner, args):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_below_the_returns_nothing_pushes_the_policys_actions_down():
-    """The gradient of the gap: at uniform actions alone where R is above every Q, and at all of them where below."""
-    q = torch.zeros(2, 6, 1, requires_grad=True)
-    for returns, pushed in ((1.0, [True, True, False, False, False, False]), (-1.0, [True] * 6)):
-        bounded = torch.cat([q[:, :2], q[:, 2:].maximum(torch.tensor([returns]))], dim=1)
-        (gradient,) = torch.autograd.grad(cal_ql.adversary(bounded, torch.zeros(6, 1)).sum(), q)
-        assert (gradient[0, :, 0] > 0).tolist() == pushed
+def test_below_the_returns_nothing_pushes_the_policys_actions_down(learner, args):
+    """The gradient: at uniform actions alone where R is above every Q, and at all of them where below."""
+    q = torch.zeros(2, 1 + 3 * NUM_SAMPLES, 8, requires_grad=True)  # of the data, uniform, pi at s and at s'
+    fixed = learner._replace(critic=lambda observations, actions: q)
+    for returns, pushed in ((1.0, NUM_SAMPLES), (-1.0, 3 * NUM_SAMPLES)):
+        (gradient,) = torch.autograd.grad(critic_loss(fixed, batch_with(returns), args)[0], q)
+        assert (gradient[:, 1 : 1 + pushed] > 0).all() and not gradient[:, 1 + pushed :].any()
 
 
 def test_where_the_returns_are_above_every_q_the_policys_actions_are_left_alone(learner, args):

@@ -8,6 +8,7 @@ from conftest import (
     assert_each_trains_its_own,
     checkpoint,
     draws,
+    lower,
     numpy_sample,
     numpy_twins,
     random_batch,
@@ -31,7 +32,7 @@ def learner(args):
 def test_critic_loss(learner, args):
     batch = random_batch()
     next_actions, _ = learner.actor.sample(batch.next_observations, draws()[0])
-    next_q = numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions.detach().numpy()).min(0)
+    next_q = lower(numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions.detach().numpy()))
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     regulariser = q[:, 3:].mean(axis=1) - q[:, :3].mean(axis=1)
@@ -59,7 +60,7 @@ def test_critic_loss_with_logsumexp(learner, args):
     pushed_down = np.log((np.exp(q_sampled) / density).mean(axis=1))  # [2, 8], over the nine actions of a state
 
     next_actions, _ = learner.actor.sample(batch.next_observations, draws()[0])
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions.detach().numpy()).min(0)
+    next_q = lower(numpy_twins(learner.target_critic, next_observations, next_actions.detach().numpy()))
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, observations, batch.actions.numpy())
     regulariser = pushed_down.mean(axis=1) - q[:, :3].mean(axis=1)

@@ -9,6 +9,8 @@ import torch
 from conftest import (
     SHORT,
     assert_each_trains_its_own,
+    level,
+    lower,
     networks_of,
     numpy_mlp,
     numpy_sample,
@@ -38,6 +40,8 @@ def learner(args):
         for module in (learner.target_critic, learner.actor):
             for parameter in module.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
+    level(learner.critic)
+    level(learner.target_critic)
     return learner
 
 
@@ -69,7 +73,7 @@ def numpy_terms(learner, batch, args):
     observations, next_observations = batch.observations.numpy(), batch.next_observations.numpy()
     actions, log_prob = numpy_sample(learner.actor, observations, noise[0])
     next_actions, next_log_prob = numpy_sample(learner.actor, next_observations, noise[1])
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions[0]).min(axis=0)
+    next_q = lower(numpy_twins(learner.target_critic, next_observations, next_actions[0]))
     target = numpy_target(batch, args, next_q)
     q_data = numpy_twins(learner.critic, observations, batch.actions.numpy())
     q = [numpy_q(learner.critic, observations, rows) for rows in (uniform.numpy(), actions, next_actions)]
@@ -251,7 +255,7 @@ def test_log_probability_is_finite_where_tanh_is_flat(mean):
 def test_actor_and_temperature_losses(learner):
     batch, (_, noise) = random_batch(), draws()
     actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise[0, 0])
-    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    q = lower(numpy_twins(learner.critic, batch.observations.numpy(), actions))
     ours = learner.actor.sample(batch.observations, noise[0, 0])
     loss, _ = cql.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
     assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)
@@ -336,6 +340,29 @@ def test_termination_ends_the_target_and_truncation_does_not(learner, args):
     for terminated, expected in ((1.0, 0.0), (0.0, 900.0)):  # a truncated step is stored as not terminated
         _, metrics = critic_loss(learner, batch._replace(terminations=torch.full((8,), terminated)), args)
         assert math.sqrt(metrics["critic/bellman_error"].item() / 2) == pytest.approx(expected, abs=20)  # of two twins
+
+
+def test_lagrange_weighs_the_gap(learner, args):
+    """By cql_alpha times its multiplier, a constant there, which the gap's distance from --target-gap moves."""
+    args.lagrange, args.target_gap = True, 0.5
+    with torch.no_grad():
+        learner.multiplier.log.fill_(math.log(1.5))
+    batch = random_batch()
+    loss, metrics = critic_loss(learner, batch, args)
+    gap = metrics["critic/gap"].item()
+    assert loss.item() == pytest.approx(
+        metrics["critic/bellman_error"].item() + 3 * 2 * gap - 3 * (gap - 0.5), rel=1e-4
+    )
+    (gradient,) = torch.autograd.grad(loss, learner.multiplier.log)
+    assert gradient.item() == pytest.approx(-3 * (gap - 0.5), rel=1e-4)
+    args.lagrange, args.cql_alpha = False, 3.0  # the critic's gradient is that of the fixed weight
+    learner.multiplier.log.data.zero_()
+    ours = torch.autograd.grad(critic_loss(learner, batch, args)[0], [*learner.critic.parameters()])
+    args.lagrange, args.cql_alpha = True, 2.0
+    learner.multiplier.log.data.fill_(math.log(1.5))
+    torch.testing.assert_close(
+        torch.autograd.grad(critic_loss(learner, batch, args)[0], [*learner.critic.parameters()]), ours
+    )
 
 
 @pytest.mark.parametrize(("target_gap", "rises"), [(-100.0, True), (100.0, False)])

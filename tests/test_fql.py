@@ -7,7 +7,7 @@ import fql
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, assert_each_trains_its_own, assert_one_line, networks_of, random_batch, run_script
+from conftest import SHORT, assert_each_trains_its_own, assert_one_line, lower, networks_of, random_batch, run_script
 
 from common.evaluation import Policy, load_policy
 from common.optim import Adam
@@ -119,8 +119,8 @@ def test_critic_loss(learner, args, aggregation):
     next_observations = batch.next_observations.numpy()
     next_actions = numpy_network(learner.actor.policy, next_observations, noise.numpy())
     assert (np.abs(next_actions) > 1).any()
-    q1, q2 = numpy_normed_twins(learner.target_critic, next_observations, np.clip(next_actions, -1, 1))
-    next_q = (q1 + q2) / 2 if aggregation == "mean" else np.minimum(q1, q2)
+    next_qs = numpy_normed_twins(learner.target_critic, next_observations, np.clip(next_actions, -1, 1))
+    next_q = next_qs.mean(axis=0) if aggregation == "mean" else lower(next_qs)
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_normed_twins(learner.actor.critic, batch.observations.numpy(), batch.actions.numpy())
     assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)

@@ -8,7 +8,7 @@ import iql
 import numpy as np
 import pytest
 import torch
-from conftest import assert_each_trains_its_own, numpy_mlp, numpy_twins, random_batch
+from conftest import assert_each_trains_its_own, level, lower, numpy_mlp, numpy_twins, random_batch
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_the_total_is_of_the_targets_advantage_and_the_three_losses(learner, arg
     observations, actions = batch.observations.numpy(), batch.actions.numpy()
     total, metrics = idql.total_loss(learner, batch, noise, times, args)
     value, next_value = (numpy_mlp(learner.value.net, x.numpy())[:, 0] for x in (batch[0], batch.next_observations))
-    a = numpy_twins(learner.actor.target_critic, observations, actions).min(axis=0) - value
+    a = lower(numpy_twins(learner.actor.target_critic, observations, actions)) - value
     loss_v = np.mean(np.abs(0.7 - (a < 0)) * a**2)
     target = batch.rewards.numpy() + 0.99 * np.where(batch.terminations.numpy() == 1, 0, next_value)
     loss_q = np.sum(np.mean((target - numpy_twins(learner.critic, observations, actions)) ** 2, axis=1))
@@ -128,12 +128,13 @@ def test_samples_follow_the_velocity(learner):
 
 
 def test_acting_takes_the_sample_of_highest_target_q(learner):
+    level(learner.actor.target_critic)
     observations = normal(50, 3)
     actions = learner.actor(observations).detach()
     samples, q = [], []
     for z in learner.actor.noise.numpy():
         samples.append(numpy_flow(learner.actor.flow, observations.numpy(), np.tile(z, (50, 1))))
-        q.append(numpy_twins(learner.actor.target_critic, observations.numpy(), samples[-1]).min(axis=0))
+        q.append(lower(numpy_twins(learner.actor.target_critic, observations.numpy(), samples[-1])))
     best = np.argmax(q, axis=0)
     assert len(set(best)) > 1
     np.testing.assert_allclose(actions.numpy(), np.array(samples)[best, np.arange(50)], atol=1e-5)

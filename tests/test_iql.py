@@ -13,6 +13,7 @@ from conftest import (
     SHORTER,
     assert_each_trains_its_own,
     checkpoint,
+    lower,
     networks_of,
     numpy_mlp,
     numpy_twins,
@@ -35,7 +36,7 @@ def learner(args):
 
 
 def numpy_advantage(learner, batch):
-    q = numpy_twins(learner.target_critic, batch.observations.numpy(), batch.actions.numpy()).min(axis=0)
+    q = lower(numpy_twins(learner.target_critic, batch.observations.numpy(), batch.actions.numpy()))
     return q - numpy_mlp(learner.value.net, batch.observations.numpy())[:, 0]
 
 

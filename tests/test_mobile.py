@@ -11,6 +11,7 @@ from conftest import (
     assert_one_line,
     checkpoint,
     draws,
+    lower,
     numpy_sample,
     numpy_twins,
     random_batch,
@@ -50,7 +51,7 @@ def numpy_inconsistency(learner, batch, seed, num_samples=2, elites=(2, 3, 0)):
         for place, member in enumerate(elites):
             states = observations + mean[member, :, :3] + std[member, :, :3] * noise[sample, place, :, :3]
             actions, _ = numpy_sample(learner.actor, states, action_noise[sample, place])
-            values[sample, place] = np.minimum(*numpy_twins(learner.target_critic, states, actions))
+            values[sample, place] = lower(numpy_twins(learner.target_critic, states, actions))
     expected = values.mean(axis=0)  # T_k
     return np.sqrt(((expected - expected.mean(axis=0)) ** 2).sum(axis=0) / (len(elites) - 1))
 
@@ -129,7 +130,7 @@ def test_more_samples_leave_less_of_their_noise(learner, args):
 def numpy_target(learner, batch, noise, u, bound=-np.inf):
     next_observations = batch.next_observations.numpy()
     next_actions, _ = numpy_sample(learner.actor, next_observations, noise)
-    next_q = np.minimum(*numpy_twins(learner.target_critic, next_observations, next_actions))
+    next_q = lower(numpy_twins(learner.target_critic, next_observations, next_actions))
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     target[3:] -= 2.0 * u[3:]  # the rollouts
     return np.maximum(target, bound)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rebrac
 import torch
-from conftest import SHORT, assert_one_line, numpy_mlp, random_batch, run_script
+from conftest import SHORT, assert_one_line, level, lower, numpy_mlp, random_batch, run_script
 
 from common.optim import Adam
 
@@ -28,6 +28,8 @@ def learner(args):
             parameter.add_(torch.randn_like(parameter))
         for parameter in learner.critic.norms.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
+    level(learner.critic)
+    level(learner.target_critic)
     return learner
 
 
@@ -62,7 +64,7 @@ def test_critic_loss(learner, args, known):
     penalty = np.zeros(8)
     for row in set(range(8)) - {2, 5} if known else ():
         penalty[row] = sum((next_actions[row, i] - batch.next_actions[row, i].item()) ** 2 for i in range(2))
-    next_value = numpy_normed_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - 0.7 * penalty
+    next_value = lower(numpy_normed_twins(learner.target_critic, next_observations, next_actions)) - 0.7 * penalty
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_value)
     q = numpy_normed_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     assert loss.item() == pytest.approx(((q - target) ** 2).mean(axis=1).sum(), rel=1e-4)
@@ -73,7 +75,7 @@ def test_actor_loss(learner, args):
     batch = batch_of_the_data()
     loss, _ = rebrac.actor_loss(learner, batch, args)
     actions = np.tanh(numpy_mlp(learner.actor.net, batch.observations.numpy()))
-    q = numpy_normed_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    q = lower(numpy_normed_twins(learner.critic, batch.observations.numpy(), actions))
     distance = ((actions - batch.actions.numpy()) ** 2).sum(axis=1)
     assert loss.item() == pytest.approx(-np.mean(q) / np.mean(np.abs(q)) + 0.3 * np.mean(distance), rel=1e-4)
 

@@ -1,6 +1,7 @@
 """RLPD's losses against NumPy on small numbers, what its batches are made of, and its steps in the environment."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -133,10 +134,10 @@ def test_the_actor_learns_from_noise_of_its_own_and_the_critics_as_they_are_afte
     learner, args, monkeypatch
 ):
     noise, batch = draws()[:, :, :2], random_batch()
+    other = sac_learner(rlpd, args)  # the actor and the critics as they were
     monkeypatch.setattr(rlpd.torch, "randn", lambda *_, **__: noise)
     metrics = rlpd.update(learner, batch, 3, args)
     found = metrics["actor/loss"].item()
-    other = sac_learner(rlpd, args)  # the actor and the critics as they were
     losses = [
         rlpd.actor_loss(
             critic, torch.tensor(0.3), batch.observations, *other.actor.sample(batch.observations, noise[number])
@@ -147,16 +148,19 @@ def test_the_actor_learns_from_noise_of_its_own_and_the_critics_as_they_are_afte
     assert found != pytest.approx(losses[1], rel=1e-4) and found != pytest.approx(losses[2], rel=1e-6)
 
 
-def test_every_pair_of_critics_is_drawn_as_often(learner, args, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_group_of_critics_is_drawn_as_often(learner, args, monkeypatch, count):
+    """Of `count` critics of four, at each update others."""
+    args.num_target_critics = count
     drawn, loss = [], rlpd.critic_loss
     monkeypatch.setattr(
         rlpd, "critic_loss", lambda *words: (drawn.append(tuple(sorted(words[3].tolist()))), loss(*words))[1]
     )
     for step in range(300):
         rlpd.update(learner, random_batch(2), 3 * step + 1, args)
-    pairs, counts = np.unique(drawn, axis=0, return_counts=True)
-    assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-    assert abs(counts - 50).max() < 27  # four standard deviations
+    groups, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert groups.tolist() == [list(group) for group in itertools.combinations(range(4), count)]
+    assert abs(counts - 300 / len(groups)).max() < 31  # four standard deviations
 
 
 # --- Batches ---

@@ -8,6 +8,7 @@ from conftest import (
     assert_each_trains_its_own,
     assert_one_line,
     draws,
+    lower,
     numpy_mlp,
     numpy_sample,
     numpy_twins,
@@ -44,7 +45,7 @@ def numpy_imitation(learner, batch):
 
 def numpy_actor_critic(learner, batch, noise):
     actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    q = lower(numpy_twins(learner.critic, batch.observations.numpy(), actions))
     return np.mean(0.3 * log_prob - q) / np.mean(np.abs(q))
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import (
     assert_each_trains_its_own,
     draws,
+    lower,
     numpy_sample,
     numpy_twins,
     random_batch,
@@ -45,7 +46,7 @@ def test_critic_loss(name, temperature):
     batch, noise = random_batch(), draws()[0]
     next_observations = batch.next_observations.numpy()
     next_actions, log_prob = numpy_sample(learner.actor, next_observations, noise)
-    next_q = numpy_twins(learner.target_critic, next_observations, next_actions).min(axis=0) - temperature * log_prob
+    next_q = lower(numpy_twins(learner.target_critic, next_observations, next_actions)) - temperature * log_prob
     target = batch.rewards.numpy() + 0.9 * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     loss, metrics = script.critic_loss(learner, batch, noise, args)
@@ -58,7 +59,7 @@ def test_actor_and_temperature_losses(name):
     script, _, learner = script_and_learner(name)
     batch, noise = random_batch(), draws()[0]
     actions, log_prob = numpy_sample(learner.actor, batch.observations.numpy(), noise)
-    q = numpy_twins(learner.critic, batch.observations.numpy(), actions).min(axis=0)
+    q = lower(numpy_twins(learner.critic, batch.observations.numpy(), actions))
     ours = learner.actor.sample(batch.observations, noise)
     loss, _ = script.actor_loss(learner.critic, torch.tensor(0.3), batch.observations, *ours)
     assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - q), rel=1e-4)

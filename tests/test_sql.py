@@ -12,6 +12,7 @@ from conftest import (
     SHORT,
     assert_each_trains_its_own,
     assert_one_line,
+    lower,
     networks_of,
     numpy_mlp,
     numpy_twins,
@@ -24,13 +25,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["sql", "eql"])
 def args(request):
-    return sql.Args(hidden_dims=(5, 4), num_updates=100, variant=request.param)
+    own = {"alpha": 1.7, "weight_clip": 0.3, "gamma": 0.9}
+    return sql.Args(hidden_dims=(5, 4), num_updates=100, variant=request.param, **own)
 
 
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    return sql.build(3, 2, args, CPU)
+    learner = sql.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows
+        for parameter in learner.target_critic.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return learner
 
 
 LIKE_IQL = ["Actor", "EnsembleLinear", "Critic", "critic_loss", "build", "update", "cosine_decay"]
@@ -44,11 +50,8 @@ def test_what_is_a_siblings_is_its_to_the_letter(name):
 
 
 def test_advantage_takes_the_twins_minimum_of_the_target_critic(learner):
-    with torch.no_grad():  # so that the target differs from the critic
-        for parameter in learner.target_critic.parameters():
-            parameter.add_(torch.randn_like(parameter))
     batch, value = random_batch(), torch.arange(8.0)
-    q = numpy_twins(learner.target_critic, batch.observations.numpy(), batch.actions.numpy()).min(axis=0)
+    q = lower(numpy_twins(learner.target_critic, batch.observations.numpy(), batch.actions.numpy()))
     advantages = sql.advantage(value, learner.target_critic, batch)
     np.testing.assert_allclose(advantages.numpy(), q - np.arange(8), atol=1e-5)
 
@@ -133,9 +136,11 @@ def test_each_loss_trains_its_own_network_only(learner, args):
     losses = {
         "value": sql.value_loss(advantages, value, args.variant, args.alpha)[0],
         "critic": sql.critic_loss(learner.critic, learner.value, batch, args.gamma)[0],
-        "actor": sql.actor_loss(learner.actor, advantages, batch, args.variant, args.alpha, 100.0)[0],
+        "actor": sql.actor_loss(learner.actor, advantages, batch, args.variant, args.alpha, args.weight_clip)[0],
     }
     assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic", "value"))
+    total, _ = sql.total_loss(learner, batch, args)
+    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 def test_arguments_that_cannot_be():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import td3_bc
 import torch
-from conftest import numpy_mlp, numpy_twins, random_batch
+from conftest import level, lower, numpy_mlp, numpy_twins, random_batch
 
 from common.optim import Adam
 
@@ -26,6 +26,7 @@ def learner(args):
         for module in (learner.target_actor, learner.target_critic):
             for parameter in module.parameters():
                 parameter.add_(torch.randn_like(parameter))
+    level(learner.target_critic)
     return learner
 
 
@@ -36,7 +37,7 @@ def test_critic_loss(learner, args):
     next_actions = np.clip(
         np.tanh(numpy_mlp(learner.target_actor.net, batch.next_observations.numpy())) + smoothing, -1, 1
     )
-    next_q = numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions).min(axis=0)
+    next_q = lower(numpy_twins(learner.target_critic, batch.next_observations.numpy(), next_actions))
     target = batch.rewards.numpy() + args.gamma * np.where(batch.terminations.numpy() == 1, 0, next_q)
     q = numpy_twins(learner.critic, batch.observations.numpy(), batch.actions.numpy())
     assert loss.item() == pytest.approx(np.mean((q[0] - target) ** 2) + np.mean((q[1] - target) ** 2), rel=1e-5)

@@ -23,13 +23,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def args():
-    return xql.Args(hidden_dims=(5, 4), num_updates=100)
+    own = {"temperature": 1.3, "z_clip": 0.2, "huber_delta": 0.5, "beta": 0.7, "weight_clip": 1.1}
+    return xql.Args(hidden_dims=(5, 4), num_updates=100, gamma=0.9, **own)
 
 
 @pytest.fixture
 def learner(args):
     torch.manual_seed(0)
-    return xql.build(3, 2, args, CPU)
+    learner = xql.build(3, 2, args, CPU)
+    with torch.no_grad():  # so that the target differs from what it follows
+        for parameter in learner.target_critic.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return learner
 
 
 LIKE_IQL = ["Actor", "EnsembleLinear", "Critic", "advantage", "build", "update", "cosine_decay"]
@@ -110,6 +115,8 @@ def test_each_loss_trains_its_own_network_only(learner, args):
         "actor": xql.actor_loss(learner.actor, advantages, batch, args.beta, args.weight_clip)[0],
     }
     assert_each_trains_its_own(losses, networks_of(learner, "actor", "critic", "value"))
+    total, _ = xql.total_loss(learner, batch, args)
+    assert total.item() == pytest.approx(sum(losses.values()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["temperature", "z-clip", "huber-delta"])
