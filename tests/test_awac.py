@@ -66,6 +66,21 @@ def test_samples_are_clipped_to_the_range_of_actions(learner):
     torch.testing.assert_close(log_prob[inside], learner.actor.log_prob(observations, actions)[inside])
 
 
+def test_the_deviation_has_bounds(learner):
+    """exp(-5) and exp(2), whatever the parameter says."""
+    with torch.no_grad():
+        learner.actor.log_std.copy_(torch.tensor([-9.0, 9.0]))
+    batch, noise = random_batch(), 0.01 * draws()[0]
+    actions, log_prob = learner.actor.sample(batch.observations, noise)
+    mean, std = np.tanh(numpy_mlp(learner.actor.net, batch.observations.numpy())), np.exp([-5, 2])
+    np.testing.assert_allclose(actions.detach(), np.clip(mean + std * noise.numpy(), -1, 1), atol=1e-5)
+    density = np.exp(-0.5 * noise.numpy() ** 2) / (std * np.sqrt(2 * np.pi))
+    inside = (abs(actions) < 1).all(dim=-1)
+    assert inside.any()
+    expected = np.log(density).sum(axis=1)[inside.numpy()]
+    np.testing.assert_allclose(log_prob.detach()[inside], expected, atol=1e-3)
+
+
 def test_advantage_is_over_what_the_policy_would_do(learner):
     batch, noise = random_batch(), draws()[1:]
     u = awac.advantage(learner.actor, learner.critic, batch, noise)

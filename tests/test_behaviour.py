@@ -178,3 +178,47 @@ def test_joins_the_best_path_from_two_episodes(crossroads, algorithm, arguments)
 def test_behaviour_cloning_does_not(crossroads):
     start, middle = learn("bc", crossroads, 800)(START, MIDDLE)
     assert start < 0.25 and middle < 0.25
+
+
+@pytest.fixture(scope="module")
+def discrete_crossroads():
+    """The same with up as 1 and down as 0, and most of the data going down in START and in MIDDLE."""
+
+    def episode(first, first_action, second, second_action, reward):
+        actions, rewards = np.array([first_action, second_action]), np.array([0.0, reward])
+        return Episode(np.array([[first], [second]]), actions, rewards, np.array([[second], [0.0]]), np.array([0, 1.0]))
+
+    kinds = [(START, 1, MIDDLE, 0, 0.0)] * 150 + [(OTHER_START, 0, MIDDLE, 1, 1.0)] * 100
+    kinds += [(START, 0, SAFE, number % 2, 0.5) for number in range(300)]
+    first, last = np.array([0]), np.array([1])
+    episodes = [episode(*kind) for kind in kinds]
+    return ReplayBuffer(Dataset("test", 1100, ["0"], first, last, lambda: iter(episodes), discrete=True), CPU)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "joins"),
+    [
+        ("fqi", {}, True),
+        (
+            "discrete_iql",
+            {"expectile": 0.9, "beta": 10.0, "actor_learning_rate": 3e-3, "value_learning_rate": 3e-3},
+            True,
+        ),
+        ("discrete_iql", {"beta": 0.0, "actor_learning_rate": 3e-3}, False),  # which is cloning
+        ("discrete_cql", {"cql_alpha": 0.05}, True),
+        ("discrete_bcq", {"behaviour_learning_rate": 3e-3}, True),
+        ("discrete_bcq", {"behaviour_learning_rate": 3e-3, "threshold": 0.99}, False),
+    ],
+)
+def test_joins_the_best_path_with_discrete_actions(discrete_crossroads, algorithm, arguments, joins):
+    module = importlib.import_module(algorithm)
+    torch.manual_seed(0)
+    args = module.Args(critic_learning_rate=3e-3, tau=0.05, **(SMALL | arguments))
+    args.validate()
+    learner = module.build(1, 2, args, CPU, Adam)
+    for step in range(1, 801):
+        module.update(learner, batch_of(module, discrete_crossroads.sample(64)), step, args)
+    mean, std = discrete_crossroads.normalization
+    with torch.no_grad():
+        actions = learner.actor(((torch.tensor([[START], [MIDDLE]]) - mean) / std).float()).argmax(dim=1)
+    assert actions.tolist() == [int(joins)] * 2

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    SOON_BEST,
     Started,
     assert_one_line,
     assert_same,
@@ -478,21 +479,45 @@ def test_the_newest_transitions_are_kept(script, climb):
 
 
 @rolling
-def test_each_row_draws_its_member_and_its_noise(script):
+def test_each_row_draws_its_member_its_noise_and_its_end(script):
     _, args = make_learner(script, 1, 1)
 
     class TwoMembers:
         @staticmethod
         def predict(observations, actions):
             mean = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]]).expand(2, len(observations), 2)
-            return mean, torch.full_like(mean, 0.1), torch.zeros(2, len(observations))
+            return mean, torch.full_like(mean, 0.1), torch.tensor([[0.0], [50.0]]).expand(2, len(observations))
 
     arguments = {"mopo": [args], "morel": [torch.tensor([9.0, 0.0]), 0.9]}.get(script.__name__, [])
     states, raw = torch.zeros(2000, 1), torch.tensor([[0.0], [1.0]])
-    result = script.model_step(TwoMembers, states, states, raw, "Pendulum", *arguments)
-    moved = (result if script.__name__ in ("combo", "mobile") else result[0]).next_observations[:, 0]
+    result = script.model_step(TwoMembers, states, states, raw, "learned", *arguments)
+    result = result if script.__name__ in ("combo", "mobile") else result[0]
+    moved, ended = result.next_observations[:, 0], result.terminations
     assert 0.4 < (moved > 0).float().mean() < 0.6
     assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
+    assert ended[moved > 0].all() and 0.4 < ended[moved < 0].mean() < 0.6  # as that member's head has it, at random
+
+
+@rolling
+def test_rollouts_are_of_the_best_members_at_their_best(algorithm, script, tmp_path, monkeypatch):
+    """Not of the last weights, nor of all members; with --dynamics, too, where the weights in training are others."""
+    learners, build, rollout, rolled = [], script.build, script.rollout, []
+
+    def roll(actor, elites, *rest):
+        best, last = learners[-1].dynamics, learners[-1].training_dynamics
+        order = best.holdout_error.argsort()[:2]
+        for expected, found in zip(best.parameters(), elites.parameters(), strict=True):
+            assert torch.equal(expected[order], found)
+        rolled.append(any(map(torch.equal, best.parameters(), last.parameters())))
+        return rollout(actor, elites, *rest)
+
+    monkeypatch.setattr(script, "build", lambda *words: learners.append(build(*words)) or learners[-1])
+    monkeypatch.setattr(script, "rollout", roll)
+    words = [*SMALL[algorithm], *SOON_BEST, "--num-updates", "2", "--run-dir"]
+    for more in ([], ["--seed", "1", "--dynamics", str(tmp_path / "0")]):
+        run = run_script(algorithm, *words, str(tmp_path / str(len(rolled))), *more)
+        assert run.returncode == 0, run.stderr
+    assert rolled == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,24 @@
 
 import importlib
 import inspect
+import math
 from dataclasses import fields
 from operator import attrgetter
 
 import pytest
 import torch
-from conftest import DISCRETE, REMEMBER, SCRIPTS, batch_of, discrete_batch, random_batch
+from conftest import (
+    DISCRETE,
+    REMEMBER,
+    SCRIPTS,
+    SHORT,
+    SHORTER,
+    batch_of,
+    checkpoint,
+    discrete_batch,
+    random_batch,
+    run_script,
+)
 
 from common.optim import Adam
 
@@ -195,3 +207,30 @@ def test_updates_draw_what_the_losses_ask_for(script, function, monkeypatch):
             assert -1 <= first.min() < -0.99 and 0.99 < first.max() <= 1
         else:
             assert 0.95 < first.std() < 1.05 and first.abs().max() > 2.5
+
+
+COSINE = [name for name in LEARN if hasattr(importlib.import_module(name).Args, "cosine_decay")]
+
+
+@pytest.mark.parametrize("decays", [True, False])
+@pytest.mark.parametrize("name", COSINE)
+def test_the_actors_rate_decays_if_told_to(name, decays, tmp_path, request):
+    request.getfixturevalue("cartpole" if name in DISCRETE else "pendulum")
+    words = [*SHORT, *SHORTER.get(name, []), "--batch-size", "16", "--num-updates", "4"]
+    words += ["--cosine-decay" if decays else "--no-cosine-decay", "--actor-learning-rate", "0.01"]
+    run = run_script(name, *words, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    rate = checkpoint(tmp_path / "run")["learner"]["optimizer"]["0"]  # of the first group, the actor
+    assert float(rate) == pytest.approx(0.005 * (1 + math.cos(3 / 4 * math.pi)) if decays else 0.01)
+
+
+@pytest.mark.parametrize("name", ["rlpd", "cal_ql"])
+def test_the_share_of_data_is_that_of_the_command_line(name, tmp_path, pendulum, monkeypatch):
+    script, ratios = importlib.import_module(name), []
+    draw_both = script.draw_both
+    monkeypatch.setattr(script, "draw_both", lambda *words: ratios.append(words[2]) or draw_both(*words))
+    words = ["--num-updates", "30"] if name == "rlpd" else ["--num-updates", "1", "--online-steps", "2"]
+    words += [*SHORT, *SHORTER[name], "--batch-size", "16", "--data-ratio", "0.25", "--run-dir", str(tmp_path / "run")]
+    run = run_script(name, *words)
+    assert run.returncode == 0, run.stderr
+    assert {*ratios} == {0.25}

@@ -7,7 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pets
 import pytest
-from conftest import SHORTER, assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
+import td3_bc
+from conftest import SHORT, SHORTER, assert_one_line, assert_same_runs, checkpoint, random_episode, run_script
 from matplotlib.image import imread
 
 from common.evaluation import load_policy
@@ -261,3 +262,15 @@ def test_other_scripts_do_not_act():
 def test_bad_arguments_are_one_line(algorithm, flag, tmp_path):
     ran = run_script(algorithm, f"--{flag}", "-1", "--run-dir", str(tmp_path / "run"))
     assert_one_line(ran, f"error: --{flag.replace('_', '-')} -1")
+
+
+def test_td3_bc_plays_with_noise_of_the_size_it_is_told(tmp_path, pendulum):
+    words = ["--num-updates", "5", "--exploration-noise", "0.01", "--actor-learning-rate", "1e-30", *SHORT]
+    folder = tmp_path / "run"
+    run("td3_bc", *words, "--online-steps", "60", "--run-dir", folder)
+    saved = checkpoint(folder)["learner"]
+    actor = td3_bc.Actor(3, 1, td3_bc.Args(hidden_dims=(16, 16)))
+    actor.load_state_dict(saved["actor"])
+    added = saved["player"]["added"]
+    away = added[:, 3:4] - actor(added[:, :3]).detach()
+    assert len(added) == 60 and 0.007 < away.std() < 0.013

@@ -310,18 +310,23 @@ def small(**changes):
     return ope.HyperParameters(**(sizes | {"num_members": 2, "gamma": GAMMA} | changes))
 
 
-@pytest.fixture(scope="module")
-def logged():
-    """2,000 episodes of at most six steps: their transitions, starts, lengths, and tables."""
-    simulated = states, actions, terminations, lived = simulate(2000, 6, seed=3)
+def log_of(simulated):
+    """The transitions of `simulate`, starts and lengths."""
+    states, actions, terminations, lived = simulated
     one_hots = torch.eye(3)[torch.from_numpy(states)]
     kept = torch.from_numpy(lived)
     rewards = torch.from_numpy(REWARDS[states[:, :-1], actions]).float()
     columns = one_hots[:, :-1], torch.eye(2)[torch.from_numpy(actions)], rewards, one_hots[:, 1:]
     batch = ope.Batch(*(column[kept] for column in (*columns, torch.from_numpy(terminations).float())))
     lengths = kept.sum(dim=1)
-    buffer = SimpleNamespace(episode_starts=lengths.cumsum(0) - lengths, episode_lengths=lengths)
-    return simulated, batch, buffer
+    return batch, SimpleNamespace(episode_starts=lengths.cumsum(0) - lengths, episode_lengths=lengths)
+
+
+@pytest.fixture(scope="module")
+def logged():
+    """2,000 episodes of at most six steps, their transitions, starts and lengths."""
+    simulated = simulate(2000, 6, seed=3)
+    return simulated, *log_of(simulated)
 
 
 def policy_actions(batch):
@@ -360,6 +365,24 @@ def test_the_data_have_a_value_beyond_their_cuts(logged):
     )
     assert found["return"]["low"] < FIRST @ exact(BEHAVIOUR, 6)[1] < found["return"]["high"]
     assert found["beyond"] == pytest.approx((~terminations.any(axis=1)).mean() * GAMMA**6)
+
+
+def test_a_discrete_policy_is_judged_to_a_cut_and_beyond():
+    """is and wis know the three steps alone; wdr and fqe know what follows a cut."""
+    states, actions, _, lived = simulated = simulate(4000, 3, seed=3)
+    batch, buffer = log_of(simulated)
+    log_beta = torch.from_numpy(np.where(lived, np.log(BEHAVIOUR[states[:, :-1], actions]), 0))
+    buffer = SimpleNamespace(**vars(buffer), normalization=torch.tensor([[0.0], [1.0]]), num_actions=2, num_legal=0)
+    evidence = ope.Evidence(buffer, batch, 1.0, tables(simulated)["rewards"], log_beta, ope.bootstrap(4000, 100))
+    args = ope.Args(**vars(small()))
+    policy = half(act=lambda s: s @ torch.from_numpy(PI).float(), discrete=True)
+    torch.manual_seed(0)
+    found = ope.judge(policy, evidence, ope.fit_dynamics(batch, args), args)
+    assert found["weight"] == pytest.approx(1, abs=0.1)
+    until_the_cut = FIRST @ exact(PI, 3)[1]
+    assert VALUE - until_the_cut > 0.8
+    for name, expected in {"is": until_the_cut, "wis": until_the_cut, "wdr": VALUE, "fqe": VALUE}.items():
+        assert found[name]["estimate"] == pytest.approx(expected, abs=0.25), name
 
 
 def test_fit_behaviour_finds_the_probabilities(logged):

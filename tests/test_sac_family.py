@@ -32,7 +32,7 @@ ARGS = {
 
 def script_and_learner(name):
     script = importlib.import_module(name)
-    args = script.Args(hidden_dims=(5, 4), gamma=0.9, **ARGS[name])
+    args = script.Args(hidden_dims=(5, 4), gamma=0.9, **ARGS.get(name, {}))
     return script, args, sac_learner(script, args)
 
 
@@ -91,6 +91,19 @@ def test_the_target_follows(name):
     followed = learner.critic.parameters()
     for old, new, target in zip(before, learner.target_critic.parameters(), followed, strict=True):
         torch.testing.assert_close(new, old + args.tau * (target - old))
+
+
+@pytest.mark.parametrize("name", [*ARGS, "cql", "cal_ql"])
+def test_the_deviation_has_bounds(name):
+    """exp(-5) and exp(2), whatever the head says."""
+    _, _, learner = script_and_learner(name)
+    with torch.no_grad():
+        learner.actor.log_std.weight.zero_()
+        learner.actor.log_std.bias.copy_(torch.tensor([-9.0, 9.0]))
+    observations, noise = random_batch().observations, 0.1 * draws()[0]
+    found = learner.actor.sample(observations, noise)
+    for ours, expected in zip(found, numpy_sample(learner.actor, observations.numpy(), noise), strict=True):
+        np.testing.assert_allclose(ours.detach(), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sac", "sac_bc", "edac"])

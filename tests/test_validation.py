@@ -136,6 +136,37 @@ def test_rewards_are_scaled_as_those_of_the_others(make_dataset):
     assert numbers(buffer.validation) == pytest.approx([scale * (number + 2) for number in before])
 
 
+@pytest.mark.parametrize("algorithm", ["awr", "rebrac", "cal_ql"])
+def test_held_out_batches_have_their_own_returns_and_next_actions(algorithm, make_dataset, tmp_path, monkeypatch):
+    """Of episodes cut after five steps with their number as the reward, which then goes on for ever."""
+    script, made = importlib.import_module(algorithm), []
+
+    def make(args, buffer, learner, update, make_batch, *rest):
+        made.extend([buffer.validation, make_batch, learner])
+        return Run(args, buffer, learner, update, make_batch, *rest)
+
+    monkeypatch.setattr(script, "Run", make)
+    dataset_id = make_dataset(episodes=numbered())
+    words = ["--dataset-id", dataset_id, "--validation-fraction", "0.25", "--gamma", "0.5"]
+    words += [*TINY, *SHORTER.get(algorithm, []), "--num-updates", "1", "--run-dir", str(tmp_path / "run")]
+    run = run_script(algorithm, *words)
+    assert run.returncode == 0, run.stderr
+    held_out, make_batch, learner = made
+    batch = make_batch(held_out, torch.arange(10))
+    rewards, actions = held_out.transitions.rewards, held_out.transitions.actions
+    if algorithm == "rebrac":
+        inside = torch.arange(10) % 5 < 4
+        assert torch.equal(batch.next_actions[inside], actions.roll(-1, dims=0)[inside])
+        assert batch.next_actions[~inside].isnan().all()
+    elif algorithm == "cal_ql":
+        torch.testing.assert_close(batch.returns, 2 * rewards)
+    else:
+        torch.testing.assert_close(rewards, 0.5 * ReplayBuffer(held(dataset_id), CPU).validation.transitions.rewards)
+        with torch.no_grad():  # of the last steps
+            expected = rewards[4::5] + 0.5 * learner.target_value(held_out.transitions.next_observations[4::5])
+        torch.testing.assert_close(batch.returns[4::5], expected)
+
+
 # --- What a run measures ---
 
 
