@@ -279,7 +279,7 @@ class Args(HyperParameters, ExperimentArgs):
         check_argument(self, "weight_clip", self.weight_clip > 0, "must be positive")
         last, every = self.num_updates + self.online_steps - 1, self.returns_every
         counts = self.online_steps == 0 or last // every > self.num_updates // every
-        rule = "these updates take no returns of the steps; lower --returns-every, or act longer"
+        rule = "these updates take no returns of the steps; act longer, or lower --returns-every in a new run"
         check_argument(self, "online_steps", counts, rule)
 
 

@@ -387,6 +387,8 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "cql_alpha", self.cql_alpha > 0 or not self.lagrange, "--lagrange must start above 0")
+        ends = self.warm_start == 0 or self.warm_start < self.num_updates + self.online_steps
+        check_argument(self, "warm_start", ends, "must be below the number of updates, else the actor is a clone")
         enough = self.num_samples > 1 or self.variant != "var"
         check_argument(self, "num_samples", enough, "must be at least 2 with --variant var, for a variance")
         check_argument(self, "gap_softness", self.gap_softness > 0, "must be positive")

@@ -43,7 +43,7 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount, below 1 (authors' code: 0.999)
     threshold: float = 1.0  # disc above which (s, a) is unknown, by the data's largest (authors' code: 2 or 1/3)
-    halt_penalty: float = 0.0  # what a step in HALT pays below the data's least reward, or 0 if that is lower (ours)
+    halt_penalty: float = 0.0  # what a step in HALT pays below the lower of 0 and the data's least reward (ours)
     rollout_length: int = 20  # steps of a rollout, h (tried here; MOPO: 1 or 5; authors' code: 500 or 700)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state of the data (MOPO's code: 50,000)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (MOPO's code)
@@ -434,7 +434,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check(saved["step"] * saved["learner"].get("dynamics", {"epoch": 0})["epoch"] > 0, "has no finished model")
         check(len(saved["learner"].get("player", {}).get("added", ())) == 0, "has a model of steps that it played, too")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")

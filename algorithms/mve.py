@@ -443,7 +443,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check(saved["step"] * saved["learner"].get("dynamics", {"epoch": 0})["epoch"] > 0, "has no finished model")
         check(len(saved["learner"].get("player", {}).get("added", ())) == 0, "has a model of steps that it played, too")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
@@ -483,7 +483,7 @@ def main(args: Args) -> None:
     train, train_dynamics = (compiled(each, learner, args) for each in (update, dynamics_update))
     run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
     print(f"terminations in the model: {ending}", flush=True)
-    if args.dynamics is None:
+    if args.dynamics is None and args.horizon:
         for metrics in fit_dynamics(learner, Batch(*buffer.transitions), args, train_dynamics):
             run.log(0, {"dynamics/epoch": learner.dynamics.epoch} | metrics)
             run.save_checkpoint()

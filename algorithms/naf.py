@@ -53,7 +53,7 @@ class HyperParameters:
     gamma: float = 0.99  # discount (usual)
     exploration_noise: float = 0.1  # std of the noise when mu acts and in rollouts, in half an action's range (TD3)
     imagined_ratio: float = 0.0  # share of a batch that is of rollouts in a model; 0 trains none (paper: 0.83, 0.91)
-    imagined_until: int | None = None  # the last update with such a batch; default: of all (paper: 20,000 steps, never)
+    imagined_until: int | None = None  # the last update with such a batch; default: all (paper: 20,000 steps, never)
     rollout_length: int = 5  # steps of a rollout, l (paper: 5 or 10)
     rollout_batch_size: int = 10_000  # rollouts at a time, each from a state that was seen (ours)
     rollout_every: int = 1_000  # updates between rollouts and, online, models (MOPO; of models the paper: 5 episodes)
@@ -417,7 +417,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check(saved["step"] * saved["learner"].get("dynamics", {"epoch": 0})["epoch"] > 0, "has no finished model")
         check(len(saved["learner"].get("player", {}).get("added", ())) == 0, "has a model of steps that it played, too")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")

@@ -389,7 +389,7 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     termination: Literal["auto", "rule", "learned", "never"] = "auto"  # what ends a plan; auto: a rule that holds
-    dynamics: str | None = None  # folder of an earlier run on the same data, whose model to take, and learn nothing
+    dynamics: str | None = None  # folder of a run on the same data, whose model to take, and learn nothing more of them
     policy_script: str | None = None  # path of the script of the policy that FQE evaluated, if not in algorithms/
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
     reward_shift: float = 0.0  # added to rewards first
@@ -400,7 +400,7 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "penalty_coefficient", self.penalty_coefficient >= 0, "must not be negative")
         check_argument(self, "cem_alpha", 0 <= self.cem_alpha < 1, "must be in [0, 1)")
-        check_argument(self, "num_best", self.num_best <= self.population, "must be at most --population")
+        check_argument(self, "num_best", self.num_best < self.population, "must be below --population")
         shared = self.num_particles % self.num_models == 0
         check_argument(self, "num_particles", shared, f"must be a multiple of --num-models, {self.num_models}")
 
@@ -410,7 +410,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check("dynamics" in saved["learner"] and saved["step"] > 0, "has no finished model; go on with that run first")
+        check(saved["step"] * saved["learner"].get("dynamics", {"epoch": 0})["epoch"] > 0, "has no finished model")
         check(len(saved["learner"].get("player", {}).get("added", ())) == 0, "has a model of steps that it played, too")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")
@@ -439,8 +439,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
 @torch.no_grad()
 def load_value(args: Args, buffer: ReplayBuffer) -> tuple[Tensor, float]:
     """mean_i Q'_i(s, pi(s)) at the states of the data, [N], in the units of the buffer's rewards, and gamma, by the FQE
-    run in --value-run-dir. Raises BadInput if it does not suit.
-    """
+    run in --value-run-dir. Raises BadInput if it does not suit."""
     folder, device, states = Path(args.value_run_dir or ""), buffer.storage.device, buffer.transitions.observations
     with explain(f"--value-run-dir {folder}"):
         saved = load_file(folder / "checkpoint.pt", device)
@@ -491,6 +490,7 @@ def main(args: Args) -> None:
             act = partial(learner.actor.play, begins=not player.actions)
             buffer.add(player.step(run.policy(player.observation[None], act)[0]))
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
+        learner.dynamics.epoch.fill_(step >= args.num_updates)  # 1 where finished, as --dynamics asks
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due
     run.finish()  # result.json and the learning curve
 

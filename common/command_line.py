@@ -51,9 +51,9 @@ def warn(message: str) -> None:  # one line on stderr, above a progress bar
 @dataclass
 class ExperimentArgs:  # what is not science; each script adds its hyper-parameters
     dataset_id: str = BUILT_IN_ID  # built-in id or Minari id (local first, else downloaded)
-    validation_fraction: float = 0.0  # of the episodes that are held out of training, to measure the losses on them
+    validation_fraction: float = 0.0  # share of the episodes held out of training, to measure the losses on them
     validation_seed: int = 0  # chooses these episodes
-    env_id: str | None = None  # evaluation environment; module:Id imports yours first; default: the one the data name
+    env_id: str | None = None  # environment to evaluate and act in; module:Id imports yours first; default: the data's
     seed: int = 0  # seed of networks, batches and noise
     num_updates: int = 10_000  # gradient steps; papers take 1,000,000 on MuJoCo tasks
     online_steps: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # updates after those, some scripts': see there
@@ -87,8 +87,8 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
             for broken, rule in [
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
                 (type(value) is int and not least <= value < 2**63, f"must be at least {least}"),
-                (name == "gamma" and not 0 <= value <= 1, "must be in [0, 1]"),
-                (name == "validation_fraction" and not 0 <= value < 1, "must be in [0, 1)"),
+                (name in ("gamma", "validation_fraction") and not 0 <= value <= 1, "must be in [0, 1]"),
+                (name == "target_entropy" and (value or 0) > 0, "must not be positive: usual is minus action_dim"),
                 (name == "validation_seed" and value and not self.validation_fraction, "needs --validation-fraction"),
                 (name == "track" and value and not TRACKER.is_file(), f"there is no {TRACKER}: copy it, too"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),

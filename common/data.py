@@ -169,7 +169,7 @@ class ReplayBuffer:
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
         masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
         self.num_legal = masks if masks == self.num_actions else 0
-        no_room = f"{dataset.dataset_id}: {device} has no room for its {dataset.num_steps} steps: give it a part"
+        no_room = f"{dataset.dataset_id}: {device} has no room for {dataset.num_steps + room} steps: give it fewer"
         with explain(no_room):
             storage = torch.empty(dataset.num_steps + room, 2 * self.observation_dim + self.action_dim + 2)
         given = normalize_observations if isinstance(normalize_observations, Tensor) else None

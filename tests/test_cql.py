@@ -9,6 +9,8 @@ import torch
 from conftest import (
     SHORT,
     assert_each_trains_its_own,
+    assert_one_line,
+    checkpoint,
     level,
     lower,
     networks_of,
@@ -389,12 +391,24 @@ def test_target_critic_follows_by_tau(learner, args):
 
 
 @pytest.mark.parametrize("stop", [5, 12])
-def test_a_run_resumed_before_or_after_the_warm_start_ends_goes_on_to_the_same_bits(stop, tmp_path, pendulum):
-    arguments = [*SHORT, "--num-samples", "3", "--batch-size", "32", "--warm-start", "8", "--run-dir"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_script("cql", "--num-updates", "16", *arguments, str(whole)).returncode == 0
-    assert run_script("cql", "--num-updates", str(stop), *arguments, str(stopped)).returncode == 0
-    assert run_script("cql", "--resume", "--num-updates", "16", *arguments, str(stopped)).returncode == 0
+def test_a_run_stopped_before_or_after_the_warm_start_ends_goes_on_to_the_same_bits(
+    stop, tmp_path, pendulum, monkeypatch
+):
+    arguments = ["--num-updates", "16", *SHORT, "--num-samples", "3", "--batch-size", "32", "--warm-start", "8"]
+    arguments += ["--checkpoint-every", str(stop), "--run-dir"]
+    whole, stopped, update = tmp_path / "whole", tmp_path / "stopped", cql.update
+
+    def fail(learner, batch, step, args):
+        if step > stop:
+            raise OSError("the disk is full")
+        return update(learner, batch, step, args)
+
+    assert run_script("cql", *arguments, str(whole)).returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cql, "update", fail)
+        assert run_script("cql", *arguments, str(stopped)).returncode == 1
+    assert checkpoint(stopped)["step"] == stop
+    assert run_script("cql", "--resume", *arguments, str(stopped)).returncode == 0
     policies = [torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (whole, stopped)]
     assert all(torch.equal(policies[0][name], policies[1][name]) for name in policies[0])
 
@@ -403,3 +417,14 @@ def test_one_sample_has_no_variance():
     cql.Args(num_samples=1).validate()
     with pytest.raises(BadInput, match="--num-samples 1: must be at least 2 with --variant var"):
         cql.Args(num_samples=1, variant="var").validate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--warm-start", "4", "--num-updates", "4"], "--warm-start 4: must be below the number of updates"),
+        (["--target-entropy", "3"], "--target-entropy 3.0: must not be positive"),
+    ],
+)
+def test_what_would_never_learn_is_refused(arguments, message, tmp_path):
+    assert_one_line(run_script("cql", *arguments, "--run-dir", str(tmp_path / "run")), message)

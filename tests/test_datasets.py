@@ -384,7 +384,7 @@ def test_scores_stay_where_the_users_module_registers_the_datas_environment(make
 def test_a_number_of_steps_that_cannot_be(steps, make_dataset, datasets_path):
     path = datasets_path / make_dataset() / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": steps}))
-    with pytest.raises(BadInput, match=f"test/data-v0: cpu has no room for its {steps} steps: give it a part"):
+    with pytest.raises(BadInput, match=f"test/data-v0: cpu has no room for {steps} steps: give it fewer"):
         ReplayBuffer(load_dataset("test/data-v0"), CPU)
 
 
@@ -394,7 +394,7 @@ def test_a_device_that_is_too_small_is_one_line(make_dataset, monkeypatch):
 
     dataset = load_dataset(make_dataset())
     monkeypatch.setattr(torch.Tensor, "to", to)
-    expected = "has no room for its 120 steps: give it a part: CUDA out of memory. Tried to allocate"
+    expected = "has no room for 120 steps: give it fewer: CUDA out of memory. Tried to allocate"
     with pytest.raises(BadInput, match=expected):
         ReplayBuffer(dataset, CPU)
 

@@ -255,6 +255,19 @@ def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 30
 
 
+def test_a_run_whose_rate_falls_to_its_end_has_no_other_end(tmp_path):
+    """It would jump back, and come to other weights than a run of all updates."""
+    words = ["--run-dir", str(tmp_path / "run"), *SHORT]
+    assert run_script("iql", "--num-updates", "4", *words).returncode == 0
+    run = run_script("iql", "--num-updates", "8", "--resume", *words)
+    assert_one_line(run, "start a new run: num_updates is 4 in it, not 8")
+    assert run_script("iql", "--num-updates", "4", "--online-steps", "2", "--resume", *words).returncode == 0
+    folder = str(tmp_path / "without")
+    words = ["--no-cosine-decay", *SHORT, "--run-dir", folder]
+    assert run_script("iql", "--num-updates", "4", *words).returncode == 0
+    assert run_script("iql", "--num-updates", "8", "--resume", *words).returncode == 0
+
+
 def with_nan(saved):
     actor = saved["learner"]["actor"]
     name = next(iter(actor))
@@ -493,7 +506,7 @@ NONSENSE = {
     "alpha_learning_rate": "0",
     "logit_penalty": "-1",
     "bc_weight": "-1",
-    "validation_fraction": "1",
+    "validation_fraction": "1.5",
     "validation_seed": "-1",
 }
 

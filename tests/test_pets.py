@@ -395,7 +395,7 @@ def test_weights_decay_layer_by_layer():
     [
         ({"cem_alpha": 1.0}, r"--cem-alpha 1.0: must be in \[0, 1\)"),
         ({"penalty_coefficient": -1.0}, "--penalty-coefficient -1.0: must not be negative"),
-        ({"population": 5, "num_best": 6}, "--num-best 6: must be at most --population"),
+        ({"population": 5, "num_best": 5}, "--num-best 5: must be below --population"),
         ({"num_particles": 6}, "--num-particles 6: must be a multiple of --num-models, 5"),
     ],
 )
@@ -445,6 +445,21 @@ def test_a_model_of_mopo_is_planned_in_and_learns_nothing_more(tmp_path, pendulu
     assert again.returncode == 0, again.stderr
     wrong = run_script("pets", *FEW, "--dynamics", str(model), "--run-dir", str(tmp_path / "wrong"))
     assert_one_line(wrong, "--dynamics .*size mismatch for")
+
+
+def test_an_unfinished_model_is_refused(tmp_path, pendulum):
+    """Of a run of pets.py itself, too, whose updates are the model's training."""
+    words = [*FEW, "--num-models", "3", "--num-particles", "3", "--num-updates", "4"]
+    first = tmp_path / "first"
+    assert run_script("pets", *words, "--run-dir", str(first)).returncode == 0
+    other = [*words, "--seed", "1", "--dynamics", str(first), "--run-dir", str(tmp_path / "other")]
+    assert run_script("pets", *other, "--online-steps", "2").returncode == 0
+    saved = checkpoint(first)
+    assert saved["learner"]["dynamics"]["epoch"] == 1
+    saved["learner"]["dynamics"]["epoch"].zero_()  # as before its last update
+    torch.save(saved, first / "checkpoint.pt")
+    run = run_script("pets", *words, "--dynamics", str(first), "--run-dir", str(tmp_path / "wrong"))
+    assert_one_line(run, f"--dynamics {first}: has no finished model$")
 
 
 def test_a_report_about_the_model(tmp_path, pendulum):

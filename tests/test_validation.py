@@ -78,12 +78,18 @@ def test_the_fraction_is_of_the_episodes_rounded_up(make_dataset, fraction, coun
     assert len(dataset.held_out.kept) == count and len(dataset.kept) == 8 - count
 
 
-@pytest.mark.parametrize("fraction", ["1.0", "-0.1", "nan"])
-def test_refuses_what_is_no_fraction(fraction, tmp_path):
+@pytest.mark.parametrize(
+    ("fraction", "rule"),
+    [
+        ("1.5", r"must be in \[0, 1\]"),
+        ("-0.1", r"must be in \[0, 1\]"),
+        ("nan", "must be finite"),
+        ("1.0", "leaves none of 150"),
+    ],
+)
+def test_refuses_what_is_no_fraction(fraction, rule, tmp_path):
     run = run_script("bc", "--validation-fraction", fraction, "--run-dir", str(tmp_path / "run"))
-    assert_one_line(
-        run, f"--validation-fraction {fraction}: must be " + ("finite" if fraction == "nan" else r"in \[0, 1\)")
-    )
+    assert_one_line(run, f"--validation-fraction {fraction}: {rule}")
 
 
 def test_an_episode_is_left_to_learn_from(make_dataset, tmp_path):
