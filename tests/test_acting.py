@@ -76,7 +76,7 @@ def test_where_no_evaluation_falls_the_line_between_two_counts(steps, value):
 def test_the_picture_is_of_all_seeds_at_each_step(tmp_path):
     """Two seeds whose episodes differ in length: the mean of 0 and 100 is 50 throughout."""
     rows = [("cal_ql", seed, step + seed, 100.0 * seed, "score") for seed in (0, 1) for step in (0, 10, 20)]
-    own = online.over_seeds(pd.DataFrame(rows, columns=online.COLUMNS))
+    own = online.over_seeds(pd.DataFrame(rows, columns=online.COLUMNS[:5]))
     assert own.index.tolist() == [1, 10, 11, 20] and own.mean(axis=1).tolist() == [50] * 4
 
 
@@ -85,10 +85,56 @@ def test_scripts_of_earlier_commands_stay(runs, tmp_path):
     assert run_script(SCRIPT, str(runs), *words).returncode == 0
     before = last.read_text()
     shutil.rmtree(runs / "sac")
-    shutil.rmtree(runs / "iql" / "1")
+    metrics = runs / "iql" / "1" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("-200", "-250"))
     assert run_script(SCRIPT, str(runs), *words).returncode == 0
     pairs = list(zip(before.splitlines(), last.read_text().splitlines(), strict=True))
     assert [line.split("`")[1] for line, after in pairs if line != after] == ["iql"]
+
+
+def test_seeds_of_earlier_commands_are_not_lost(runs, tmp_path):
+    words, file = ["--out", str(tmp_path / "out")], tmp_path / "out" / "pendulum.csv"
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    before = file.read_text()
+    shutil.rmtree(runs / "iql" / "1")
+    assert_one_line(run_script(SCRIPT, str(runs), *words), r"has seeds that the folder lacks \(iql 1\): add them to it")
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("column", "other"),
+    [("unit", "return"), ("dataset_id", "anchorl/pendulum/mixed-v1"), ("env_id", "Pendulum-v2")],
+)
+def test_a_file_of_another_task_is_not_added_to(runs, tmp_path, column, other):
+    words, file = ["--out", str(tmp_path / "out")], tmp_path / "out" / "pendulum.csv"
+    assert run_script(SCRIPT, str(runs), *words).returncode == 0
+    pd.read_csv(file).assign(**{column: other}).to_csv(file, index=False)
+    assert_one_line(run_script(SCRIPT, str(runs), *words), f"has .*{other}.*, the runs .*: name another --out")
+
+
+def test_two_sources_of_one_name_are_refused(runs, tmp_path):
+    run = run_script(SCRIPT, str(runs), str(tmp_path / "out" / "pendulum.csv"), "--out", str(tmp_path / "out"))
+    assert_one_line(run, "two of the sources have one name")
+
+
+@pytest.mark.parametrize(("lines", "said"), [(1, "it must be of one dataset"), (0, "No columns")])
+def test_a_file_without_rows_is_one_line(runs, tmp_path, lines, said):
+    file = tmp_path / "pendulum.csv"
+    file.write_text(",".join(online.COLUMNS) * lines)
+    assert_one_line(run_script(SCRIPT, str(file), "--out", str(tmp_path / "out")), f"pendulum.csv: {said}")
+
+
+def test_runs_that_were_not_evaluated_since_they_act_are_one_line(tmp_path):
+    write_run(tmp_path / "short" / "iql", [(60, -900)], online_steps=100)
+    run = run_script(SCRIPT, str(tmp_path / "short"), "--out", str(tmp_path / "out"))
+    assert_one_line(run, "short: no run was evaluated since it acts")
+
+
+def test_a_folder_has_its_whole_name(runs, tmp_path, monkeypatch):
+    runs.rename(tmp_path / "hopper.a")
+    monkeypatch.chdir(tmp_path / "hopper.a")
+    assert run_script(SCRIPT, ".", "--out", str(tmp_path / "out")).returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"hopper.a.csv", "table.md", "online.png"}
 
 
 def test_a_run_that_never_acts_is_refused(runs, tmp_path):

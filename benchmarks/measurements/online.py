@@ -2,8 +2,9 @@
 
 A folder holds the runs of one environment: sac.py (from scratch), rlpd.py (with prior data), and scripts with
 --online-steps, whose steps count from the switch. Of it NAME.csv is written, a row per evaluation, from which table and
-picture can be made again without the runs; scripts that are in it already, and not in the folder, stay. Over the seeds,
-of each script, in the data's scores or, where there are no reference scores, in returns:
+picture can be made again without the runs; scripts that are in it already, and not in the folder, stay. A file of
+another dataset or environment is refused, and so is a folder that lacks a script's earlier seeds. Over the seeds, of
+each script, in the data's scores or, where there are no reference scores, in returns:
 
     switch   what the offline updates had made of the policy
     lowest   the lowest of the evaluations in the first --dip steps after it
@@ -36,7 +37,8 @@ from common.command_line import check, explain, launch
 from common.data import load_dataset
 
 NEEDED = "algorithm", "dataset_id", "seed", "num_updates"  # in args.json
-COLUMNS = ["script", "seed", "steps", "value", "unit"]
+TASK = ["unit", "dataset_id", "env_id"]  # what a file has one of
+COLUMNS = ["script", "seed", "steps", "value", *TASK]
 
 
 @dataclass
@@ -89,8 +91,35 @@ def read_runs(folder: Path) -> pd.DataFrame:
         values = dataset.score(returns) if scored else returns
         steps = [steps_of(own, row) for row in rows.to_dict("records")]
         parts.append(pd.DataFrame({"script": own["algorithm"], "seed": own["seed"], "steps": steps, "value": values}))
-    found = pd.concat(parts).assign(unit="score" if scored else "return")
-    return found[found["steps"] >= 0].sort_values(["script", "seed", "steps"])[COLUMNS]
+    found = pd.concat(parts).assign(dataset_id=dataset.dataset_id, env_id=played[0])
+    found = found.assign(unit="score" if scored else "return").round({"value": 3})
+    found = found[found["steps"] >= 0].sort_values(["script", "seed", "steps"])[COLUMNS]
+    check(len(found) > 0, f"{folder}: no run was evaluated since it acts")
+    return found
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """What an earlier command wrote. Raises BadInput for a file that is none of these."""
+    with explain(str(path)):
+        rows = pd.read_csv(path)[COLUMNS]
+    check(len(rows[TASK].drop_duplicates()) == 1, f"{path}: it must be of one dataset, environment and unit")
+    return rows
+
+
+def with_earlier(found: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """And the rows that the file has of other scripts. Raises BadInput for another task, and where seeds would be lost,
+    of which the file may be all that is left.
+    """
+    if not path.exists():
+        return found
+    earlier = read_table(path)
+    tasks = [" ".join(rows[TASK].iloc[0]) for rows in (earlier, found)]
+    check(tasks[0] == tasks[1], f"{path} has {tasks[0]}, the runs {tasks[1]}: name another --out")
+    again = earlier[earlier["script"].isin(found["script"])]
+    pairs = [set(rows[["script", "seed"]].itertuples(index=False, name=None)) for rows in (again, found)]
+    lost = ", ".join(f"{script} {seed}" for script, seed in sorted(pairs[0] - pairs[1]))
+    check(not lost, f"{path} has seeds that the folder lacks ({lost}): add them to it, or name another --out")
+    return pd.concat([earlier.drop(again.index), found])
 
 
 def value_at(run: pd.DataFrame, steps: int) -> float:
@@ -136,27 +165,25 @@ def draw(all_rows: dict[str, pd.DataFrame], path: Path) -> None:
         axes.set(title=name, xlabel="steps in the environment", ylabel=rows["unit"].iloc[0])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    replace(path, lambda file: figure.savefig(file, dpi=90, format="png"))
 
 
 def main(args: Args) -> None:
     check(bool(args.sources), "give a folder of runs, or a .csv of earlier ones")
+    names = [source.resolve().name if source.is_dir() else source.stem for source in args.sources]
+    check(len({*names}) == len(names), "two of the sources have one name, which is that of an environment")
     args.out.mkdir(parents=True, exist_ok=True)
     all_rows, page = {}, ""
-    for source in args.sources:
+    for name, source in zip(names, args.sources, strict=True):
         if source.is_dir():
-            rows, path = read_runs(source).round({"value": 3}), args.out / f"{source.name}.csv"
-            if path.exists():  # of other scripts, by earlier commands
-                with explain(str(path)):
-                    earlier = pd.read_csv(path)[COLUMNS]
-                rows = pd.concat([earlier[~earlier["script"].isin(rows["script"])], rows])
+            path = args.out / f"{name}.csv"
+            rows = with_earlier(read_runs(source), path)
             replace(path, rows.to_csv(index=False).encode())
         else:
-            with explain(str(source)):
-                rows = pd.read_csv(source)[COLUMNS]
-        all_rows[source.stem] = rows
-        page += f"{source.stem} ({rows['unit'].iloc[0]}s):\n\n{table(rows, args.at, args.dip)}\n"
-    (args.out / "table.md").write_text(page)
+            rows = read_table(source)
+        all_rows[name] = rows
+        page += f"{name} ({rows['unit'].iloc[0]}s):\n\n{table(rows, args.at, args.dip)}\n"
+    replace(args.out / "table.md", page.encode())
     draw(all_rows, args.out / "online.png")
     print(f"{page}{args.out / 'online.png'}")
 
