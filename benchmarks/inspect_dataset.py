@@ -140,7 +140,7 @@ def collect(dataset: Dataset) -> Data:
     kept: list[tuple[np.ndarray, ...]] = []
     returns, refused = [], []
     for index, (episode, truncations, log_probs) in enumerate(read_episodes(dataset)):
-        observations = np.asarray(episode.observations)  # training rounds them when they are near 0
+        observations = np.asarray(episode.observations) * 1  # bool has no quantiles; training rounds them when near 0
         with explain(f"{dataset.dataset_id}, episode {index}"), np.errstate(over="ignore"):
             if dataset.discrete:
                 episode = episode._replace(actions=np.asarray(episode.actions, np.float64) - dataset.action_low[0])
@@ -171,10 +171,16 @@ def count_duplicates(data: Data) -> int:
 
 
 def outliers(columns: np.ndarray) -> np.ndarray:
-    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. Percentiles of 100,000 rows at most."""
-    low, high = np.quantile(columns[:: 1 + len(columns) // 100_000], [0.01, 0.99], axis=0)
-    reach = OUTLIER * (high - low)
-    return (reach > 0) & ((columns.min(axis=0) < low - reach) | (columns.max(axis=0) > high + reach))
+    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. The rest is all, or what is neither
+    the lowest nor the highest: a code may be many of a column's values. Percentiles of 100,000 rows at most.
+    """
+    found = []
+    for column in columns.T:
+        least, most, some = column.min(), column.max(), column[:: 1 + len(column) // 100_000]
+        inner = some[(some > least) & (some < most)]
+        tails = [np.quantile(rest, [0.01, 0.99]) for rest in (some, *([inner] if len(inner) >= 100 else []))]
+        found.append(any(0 < OUTLIER * (high - low) < max(low - least, most - high) for low, high in tails))
+    return np.array(found)
 
 
 def returns_to_go(data: Data, gamma: float) -> np.ndarray:

@@ -126,6 +126,24 @@ def test_outliers_are_found_and_tails_are_not():
     assert outliers(columns).tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.2, 0.6])
+def test_a_code_is_found_however_often_it_stands_there(share):
+    rng = np.random.default_rng(0)
+    coded = np.where(rng.random((5000, 3)) < share, -9999, rng.normal(size=(5000, 3)))
+    coded[:, 1] = np.where(rng.random(5000) < share, 9999, coded[:, 1])  # beside the other
+    coded[:, 2] = coded[:, 2] < -9000  # a flag has no tails
+    assert outliers(coded).tolist() == [True, True, False]
+
+
+def test_observations_may_be_bits(make_dataset):
+    """As training takes them."""
+    observations = np.random.default_rng(0).random((31, 3)) < 0.5
+    name = make_dataset(
+        episodes=[random_episode(0, observations=observations)], observation_space=spaces.MultiBinary(3)
+    )
+    assert "observation 0              0           1" in inspect(name)
+
+
 def test_principal_components_are_the_eigenvectors_of_the_covariance():
     states = np.random.default_rng(0).normal(size=(300, 4)) @ np.random.default_rng(1).normal(size=(4, 4))
     points, shares = principal_components(states)
