@@ -4,18 +4,20 @@ test's packages: small files stand for their checkouts.
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 import textwrap
 import tomllib
 from unittest import mock
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ROOT, random_episode
 
 from common.command_line import BUILT_IN_ID
-from common.data import load_dataset
+from common.data import BUILT_IN_DISCRETE_ID, load_dataset
 from common.evaluation import FINAL_SEED, evaluate, make_environments
 
 FOLDER = ROOT / "benchmarks" / "peers"
@@ -83,7 +85,7 @@ def test_it_reads_the_transitions_that_we_read(protocol, pendulum):
 def test_an_episode_that_stops_short_is_cut_and_one_that_terminates_is_not(protocol, make_dataset):
     ended = np.arange(30) == 29
     episodes = [
-        random_episode(0, terminations=ended, truncations=~ended & False),
+        random_episode(0, terminations=ended, truncations=ended),  # both, which d3rlpy refuses
         random_episode(1, truncations=np.zeros(30, bool)),
     ]
     name = make_dataset(episodes=episodes, env="Pendulum-v1")
@@ -96,6 +98,49 @@ def test_a_dataset_that_is_not_there_is_bad_input(protocol, capsys):
     with pytest.raises(SystemExit) as stopped:
         protocol.read("no/such-v0")
     assert stopped.value.code == 2 and "--datasets no/such-v0: no " in capsys.readouterr().err
+
+
+def data_of(protocol, **specs):
+    metadata = {name: json.dumps({"id": "Pendulum-v1", **spec}) for name, spec in specs.items()}
+    return protocol.Data("test/data-v0", *[np.zeros((1, 1))] * 6, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("specs", "limit"),
+    [
+        ({"env_spec": {"kwargs": {}, "max_episode_steps": 50}}, 50),
+        ({"env_spec": {"max_episode_steps": 50}, "eval_env_spec": {"max_episode_steps": 70}}, 70),
+        ({"eval_env_spec": {}}, 200),  # as import_logs writes it
+    ],
+)
+def test_it_plays_where_ours_is_evaluated(protocol, specs, limit):
+    assert data_of(protocol, **specs).environments(2)[1].spec.max_episode_steps == limit
+
+
+@pytest.mark.parametrize("specs", [{}, {"env_spec": {"id": "Nowhere-v0"}}])
+def test_an_environment_that_cannot_be_made_is_bad_input(protocol, specs, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        data_of(protocol, **specs).environments(1)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("\n") == 1
+    assert told.startswith("--datasets test/data-v0: its environment cannot be made (")
+
+
+def test_discrete_actions_are_bad_input(protocol, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        protocol.read(BUILT_IN_DISCRETE_ID)
+    assert stopped.value.code == 2 and "its observations and actions must be vectors" in capsys.readouterr().err
+
+
+def test_parts_of_observations_are_bad_input(protocol, make_dataset, capsys, monkeypatch):
+    episode = random_episode(0)
+    parts = episode | {"observations": {"joints": episode["observations"]}}
+    space = gym.spaces.Dict({"joints": gym.spaces.Box(-np.inf, np.inf, (3,))})
+    name = make_dataset(episodes=[parts], observation_space=space)
+    monkeypatch.setattr(protocol.json, "loads", lambda text: {"ref_min_score": 0, "total_episodes": 1})
+    with pytest.raises(SystemExit) as stopped:
+        protocol.read(name)
+    assert stopped.value.code == 2 and "its observations and actions must be vectors" in capsys.readouterr().err
 
 
 def test_actions_are_scaled_and_scaled_back(protocol):
@@ -257,6 +302,25 @@ def test_the_kit_is_trained_with_its_arguments_and_our_data(protocol, tmp_path, 
     np.testing.assert_allclose(result["final_returns"], returns)
 
 
+def test_the_kit_s_results_and_models_are_of_their_arguments(protocol, tmp_path, monkeypatch):
+    script, named = load("offlinerlkit_scores"), []
+    monkeypatch.setattr(script, "run", lambda library, names, *_: named.extend(names))
+    words = ["--algorithms", "mopo", "cql", "--kit", str(tmp_path), "--max-dynamics-epochs", "9"]
+    more = ["--more", "tau=0.02", "dynamics-lr=1e-4"]
+    for given in (words, [*words, *more]):
+        monkeypatch.setattr(sys, "argv", ["x", *given])
+        script.main()
+    rest = "--tau 0.02 --dynamics-lr 1e-4"
+    assert named == ["mopo --max-dynamics-epochs 9", "cql", f"mopo {rest} --max-dynamics-epochs 9", f"cql {rest}"]
+
+    folders = []
+    for epochs, pairs in ((None, ()), (None, ("tau=0.02",)), (9, ()), (None, ("dynamics-lr=1e-4",))):
+        args = script.Args(out=tmp_path, max_dynamics_epochs=epochs, more=pairs)
+        folders.append(script.model_folder(protocol.Cell("x", BUILT_IN_ID, 5, args), args))
+    assert folders[0] == folders[1] == tmp_path / "dynamics" / BUILT_IN_ID / "5"  # MOPO and COMBO share one
+    assert len({*folders}) == 3
+
+
 def test_the_kit_s_names_of_tasks():
     script = load("offlinerlkit_scores")
     assert script.task_of("zoo/hopper/medium-expert-v0") == "hopper-medium-expert-v2"
@@ -331,6 +395,19 @@ def test_cells_of_other_arguments_do_not_count_as_done(protocol, tmp_path, monke
     with pytest.raises(SystemExit):
         run(protocol, tmp_path, monkeypatch, seeds=1, num_updates=20_000)
     assert "d3rlpy iql anchorl/pendulum/mixed-v0 0 with num_updates 10000" in capsys.readouterr().err
+
+
+def test_rows_of_an_older_version_may_lack_columns(protocol, tmp_path, monkeypatch, capsys):
+    run(protocol, tmp_path, monkeypatch, seeds=1)
+    path = tmp_path / "results.csv"
+    rows = [{name: cell for name, cell in row.items() if name != "final_score"} for row in protocol.read_rows(path)]
+    protocol.write_rows(path, rows)
+    assert run(protocol, tmp_path, monkeypatch, seeds=2) == [("iql", 1), ("bcq", 1)]
+    assert [row["final_score"] for row in protocol.read_rows(path)] == ["", "", "1", "1"]
+    protocol.write_rows(path, [{name: cell for name, cell in row.items() if name != "eval_every"} for row in rows])
+    with pytest.raises(SystemExit):
+        run(protocol, tmp_path, monkeypatch, seeds=1)
+    assert "with eval_every None: give another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "value"), [("seeds", 0), ("eval_every", 0), ("num_updates", -1), ("first_seed", -1)])

@@ -21,7 +21,8 @@ data. CQL: three layers, weight 5. EDAC: three layers, 50 critics and eta 1 on h
 medium-expert. MOPO and COMBO know when walker2d, hopper and halfcheetah end, and are for these alone.
 
 MOPO's and COMBO's model is the same: the first to need it, for a dataset and a seed, trains it (its time is in
-wall_seconds) and leaves it in OUT/dynamics for the other.
+wall_seconds) and leaves it in OUT/dynamics for the other. What --more says of it, and --max-dynamics-epochs, are in
+its folder's name; in the name of the algorithm, as results have it, is all of --more.
 
 Run: uv run benchmarks/peers/offlinerlkit_scores.py --kit ../OfflineRL-Kit --datasets zoo/hopper/medium-expert-v0
 """
@@ -46,6 +47,7 @@ SCRIPTS = {"td3_bc": "run_td3bc"}  # the others are called as ours
 WITH_MODEL = ("mopo", "combo")
 TASKS = ("halfcheetah", "hopper", "walker2d")
 EPOCH = 1_000  # updates, as in run_example
+OF_MODEL = "dynamics", "n-ensemble", "n-elites"  # arguments that begin so are the model's
 
 
 @dataclass
@@ -74,6 +76,20 @@ def suggested(text: str, task: str) -> list[str]:
     """Arguments from the line of a script that says, as "hopper-medium-v2: rollout-length=5, penalty-coef=5.0"."""
     found = re.search(rf"^{re.escape(task)}: (.*)$", text, flags=re.MULTILINE)
     return [f"--{pair.strip()}" for pair in found[1].split(",")] if found else []
+
+
+def full_name(algorithm: str, args: Args) -> str:
+    """With all arguments that are not the kit's own: mopo --tau 0.02. Cells of others are not the same cells."""
+    epochs = args.max_dynamics_epochs if algorithm in WITH_MODEL else None
+    words = [f"--{pair.replace('=', ' ')}" for pair in args.more]
+    return " ".join([algorithm, *words, *([f"--max-dynamics-epochs {epochs}"] if epochs else [])])
+
+
+def model_folder(cell: Cell, args: Args) -> Path:
+    """Of the model for a dataset and a seed, as it is trained with these arguments."""
+    words = [pair for pair in args.more if pair.startswith(OF_MODEL)]
+    words += [f"epochs={args.max_dynamics_epochs}"] if args.max_dynamics_epochs else []
+    return cell.args.out / "dynamics" / cell.data.dataset_id / " ".join([str(cell.seed), *words])
 
 
 def arguments(module: Any, cell: Cell, model: Path) -> argparse.Namespace:
@@ -121,7 +137,7 @@ def train(algorithm: str, cell: Cell, args: Args) -> tuple[dict[str, Any], list[
     words = ["--task", task, *words, *(f"--{pair}" for pair in args.more)]
     sys.argv = [str(path), *words]  # which `get_args` reads, when the module is imported too
     module = load(folder, script, f"--kit {args.kit}", ABSENT)
-    model = cell.args.out / "dynamics" / cell.data.dataset_id / str(cell.seed)
+    model = model_folder(cell, args)
     model.mkdir(parents=True, exist_ok=True)
     logger = StandIn("logger")
     logger.model_dir = logger.checkpoint_dir = str(model)  # type: ignore[attr-defined]
@@ -145,7 +161,8 @@ def train(algorithm: str, cell: Cell, args: Args) -> tuple[dict[str, Any], list[
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     sys.path.append(str(args.kit))
-    run("OfflineRL-Kit", args.algorithms, args, lambda algorithm, cell: train(algorithm, cell, args))
+    names = tuple(full_name(algorithm, args) for algorithm in args.algorithms)
+    run("OfflineRL-Kit", names, args, lambda name, cell: train(name.split()[0], cell, args))
 
 
 if __name__ == "__main__":

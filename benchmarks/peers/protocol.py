@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import h5py
@@ -56,7 +56,7 @@ class Args:
     """results go here"""
 
 
-def stop(problem: str) -> None:
+def stop(problem: str) -> NoReturn:
     """Ends the command as bad input ends our scripts."""
     print(problem, file=sys.stderr)
     raise SystemExit(2)
@@ -75,13 +75,19 @@ class Data:
     rewards: np.ndarray  # [steps]
     next_observations: np.ndarray  # [steps, observation_dim], at a cut too
     terminations: np.ndarray  # [steps], 1 where the environment ended the episode
-    truncations: np.ndarray  # [steps], 1 where the episode was cut, or stops short
+    truncations: np.ndarray  # [steps], 1 where the episode was cut, or stops short, and did not end
     metadata: dict[str, Any]
 
     def environments(self, count: int) -> list[gym.Env]:
-        spec = json.loads(self.metadata["env_spec"])
-        kwargs = {name: value for name, value in spec["kwargs"].items() if name != "render_mode"}
-        return [gym.make(spec["id"], max_episode_steps=spec["max_episode_steps"], **kwargs) for _ in range(count)]
+        """Those that ours are evaluated in."""
+        spec = json.loads(self.metadata.get("eval_env_spec") or self.metadata.get("env_spec") or "{}")
+        kwargs = {name: value for name, value in (spec.get("kwargs") or {}).items() if name != "render_mode"}
+        limit = spec.get("max_episode_steps")
+        try:
+            return [gym.make(spec["id"], max_episode_steps=limit, **kwargs) for _ in range(count)]
+        except Exception as error:  # none is named, or it is not installed
+            why = " ".join(repr(error).split())[:200]
+            stop(f"--datasets {self.dataset_id}: its environment cannot be made ({why})")
 
     def score(self, mean: float) -> float:
         low, high = self.metadata["ref_min_score"], self.metadata["ref_max_score"]
@@ -112,11 +118,14 @@ def read(dataset_id: str) -> Data:
     names = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
     fields: dict[str, list[np.ndarray]] = {name: [] for name in names}
     with h5py.File(folder / "main_data.hdf5") as file:
+        stored = [file["episode_0"][name] for name in ("observations", "actions")]
+        if any(getattr(values, "ndim", None) != 2 for values in stored):  # a group has none
+            stop(f"--datasets {dataset_id}: its observations and actions must be vectors")
         for number in range(metadata["total_episodes"]):
             episode = {name: file[f"episode_{number}"][name][:] for name in names if name != "next_observations"}
             observations = episode["observations"]
             episode |= {"observations": observations[:-1], "next_observations": observations[1:]}
-            last = episode["truncations"][-1] or not episode["terminations"][-1]  # one that stops short was cut, too
+            last = not episode["terminations"][-1]  # one that stops short was cut, too; an end is no cut
             episode["truncations"] = np.append(episode["truncations"][:-1], last)
             for name, values in episode.items():
                 fields[name].append(values)
@@ -262,7 +271,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """All of them, in place of what was there: a file is the old one or the new one, never half of one."""
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        columns = list(dict.fromkeys(chain.from_iterable(rows)))  # another version's rows may lack some
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)
@@ -288,8 +298,8 @@ def done_cells(args: Args) -> set[tuple[str, str, int]]:
         rows = read_rows(path)
     for row in rows:
         for name in PROTOCOL:
-            if int(row[name]) != getattr(args, name):
-                stop(f"{path} has {' '.join(map(str, cell_of(row)))} with {name} {row[name]}: give another --out")
+            if row.get(name) != str(getattr(args, name)):
+                stop(f"{path} has {' '.join(map(str, cell_of(row)))} with {name} {row.get(name)}: give another --out")
     return set(map(cell_of, rows))
 
 
