@@ -1,11 +1,12 @@
 """How far Q has come: what the data earned, what is expected of the updates, and the share, each by hand."""
 
 import csv
+import json
 from statistics import mean
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHORT, random_episode, run_script
+from conftest import ROOT, SHORT, SHORTER, random_episode, run_script
 from measurements import pace
 from trained_run import load_run
 
@@ -80,6 +81,24 @@ def test_rewards_are_those_that_are_learned_from(trained, rewards):
     learned = [2 * (column + 0.5) for column in rewards]
     expected = returns_by_hand(learned, [0, learned[1].mean() / (1 - GAMMA)])
     assert pace.mean_return(load_run(folder)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["mopo", "morel", "naf"])
+def test_q_of_what_a_model_made_up_is_refused(trained, algorithm):
+    with pytest.raises(BadInput, match=f"the Q that {algorithm} logs is not of the data's actions alone"):
+        pace.follow(trained(algorithm, *SHORTER[algorithm]), (5,))
+
+
+def test_q_of_steps_online_is_left_out(trained):
+    folder = trained("iql", "--online-steps", "10", "--env-id", "Pendulum-v1")
+    assert [row[5] for row in pace.follow(folder, (5, 10, 15, 20))] == [5, 10]
+
+
+def test_a_run_in_an_environment_of_a_module_needs_none(trained):
+    folder = trained("iql")
+    saved = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(saved | {"env_id": "nobodys_module:Walk-v0"}))
+    assert len(pace.follow(folder, (5, 10))) == 2
 
 
 def test_what_cannot_be_asked(trained, tmp_path):

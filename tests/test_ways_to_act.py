@@ -44,12 +44,12 @@ def test_all_candidates_are_the_policy_and_of_one_q_has_no_say(algorithm, rows, 
     name, dim = acting.NOISE[algorithm]
     first_is_0 = not getattr(run.policy.actor, name).select(dim, 0).any()
     assert first_is_0 == (algorithm in ("bear", "fql", "idql"))
-    assert (found["z = 0"] == pytest.approx(found["1 candidate"], rel=1e-6)) == first_is_0
+    assert found["z = 0"] != pytest.approx(found["1 candidate"], rel=1e-6)  # which was drawn
     critic = getattr(run.policy.actor, "target_critic", None) or run.policy.actor.critic
     with torch.no_grad():
         for weight in critic.layers[-1].parameters():
             weight.neg_()  # the worst by Q
-    monkeypatch.setattr(acting, "load_run", lambda folder: run)
+    monkeypatch.setattr(acting, "load_run", lambda folder, env_id: run)
     worst = rows(folder)
     assert worst["1 candidate"] == pytest.approx(found["1 candidate"], rel=1e-6)
     assert abs(worst["5 candidates"] - found["5 candidates"]) > 1e-3
@@ -66,6 +66,18 @@ def test_a_target_actor_is_where_the_actor_was(algorithm, rows, tmp_path):
     initial = train(algorithm, begun, "--num-updates", "1", "--actor-learning-rate", "1e-12")
     assert rows(tmp_path / "run") == pytest.approx({"actor": own, "target actor": initial}, rel=1e-4)
     assert abs(own - initial) > 1e-2
+
+
+def test_what_was_played_is_kept_where_the_next_folder_fails(tmp_path, pendulum, monkeypatch):
+    """Of a run in an environment of a module, which is named again."""
+    monkeypatch.setattr(acting, "make_environments", short_environments)
+    train("td3_bc", tmp_path / "run", "--num-updates", "3", "--env-id", "gymnasium:Pendulum-v1")
+    folders, table = (tmp_path / "run", tmp_path / "none"), tmp_path / "rows.csv"
+    with pytest.raises(BadInput, match="give --env-id gymnasium:Pendulum-v1 again"):
+        acting.main(acting.Args(folders, csv=table))
+    with pytest.raises(BadInput, match=r"no folder .*none"):
+        acting.main(acting.Args(folders, env_id="gymnasium:Pendulum-v1", episodes=2, csv=table))
+    assert len(table.read_text().splitlines()) == 3
 
 
 def test_what_cannot_be_asked(tmp_path, pendulum):

@@ -1,8 +1,8 @@
 """How should what was learned act? A finished run's policy, played in more ways than its own.
 
 Of bcq, bear, diffusion_ql, fql and idql, whose policy is the best by Q of --num-acting-actions candidates: with the
-first few of them, and with one alone whose noise z is 0. With one Q has no say. Where the score falls as candidates are
-added, Q tells them apart by its errors.
+first few of them, and with one alone whose noise z is 0. The one of `1 candidate` was drawn, also where z = 0 is the
+first of all. With one Q has no say. Where the score falls as candidates are added, Q tells them apart by its errors.
 
 Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean of the actor's last 1 / tau steps or
 so. Where it does better, the actor wavers from step to step.
@@ -47,6 +47,8 @@ class Args:
     """numbers of candidates; those above a run's --num-acting-actions are left out"""
     episodes: int = 50
     """fresh ones, the same for each way: of the 50 by default, those that the final score is taken in"""
+    env_id: str | None = None
+    """environment; module:Id imports yours; default: that of the runs"""
     csv: Path | None = None
     """the lines go here, too"""
 
@@ -58,9 +60,12 @@ def ways(actor: nn.Module, algorithm: str, folder: Path, counts: tuple[int, ...]
         noise = getattr(actor, buffer)
         setattr(actor, buffer, torch.zeros_like(noise.narrow(dim, 0, 1)))
         yield "z = 0"
-        for count in (count for count in counts if count <= noise.shape[dim]):
-            setattr(actor, buffer, noise.narrow(dim, 0, count))
-            yield f"{count} candidate{'s' * (count > 1)}"
+        drawn = int(not noise.select(dim, 0).any())  # the number of the first that was
+        for count in counts:
+            begin = drawn if count == 1 else 0
+            if begin + count <= noise.shape[dim]:
+                setattr(actor, buffer, noise.narrow(dim, begin, count))
+                yield f"{count} candidate{'s' * (count > 1)}"
         return
     learned = load_file(folder / "checkpoint.pt")["learner"]
     if "target_actor" not in learned:
@@ -73,7 +78,7 @@ def ways(actor: nn.Module, algorithm: str, folder: Path, counts: tuple[int, ...]
 
 def play(folder: Path, args: Args) -> list[tuple]:
     """A row of COLUMNS for each way. Raises BadInput for a run that has but one, or without environment."""
-    run = load_run(folder)
+    run = load_run(folder, env_id=args.env_id)
     name, dataset, rows = run.args.algorithm, run.buffer.dataset, []
     environments = make_environments(dataset, min(args.episodes, 10))
     for way in ways(run.policy.actor, name, folder, args.counts):
@@ -92,9 +97,11 @@ def main(args: Args) -> None:
     check(there, f"--csv {args.csv}: there is no folder {args.csv and args.csv.parent}")
     check(all(count >= 1 for count in args.counts), f"--counts {args.counts}: must be at least 1")
     check(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
-    rows = [row for folder in args.run_dirs for row in play(folder, args)]
-    if args.csv:
-        replace_table(args.csv, [COLUMNS, *rows])
+    rows: list[tuple] = []
+    for folder in args.run_dirs:
+        rows += play(folder, args)
+        if args.csv:  # whatever the next folder is
+            replace_table(args.csv, [COLUMNS, *rows])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ shrink by a factor of 1 - tau (1 - gamma) alone. After n such steps Q then has, 
 That is `expected`. `share` is the mean of Q over a batch, divided by what the data earned: the mean over all steps of
 the discounted sum of rewards, as learned from, to the end of the episode; one that was cut is taken to go on at its
 mean reward. It lies above `expected` where the policy is better than the data or Q too high, below where Q lags. With a
-model and a --horizon, as in mve, targets hold several rewards, and Q is faster than `expected`.
+model and a --horizon, as in mve, targets hold several rewards, and Q is faster than `expected`. Runs are refused whose
+batches hold more than the data, and of those that went on online the offline updates count.
 
 A line of the CSV file is one run and one update; each must be one that metrics.csv has a row of.
 
@@ -39,7 +40,7 @@ class Args:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of finished runs"""
     at: tuple[int, ...] = (10_000, 20_000, 30_000, 40_000, 50_000)
-    """updates; those after a run's last one are left out"""
+    """updates; those after a run's last offline one are left out"""
     csv: Path | None = None
     """the lines go here, too"""
 
@@ -56,9 +57,12 @@ def mean_return(run: Trained) -> float:
 
 def follow(folder: Path, at: tuple[int, ...]) -> list[tuple]:
     """A row of COLUMNS for each update of `at`. Raises BadInput for a run without Q, or without a row of an update."""
-    run = load_run(folder)
-    args, q = run.args, {int(row["step"]): row["critic/q"] for row in run.metrics if "critic/q" in row}
+    run = load_run(folder, env_id="")  # no environment is made, and so no module of the run's own imported
+    args, logged = run.args, [row for row in run.metrics if "critic/q" in row and row["step"] <= run.args.num_updates]
+    q = {int(row["step"]): row["critic/q"] for row in logged}
     check(bool(q) and hasattr(args, "tau"), f"{folder}: {args.algorithm} has no Q that follows a target")
+    mixed = hasattr(args, "data_ratio") or getattr(args, "imagined_ratio", hasattr(args, "rollout_batch_size"))
+    check(not mixed, f"{folder}: the Q that {args.algorithm} logs is not of the data's actions alone")
     check(run.gamma < 1, f"{folder}: --gamma 1 has no pace")
     what, rows = (args.algorithm, args.dataset_id, args.seed, run.gamma, args.tau), []
     earned, every = mean_return(run), getattr(args, "policy_every", 1)
