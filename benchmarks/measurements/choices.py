@@ -18,6 +18,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from run import as_name
+from scratch import replace
 from selection import doubts, judge_choice
 
 from common.command_line import check, launch
@@ -76,7 +77,8 @@ class Args:
 
 def program(name: str, *arguments: str | Path) -> None:
     """Runs one of ours. Raises SystemExit if it fails."""
-    if code := subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)], cwd=ROOT).returncode:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, arguments)]
+    if code := subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(code)
 
 
@@ -97,15 +99,18 @@ def measure(name: str, args: Args) -> pd.DataFrame:
         choice = folder / f"choice-{seed}"
         own = () if args.num_updates is None else ("--num-updates", str(args.num_updates))
         judging = ["--truth", "--eval-episodes", str(args.eval_episodes), *task.judging, *own]
-        told = choice / "judging.txt"
+        policies, told = policies_of(task, folder, seed, updates), choice / "judging.txt"
+        words = " ".join([*judging, *(str(path.relative_to(folder)) for path in policies)])
         if not (choice / "select.csv").is_file():
-            policies = policies_of(task, folder, seed, updates)
+            choice.mkdir(parents=True, exist_ok=True)
+            told.write_text(words)  # before what it tells of
             program("select", *policies, "--out", choice, "--seed", str(seed), *judging)
-            told.write_text(" ".join(judging))
-        same = told.is_file() and told.read_text() == " ".join(judging)
+        same = told.is_file() and told.read_text() == words
         check(same, f"--out {args.out}: {choice} was judged with other arguments; name another folder")
         ranked = pd.read_csv(choice / "select.csv")
-        ranked["policy"] = [str(Path(path).relative_to(folder)) for path in ranked["policy"]]
+        check("truth" in ranked, f"{choice}: the policies could not be played, and there is no truth; delete it")
+        parts = [Path(path).parts for path in ranked["policy"]]  # from where OUT was then
+        ranked["policy"] = ["/".join(path[-4 if path[-1].endswith(".pt") else -3 :]) for path in parts]
         rows.append(ranked.assign(task=name, repetition=seed))
     return pd.concat(rows)
 
@@ -140,7 +145,8 @@ def main(args: Args) -> None:
     for name in args.tasks:
         kept = [pd.read_csv(args.results)] if args.results.is_file() else []
         others = [rows[rows["task"] != name] for rows in kept]
-        pd.concat([*others, measure(name, args)]).to_csv(args.results, index=False, float_format="%.6g")
+        table_of_all = pd.concat([*others, measure(name, args)])
+        replace(args.results, table_of_all.to_csv(index=False, float_format="%.6g").encode())
     print(table(pd.read_csv(args.results)))
 
 

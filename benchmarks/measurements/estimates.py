@@ -7,7 +7,6 @@ to fqe.py.
 Run: python -m benchmarks.measurements.estimates
 """
 
-import csv
 import json
 import math
 import sys
@@ -23,10 +22,9 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import run
+from scratch import replace_table
 
-from common.command_line import launch
-
-ROOT = Path(__file__).resolve().parents[2]
+from common.command_line import check, launch
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Args:
     """of each policy but the random one"""
     eval_episodes: int = 100
     """of each policy, for its true return"""
-    results: Path = ROOT / "benchmarks" / "results" / "pendulum-fqe.csv"
+    results: Path = Path("runs/estimates/estimates.csv")
     """the estimates go here"""
     workers: int = 2
     """runs side by side, one thread each"""
@@ -63,23 +61,23 @@ def estimate(args: Args, policy: str, seed: int) -> list[Any]:
         if problem := run.run_cell(cell, run.Args(script=tuple(arguments)), {}):
             sys.exit(f"error: {cell.name}: {problem}")
     result = json.loads((folder / "fqe" / "result.json").read_text())
+    check(result["true_return_mean"] is not None, f"{args.dataset_id} names no environment: there is no true return")
     error = result["true_return_std"] / math.sqrt(max(args.eval_episodes - 1, 1))
     numbers = [result["estimate"], *result["interval"], result["true_return_mean"], error]
-    return [args.dataset_id, policy, seed, result["num_updates"], *(f"{number:.1f}" for number in numbers)]
+    return [args.dataset_id, policy, seed, result["num_updates"], *(f"{number:.6g}" for number in numbers)]
 
 
 def main(args: Args) -> None:
+    check(bool(args.policies and args.seeds), "--policies and --seeds: name one of each at least")
     words = [args.dataset_id, args.num_updates, args.eval_episodes, *args.script]
     args.runs_dir.mkdir(parents=True, exist_ok=True)
     run.same_arguments(args.runs_dir.resolve(), tuple(map(str, words)))
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(estimate, args, *cell) for cell in product(args.policies, args.seeds)]
         rows = [job.result() for job in jobs]
-    known = ["dataset_id", "policy", "seed", "num_updates"]
+    columns = "dataset_id", "policy", "seed", "num_updates", "estimate", "low", "high", "true_return", "standard_error"
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("w", newline="") as file:
-        columns = [*known, "estimate", "low", "high", "true_return", "standard_error"]
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    replace_table(args.results, [columns, *map(tuple, rows)])
     estimates, truths = zip(*((float(row[4]), float(row[7])) for row in rows), strict=True)
     print(f"Spearman's rank correlation of {len(rows)} policies: {spearmanr(estimates, truths).statistic:.2f}")
 

@@ -1,0 +1,105 @@
+"""Commands of benchmarks/measurements that train much: what they keep, what they refuse, with nothing trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import assert_one_line, run_script
+from measurements import choices, estimates
+
+from common.command_line import BadInput
+
+
+@pytest.fixture
+def judge(monkeypatch, tmp_path):
+    """A function that measures the choice on cartpole, and says how many times select was asked."""
+    asked, columns = [], {"truth": 1.0}
+
+    def program(name, *words):
+        if name == "select":
+            policies = words[: words.index("--out")]
+            asked.append(policies)
+            table = pd.DataFrame({"policy": list(map(str, policies))}).assign(**columns)
+            table.to_csv(Path(words[words.index("--out") + 1]) / "select.csv", index=False)
+
+    def judged(out="out", **values):
+        rows = choices.measure("cartpole", choices.Args(repetitions=1, out=tmp_path / out, **values))
+        return rows["policy"].tolist(), len(asked)
+
+    monkeypatch.setattr(choices, "program", program)
+    judged.columns = columns
+    return judged
+
+
+def test_a_choice_is_judged_once_also_where_its_folder_was_moved(judge, tmp_path):
+    names, count = judge(updates=(10, 20))
+    assert len(names) == 8 and names[0] == "fqi/anchorl-cartpole-mixed-v0/0/policy-10.pt" and count == 1
+    assert names[-1] == "discrete_iql/anchorl-cartpole-mixed-v0/0"
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert judge(out="moved", updates=(10, 20)) == (names, 1)
+
+
+def test_other_policies_are_another_choice(judge):
+    judge(updates=(10, 20))
+    with pytest.raises(BadInput, match="was judged with other arguments; name another folder"):
+        judge(updates=(10, 15, 20))
+
+
+def test_a_choice_that_was_stopped_is_judged_anew(judge, tmp_path):
+    """After select told what it was asked, and before it wrote its table."""
+    judge(updates=(10, 20))
+    (tmp_path / "out" / "cartpole" / "choice-0" / "select.csv").unlink()
+    assert judge(updates=(10, 15, 20))[1] == 2
+
+
+def test_results_stay_where_nothing_could_be_played(judge, tmp_path):
+    del judge.columns["truth"]
+    results = tmp_path / "choices.csv"
+    results.write_text("task,policy\nhopper,iql\n")
+    with pytest.raises(BadInput, match="the policies could not be played, and there is no truth"):
+        choices.main(choices.Args(("cartpole",), 1, out=tmp_path / "out", results=results))
+    assert results.read_text() == "task,policy\nhopper,iql\n"
+
+
+@pytest.fixture
+def estimated(monkeypatch, tmp_path):
+    """A function that gives fqe.py's results, by the policy's name, to the command, and reads its table."""
+
+    def run_with(results):
+        def run_cell(cell, args, environment):
+            cell.folder.mkdir(parents=True)
+            found = {"num_updates": 1, "interval": [0, 1], "true_return_std": 0.1} | results[cell.folder.parts[-3]]
+            (cell.folder / "result.json").write_text(json.dumps(found))
+
+        monkeypatch.setattr(estimates.run, "run_cell", run_cell)
+        folder = tmp_path / "runs"
+        estimates.main(estimates.Args(policies=tuple(results), seeds=(0,), results=folder / "x.csv", runs_dir=folder))
+        return pd.read_csv(folder / "x.csv")
+
+    return run_with
+
+
+def test_small_returns_are_not_rounded_away(estimated, capsys):
+    """The ranks of 0.01, 0.02 and 0.03 are those of 0.002, 0.004 and 0.003 but for the last two: correlation 0.5."""
+    pairs = {"bc": (0.01, 0.002), "iql": (0.02, 0.004), "awr": (0.03, 0.003)}
+    results = {name: {"estimate": one, "true_return_mean": other} for name, (one, other) in pairs.items()}
+    table = estimated(results)
+    assert [*zip(table["estimate"], table["true_return"], strict=True)] == [*pairs.values()]
+    assert capsys.readouterr().out == "Spearman's rank correlation of 3 policies: 0.50\n"
+
+
+def test_without_an_environment_nothing_is_compared(estimated):
+    with pytest.raises(BadInput, match="names no environment: there is no true return"):
+        estimated({"bc": {"estimate": 1.0, "true_return_mean": None, "true_return_std": None}})
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("estimates", ["--seeds"], "--policies and --seeds: name one of each at least"),
+    ],
+)
+def test_bad_input_is_one_line(name, words, line):
+    assert_one_line(run_script(f"benchmarks.measurements.{name}", *words), line)
