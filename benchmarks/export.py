@@ -31,6 +31,7 @@ import importlib
 import io
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def main(args: Args) -> None:
     remembers = "its Actor remembers what it did in an episode (`follow`), which no file does: act by load_policy"
     check(not hasattr(policy.actor, "follow"), remembers)
     refuse_noise(policy)
-    told = describe(policy, read_run(args.run_dir)) | {"policy": args.policy, "versions": versions}
+    told = describe(policy, read_run(args.run_dir, args.policy)) | {"policy": args.policy, "versions": versions}
     content = convert(policy, told)
     difference, count = compare(content, policy)
     replace(args.out, content)
@@ -90,14 +91,15 @@ def main(args: Args) -> None:
     print(f"differs from load_policy by at most {difference:.1e} of {scale} on {count} observations: {args.out}")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """What args.json tells of the data. Nothing, where a folder has a policy alone."""
+def read_run(folder: Path, policy: str) -> dict[str, Any]:
+    """What args.json tells of the data, and the updates of this policy. Nothing, where a folder has a policy alone."""
     path, names = folder / "args.json", ("dataset_id", "dataset_fingerprint", "seed", "num_updates")
     if not path.exists():
         return dict.fromkeys(names)
     with explain(f"cannot read {path}"):
         saved = dict(json.loads(path.read_text()))
-    return {name: saved.get(name) for name in names}
+    kept = re.fullmatch(r"policy-(\d+)\.pt", policy)
+    return {name: saved.get(name) for name in names} | ({"num_updates": int(kept[1])} if kept else {})
 
 
 def describe(policy: Policy, run: dict[str, Any]) -> dict[str, Any]:

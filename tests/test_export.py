@@ -141,7 +141,7 @@ def test_discrete_actions_may_have_names(tmp_path):
     folder = save_policy(tmp_path / "run", "fqi")
     policy = load_policy(folder)
     policy.origin["action_names"] = ["left", "right", "up", "down"]
-    told = export.describe(policy, export.read_run(folder))
+    told = export.describe(policy, export.read_run(folder, "policy.pt"))
     assert told["action_names"] == ["left", "right", "up", "down"]
     assert told["outputs"]["actions"] == "int64 [N], from 5 to 8" and told["outputs"].keys() == {
         "actions",
@@ -292,7 +292,7 @@ def test_a_kept_policy_of_a_trained_run(tmp_path):
     assert run_script("bc", *words).returncode == 0
     session, _ = export_to(tmp_path / "run", "--policy", "policy-10.pt")
     told, saved = metadata(session), json.loads((tmp_path / "run" / "args.json").read_text())
-    assert told["dataset_fingerprint"] == saved["dataset_fingerprint"] and told["num_updates"] == 30
+    assert told["dataset_fingerprint"] == saved["dataset_fingerprint"] and told["num_updates"] == 10
     assert told["policy"] == "policy-10.pt" and len(told["observation_names"]) == 3
     observations = np.random.default_rng(0).normal(size=(20, 3))
     actions = session.run(None, {"observations": observations})[0]
