@@ -46,9 +46,8 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
     rows["unit"] = np.where(scored, "score", "return")
     rows["value"] = rows["score"].where(scored, rows["return_mean"])
     rows["final"] = rows["final_score"].where(scored, rows["final_return_mean"]).where(rows["episode_error"].notna())
-    numbers = datasets[["score", "return_mean"]]
-    spread = numbers.transform("max") - numbers.transform("min")
-    rows["episode_error"] *= (spread["score"] / spread["return_mean"]).where(scored, 1.0)  # of a return: of its score
+    scale = _spread(rows, "score", "final_score") / _spread(rows, "return_mean", "final_return_mean")
+    rows["episode_error"] *= scale.where(scored, 1.0)  # of a return: of its score
 
     failed = pd.concat([failures for _, failures, _ in files], ignore_index=True)
     failed = failed.merge(rows[["dataset_id", "unit", "num_updates"]].drop_duplicates(), on="dataset_id", how="left")
@@ -61,6 +60,12 @@ def read(paths: tuple[Path, ...], failed_score: float | None = None, unequal: bo
     unevaluated = pd.concat([runs for _, _, runs in files]).drop_duplicates()
     rows.attrs["unevaluated"] = unevaluated["dataset_id"].value_counts().to_dict()
     return rows
+
+
+def _spread(rows: pd.DataFrame, *columns: str) -> pd.Series:
+    """The highest number in any of the columns less the lowest, of a row's dataset: [rows]."""
+    groups = rows[[*columns]].astype(float).groupby(rows["dataset_id"])
+    return groups.transform("max").max(axis=1) - groups.transform("min").min(axis=1)
 
 
 def _read_file(file: Path, unequal: bool) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

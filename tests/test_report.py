@@ -359,6 +359,14 @@ def test_the_last_is_the_final_score_where_all_runs_have_one(tmp_path):
     assert_one_line(run_script("report", str(tmp_path)), "cannot read")
 
 
+def test_the_error_of_final_scores_needs_no_evaluations_that_differ(tmp_path):
+    """One of four episodes brought 80, whose score is 8: the standard error is 2 of a mean of 2."""
+    runs = {("x", "a", 0): [0, 0, 0], ("x", "a", 1): [0, 0, 0]}
+    folder = grid(tmp_path, runs, [f'x,{seed},1,,"[0.0, 0.0, 0.0, 80.0]",2,20' for seed in (0, 1)])
+    table = report.read((folder,))
+    assert report.per_dataset(table, report.measures(table))["+- episodes"].tolist() == ["2.0"]
+
+
 # --- What it compares ---
 
 
