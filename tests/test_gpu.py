@@ -34,6 +34,22 @@ def test_how_much_of_the_time_the_gpu_is_at_work_is_beside_the_speed(tmp_path, m
     assert "utilization.gpu" in asked.read_text()
 
 
+def test_a_sum_over_processes_is_of_all_of_them(monkeypatch):
+    found = [("bc", "compile", 10.0), ("bc", "compile", 20.0), ("", "utilisation", 50.0)]
+    monkeypatch.setattr(gpu, "together", lambda *_, **__: found)
+    args = gpu.Args(device="cpu", shared_algorithm="bc", processes=(2, 3))  # of three one failed
+    assert [row[0::3] for row in gpu.sharing(args)] == [
+        ("updates_per_second of 2", 30.0),
+        ("utilisation of 2", 50.0),
+        ("utilisation of 3", 50.0),
+    ]
+
+
+def test_too_few_updates_for_a_speed_are_one_line(tmp_path):
+    words = [*SHORT, "--long-updates", "100", "--out", str(tmp_path / "out")]
+    assert_one_line(run_script("benchmarks.measurements.gpu", *words), "--long-updates: must be at least 200")
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [("eager", (False, "float32")), ("compile", (True, "float32")), ("compile bf16", (True, "bf16"))],

@@ -67,6 +67,7 @@ FEW = {  # arguments of the short runs that are stopped and resumed
 }
 DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
 NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member
+PATIENCE = 3600  # seconds until a process that was killed ends the command
 Row = tuple[str, str, str, float]  # measurement, algorithm, mode, value
 
 
@@ -244,10 +245,10 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
     for mode in modes:
         try:
             steps[mode] = prepared(args, algorithm, mode)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:
             print(f"{algorithm} {mode}: {error!r:.500}", file=sys.stderr, flush=True)
-    if args.device == "cuda":
-        torch.cuda.synchronize()
     ready.wait()
     with turn or nullcontext():
         for mode, step in steps.items():
@@ -263,10 +264,9 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
 def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
     """Algorithm, mode and updates a second, of a process for each of the algorithms."""
     context = multiprocessing.get_context("spawn")
-    ready, turn, rows = context.Barrier(len(algorithms) + 1), context.Lock() if alone else None, context.SimpleQueue()
-    workers = [
-        context.Process(target=measure, args=(args, algorithm, modes, ready, turn, rows)) for algorithm in algorithms
-    ]
+    ready, rows = context.Barrier(len(algorithms) + 1, timeout=PATIENCE), context.Queue()
+    shared = modes, ready, context.Lock() if alone else None, rows
+    workers = [context.Process(target=measure, args=(args, name, *shared), daemon=True) for name in algorithms]
     for worker in workers:
         worker.start()
     ready.wait()
@@ -274,7 +274,7 @@ def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -
     watched = not alone and shutil.which(ask[0])
     watch = subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) if watched else None
     for _ in workers:
-        while (row := rows.get()) is not None:
+        while (row := rows.get(timeout=PATIENCE)) is not None:
             yield row
     if watch and watch.stdout:
         watch.terminate()
@@ -296,7 +296,7 @@ def sharing(args: Args) -> Iterator[Row]:
     for count in args.processes:
         found = list(together(longer, [args.shared_algorithm] * count, [mode], alone=False))
         for name, kind in (("updates_per_second", mode), ("utilisation", "utilisation")):
-            if values := [value for _, of, value in found if of == kind]:
+            if len(values := [value for _, of, value in found if of == kind]) == (count if kind == mode else 1):
                 yield f"{name} of {count}", args.shared_algorithm, mode, sum(values)
 
 
@@ -315,11 +315,9 @@ def long_runs(args: Args) -> Iterator[Row]:
             with Path(scratch, "run", "metrics.csv").open() as file:
                 rows = list(csv.DictReader(file))
         half = [row for row in rows if int(row["step"]) >= args.long_updates // 2]
-        steady = (int(half[-1]["step"]) - int(half[0]["step"])) / (
-            float(half[-1]["seconds"]) - float(half[0]["seconds"])
-        )
+        steps, times = (float(half[-1][name]) - float(half[0][name]) for name in ("step", "seconds"))
         yield f"seconds of {args.long_updates}", algorithm, mode, seconds
-        yield "whole seconds of 1000000", algorithm, mode, seconds + (1_000_000 - args.long_updates) / steady
+        yield "whole seconds of 1000000", algorithm, mode, seconds + (1_000_000 - args.long_updates) * times / steps
 
 
 # --- All of it --------------------------------------------------------------------------------------------------------
@@ -344,6 +342,7 @@ def tried(task: partial[list[Row]]) -> list[Row]:
 
 def main(args: Args) -> None:
     check(args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no CUDA device: this measures one")
+    check(args.long_updates >= 200, "--long-updates: must be at least 200, whose second half has two rows")
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     resumes = [partial(resumed, args, name, mode) for mode in args.modes[:2] for name in args.algorithms]
     parts: dict[str, Callable[[], Iterator[Row]]] = {
