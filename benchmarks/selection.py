@@ -52,6 +52,8 @@ from common.evaluation import evaluate, load_policy, load_script, make_environme
 Estimator = Literal["lesser", "fqe", "model", "wdr", "wis", "is"]
 ESTIMATORS: tuple[Estimator, ...] = ("lesser", "fqe", "model", "wdr", "wis", "is")
 
+WEIGHTED = "wdr", "wis", "is"  # by importance sampling, of actions with probabilities
+
 
 @dataclass
 class Args:
@@ -301,7 +303,14 @@ def main(args: Args) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     ope: Any = load_script("ope")
     names = "held_out", "script", "gamma", "num_updates", "hidden_dims", "tau", "seed"
-    ope.main(ope.Args(policies=policies, out=args.out / "ope.json", **{name: getattr(args, name) for name in names}))
+    of_ope = ope.Args(policies=policies, out=args.out / "ope.json", **{name: getattr(args, name) for name in names})
+    if args.by in WEIGHTED:  # what is refused without a fit is refused before
+        continuous = f"--by {args.by}: actions are continuous, and the policies act without noise"
+        check(load_policy(policies[0], args.script).discrete, f"{continuous}: rank by lesser, fqe or model")
+    if args.truth and args.env_id:
+        run, _ = ope.read_runs(of_ope)
+        make_environments(load_dataset(run["dataset_id"], args.env_id, discrete=None), 1)
+    ope.main(of_ope)
     result = json.loads((args.out / "ope.json").read_text())
     table = table_of(result, args.by)
     if args.truth:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SHORT, run_script
+from conftest import ROOT, SHORT, assert_one_line, run_script
 
 from benchmarks import selection
 from common.command_line import BadInput
@@ -213,6 +213,25 @@ def test_two_runs_of_cartpole_are_ranked_beside_their_truth(tmp_path):
     assert "| by chance |" in run.stdout and "truth" in run.stdout
     written = json.loads((tmp_path / "out" / "ope.json").read_text())
     assert {*written["policies"]} == {*paths}
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            ["--by", "wis"],
+            "--by wis: actions are continuous, and the policies act without noise: rank by lesser, fqe or",
+        ),
+        (["--truth", "--env-id", "Typo-v0"], "environment 'Typo-v0' cannot be made"),
+        (["--truth", "--env-id", "MountainCarContinuous-v0"], "Continuous-v0 has 2 observed numbers"),
+    ],
+)
+def test_what_needs_no_fit_is_refused_before(tmp_path, more, line, pendulum):
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path in paths:
+        assert run_script("bc", "--num-updates", "1", *SHORT, "--run-dir", path).returncode == 0
+    assert_one_line(run_script("benchmarks.select", *paths, *more, "--out", str(tmp_path / "out")), line)
+    assert not (tmp_path / "out" / "ope.json").exists()
 
 
 def test_a_script_that_is_run_by_its_path_finds_pythons_own_select():
