@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import assert_one_line, run_script
-from measurements import choices, estimates
+from measurements import choices, compiling, estimates
 
 from common.command_line import BadInput
 
@@ -95,10 +95,39 @@ def test_without_an_environment_nothing_is_compared(estimated):
         estimated({"bc": {"estimate": 1.0, "true_return_mean": None, "true_return_std": None}})
 
 
+def test_what_was_compiled_before_a_script_failed_is_kept(tmp_path, monkeypatch):
+    def measured(args, algorithm, cache):
+        if algorithm == "nope":
+            raise BadInput("nope could not be measured")
+        return {"first": 9.0, "eager": 2.0, "compiled": 1.0}
+
+    monkeypatch.setattr(compiling, "measure_apart", measured)
+    table = tmp_path / "rows.csv"
+    with pytest.raises(BadInput, match="nope could not be measured"):
+        compiling.main(compiling.Args(algorithms=("bc", "nope"), threads=1, csv=table))
+    assert table.read_text().splitlines()[1:] == ["bc,1,2.0,1.0,9.0,9.0,9000,9000"]
+
+
 @pytest.mark.parametrize(
     ("name", "words", "line"),
     [
         ("estimates", ["--seeds"], "--policies and --seeds: name one of each at least"),
+        ("coverage", ["--simulations", "50"], "--simulations 50: must be a multiple of 100"),
+        ("coverage", ["--simulations", "250"], "--simulations 250: must be a multiple of 100"),
+        ("coverage", ["--seeds", "3", "1"], "--seeds: must be at least 2"),
+        ("loading", ["--num-steps", "1500"], "--num-steps 1500: must be a multiple of 1,000"),
+        ("memory", ["--num-steps", "500"], "--num-steps 500: must be a multiple of 1,000"),
+        ("growth", ["--transitions", "1000", "2500"], "--transitions 1000 2500: must be multiples of 1,000"),
+        ("compiling", ["--threads", "0"], "--rounds and --threads: must be at least 1"),
+        ("evaluation", ["--env-id", "Nope-v0"], "--env-id Nope-v0: "),
+        ("evaluation", ["--env-id", "CartPole-v1"], "CartPole-v1: observations and actions must be vectors"),
+        ("expansion", ["--seeds"], "--seeds, --ages and --horizons: name one of each at least"),
+        ("expansion", ["--ages", "0", "100"], "--ages 0 100: must be at least 1, each once"),
+        ("expansion", ["--ages", "5", "5"], "--ages 5 5: must be at least 1, each once"),
+        ("returns", ["--num-episodes", "0"], "--num-episodes, --episode-length and --observation-dim: must be at"),
+        ("seeds", ["--num-seeds", "1", "0"], "--num-seeds, --rounds, --steps, --threads and --batch-size: must be at"),
+        ("seeds", ["--threads", "0"], "--num-seeds, --rounds, --steps, --threads and --batch-size: must be at"),
+        ("threads", ["--algorithms", "nope"], "--algorithms nope: there is no such script"),
     ],
 )
 def test_bad_input_is_one_line(name, words, line):

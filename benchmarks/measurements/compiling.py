@@ -7,7 +7,6 @@ turns in it; `pays after` is the number of updates whose time, saved by the grap
 Run: python -m benchmarks.measurements.compiling --csv benchmarks/results/compiling.csv
 """
 
-import csv
 import json
 import os
 import statistics
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.append(str(Path(__file__).resolve().parent))
+sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import throughput
+from scratch import replace_table
 
 from common.command_line import check, launch
 
-COLUMNS = ["algorithm", "threads", "eager_ms", "compiled_ms", "cold_s", "warm_s", "pays_after_cold", "pays_after_warm"]
+COLUMNS = "algorithm", "threads", "eager_ms", "compiled_ms", "cold_s", "warm_s", "pays_after_cold", "pays_after_warm"
 
 
 @dataclass
@@ -82,6 +82,7 @@ def pays_after(seconds: float, found: dict[str, float]) -> int | None:
 
 
 def main(args: Args) -> None:
+    check(min(args.rounds, args.threads) >= 1, "--rounds and --threads: must be at least 1")
     torch.set_num_threads(args.threads)
     if args.only:
         print(json.dumps(measure(args, args.only)))
@@ -97,11 +98,8 @@ def main(args: Args) -> None:
         }
         rows.append({"algorithm": algorithm, "threads": args.threads} | milliseconds | seconds | after)
         print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        if args.csv:  # each time, so that a script that fails leaves what was measured before
+            replace_table(args.csv, [COLUMNS, *(tuple(row[name] for name in COLUMNS) for row in rows)])
 
 
 if __name__ == "__main__":

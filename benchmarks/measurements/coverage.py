@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import intervals
 from intervals import Interval, Samples
+
+from common.command_line import check, launch
 
 CHUNK = 100  # simulations at a time
 DRAWS = 999  # of the bootstraps that ours are compared with
@@ -110,8 +111,11 @@ def measure(args: Args, name: str, truth: float, simulate: Callable[[int], dict[
         print(f"{name:<42}{method:<20}{'   '.join(columns)}", flush=True)
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
+    check(min(args.seeds, default=0) >= 2, "--seeds: must be at least 2, for fewer have no interval")
+    whole = args.simulations >= CHUNK and args.simulations % CHUNK == 0
+    check(whole, f"--simulations {args.simulations}: must be a multiple of {CHUNK}")
+    check(min(args.datasets, args.num_episodes) >= 1, "--datasets and --num-episodes: must be at least 1")
     rng = np.random.default_rng(args.seed)
     print(
         f"95 % intervals: % of {args.simulations} simulations (seed {args.seed}) that hold the truth, and mean length"
@@ -155,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

@@ -10,16 +10,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 import td3_bc
 
+from common.command_line import check, explain, launch
 from common.data import Dataset
 from common.evaluation import EVALUATION_SEED, Policy, evaluate, make_environments
 
@@ -34,13 +35,15 @@ class Args:
     """times that the two take turns"""
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    copies = [gym.make(args.env_id, disable_env_checker=True) for _ in range(args.num_episodes)]
-    observation_space, action_space = copies[0].observation_space, copies[0].action_space
-    assert isinstance(observation_space, gym.spaces.Box) and isinstance(action_space, gym.spaces.Box)
-    (observation_dim,), (action_dim,) = observation_space.shape, action_space.shape
-    low, high = action_space.low, action_space.high
+def main(args: Args) -> None:
+    check(min(args.num_episodes, args.rounds) >= 1, "--num-episodes and --rounds: must be at least 1")
+    with explain(f"--env-id {args.env_id}"):
+        copies: list[Any] = [gym.make(args.env_id, disable_env_checker=True) for _ in range(args.num_episodes)]
+        spaces = copies[0].observation_space, copies[0].action_space
+        vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+        check(vectors, "observations and actions must be vectors")
+    (observation_dim,), (action_dim,) = spaces[0].shape, spaces[1].shape
+    low, high = spaces[1].low, spaces[1].high
     dataset = Dataset(
         "random", 0, list(map(str, range(observation_dim))), low, high, lambda: iter(()), env_id=args.env_id
     )
@@ -78,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

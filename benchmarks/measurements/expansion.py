@@ -105,6 +105,10 @@ def measure(args: Args, seed: int) -> Tensor:
 
 
 def main(args: Args) -> None:
+    check(bool(args.seeds and args.ages and args.horizons), "--seeds, --ages and --horizons: name one of each at least")
+    distinct = len({*args.ages}) == len(args.ages) and min(args.ages) >= 1
+    check(distinct, f"--ages {' '.join(map(str, args.ages))}: must be at least 1, each once")
+    check(min(args.num_states, args.num_steps) >= 1, "--num-states and --num-steps: must be at least 1")
     found = torch.stack([measure(args, seed) for seed in args.seeds]).mean(dim=0)
     names = [f"H = {h}" for h in args.horizons] + ["steve"]
     print(" updates" + "".join(f"{name:>17}" for name in names))

@@ -7,7 +7,6 @@ the median over --rounds. Writes a table and, beside it, a picture of the same n
 Run: python -m benchmarks.measurements.growth --csv benchmarks/results/growth.csv
 """
 
-import csv
 import statistics
 import sys
 from dataclasses import dataclass
@@ -18,18 +17,19 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.append(str(Path(__file__).resolve().parent))
+sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import throughput
+from scratch import replace, replace_table
 
 from common.command_line import check, launch
 
-COLUMNS = ["axis", "size", "algorithm", "mode", "ms", "bound_ms"]
+COLUMNS = "axis", "size", "algorithm", "mode", "ms", "bound_ms"
 
 
 @dataclass
 class Args:
     transitions: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
-    """sizes of the dataset, of --algorithm"""
+    """sizes of the dataset, of --algorithm; multiples of 1,000"""
     widths: tuple[int, ...] = (256, 512, 1024)
     """widths of the two hidden layers, of --algorithm"""
     batches: tuple[int, ...] = (256, 1024, 4096)
@@ -93,18 +93,21 @@ def draw(table: list[list[Any]], path: Path) -> None:
         plot.minorticks_off()
     figure.axes[0].set_ylabel("milliseconds")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=100)
+    replace(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 def main(args: Args) -> None:
     known = throughput.Args.algorithms
     check(args.algorithm in known, f"--algorithm {args.algorithm}: there are {', '.join(known)}")
     check(min(args.rounds, args.threads) >= 1, "--rounds and --threads: must be at least 1")
+    whole = all(size >= 1000 and size % 1000 == 0 for size in args.transitions)
+    check(whole, f"--transitions {' '.join(map(str, args.transitions))}: must be multiples of 1,000")
+    sizes = (*args.widths, *args.batches, *args.critics)
+    check(min(sizes, default=1) >= 1, "--widths, --batches and --critics: must be at least 1")
     torch.set_num_threads(args.threads)
     table = rows(args)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+    replace_table(args.csv, [COLUMNS, *map(tuple, table)])
     draw(table, args.csv.with_suffix(".png"))
 
 

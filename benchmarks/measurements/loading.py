@@ -20,10 +20,10 @@ import h5py
 import minari
 import numpy as np
 import torch
-import tyro
 from minari.data_collector import EpisodeBuffer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.command_line import check, launch
 from common.data import ReplayBuffer, load_dataset
 
 DATASET_ID = "benchmark/loading-v0"
@@ -32,7 +32,7 @@ DATASET_ID = "benchmark/loading-v0"
 @dataclass
 class Args:
     num_steps: int = 1_000_000
-    """transitions"""
+    """transitions, a multiple of 1,000"""
     observation_dim: int = 17
     """HalfCheetah's"""
     action_dim: int = 6
@@ -40,6 +40,9 @@ class Args:
 
 
 def make_dataset(args: Args) -> None:
+    whole = args.num_steps >= 1000 and args.num_steps % 1000 == 0
+    check(whole, f"--num-steps {args.num_steps}: must be a multiple of 1,000, the steps of an episode")
+    check(min(args.observation_dim, args.action_dim) >= 1, "--observation-dim and --action-dim: must be at least 1")
     rng = np.random.default_rng(0)
 
     def episode() -> EpisodeBuffer:
@@ -86,14 +89,15 @@ def load_with_h5py() -> int:
 LOADERS = {"replay buffer": load_with_replay_buffer, "bare h5py": load_with_h5py}
 
 
-def main() -> None:
-    if len(sys.argv) == 2 and sys.argv[1] in LOADERS:  # one of the two child processes
-        before, began = resident_bytes("VmRSS"), time.perf_counter()
-        size = LOADERS[sys.argv[1]]()
-        seconds, peak = time.perf_counter() - began, resident_bytes("VmHWM") - before
-        print(f"{sys.argv[1]:>13}: {seconds:5.2f} s, {size / 2**20:4.0f} MiB held, peak {peak / size:.2f} times that")
-        return
-    args = tyro.cli(Args, description=__doc__)
+def measure(name: str) -> None:
+    """What each of the two child processes does."""
+    before, began = resident_bytes("VmRSS"), time.perf_counter()
+    size = LOADERS[name]()
+    seconds, peak = time.perf_counter() - began, resident_bytes("VmHWM") - before
+    print(f"{name:>13}: {seconds:5.2f} s, {size / 2**20:4.0f} MiB held, peak {peak / size:.2f} times that")
+
+
+def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
         make_dataset(args)
@@ -103,4 +107,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] in [[name] for name in LOADERS]:
+        measure(sys.argv[1])
+    else:
+        launch(main, Args)

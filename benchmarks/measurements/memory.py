@@ -11,27 +11,32 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from loading import DATASET_ID, Args, make_dataset
+import loading
+
+from common.command_line import launch
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "algorithms" / "mopo.py")
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+@dataclass
+class Args(loading.Args): ...
+
+
+def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
-        make_dataset(args)
+        loading.make_dataset(args)
         few = ["--max-dynamics-epochs", "1", "--rollout-every", "1", "--num-updates", "6"]  # rollouts fill the buffer
-        command = [sys.executable, SCRIPT, "--dataset-id", DATASET_ID, "--run-dir", f"{folder}/run", *few]
+        command = [sys.executable, SCRIPT, "--dataset-id", loading.DATASET_ID, "--run-dir", f"{folder}/run", *few]
         subprocess.run(command, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # it counts in KiB
     print(f"{args.num_steps:,} transitions: peak {peak / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

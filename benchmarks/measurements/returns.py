@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 import awr
+
+from common.command_line import check, launch
 
 
 @dataclass
@@ -54,8 +55,10 @@ def all_values(value: awr.Value, observations: Tensor) -> Tensor:
     return torch.cat([value(rows) for rows in observations.split(4096)])
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
+    sizes = args.num_episodes, args.episode_length, args.observation_dim
+    check(min(sizes) >= 1, "--num-episodes, --episode-length and --observation-dim: must be at least 1")
+    check(min(args.threads, args.rounds) >= 1, "--threads and --rounds: must be at least 1")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     shape, defaults = (args.num_episodes, args.episode_length), awr.HyperParameters()
@@ -88,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
 import td3_bc
 
-from common.command_line import launch
+from common.command_line import check, launch
 from common.optim import Adam
 
 
@@ -77,6 +77,8 @@ def seconds(steps: list[Callable[[], None]], count: int) -> float:
 
 
 def main(args: Args) -> None:
+    numbers = *args.num_seeds, args.rounds, args.steps, args.threads, args.batch_size
+    check(min(numbers) >= 1, "--num-seeds, --rounds, --steps, --threads and --batch-size: must be at least 1")
     torch.set_num_threads(args.threads)
     print("seeds  steps of a seed per second: batched  one after the other  ratio")
     for num_seeds in args.num_seeds:

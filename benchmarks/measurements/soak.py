@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.command_line import check, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,8 +46,7 @@ def sample(process: subprocess.Popen) -> tuple[int, int]:
     return int(resident), len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         numbers = {name: getattr(args, name) for name in ("num_updates", "log_every", "eval_every", "checkpoint_every")}
@@ -64,6 +65,7 @@ def main() -> None:
             sys.exit(f"{args.algorithm} failed with exit code {process.returncode}")
         with (run_dir / "metrics.csv").open() as file:
             steps = {int(row["step"]) for row in csv.DictReader(file)}
+    check(len(samples) >= 3, f"--num-updates {args.num_updates}: too few for a course of memory")
     memory, files = np.array(samples, dtype=float).T
     tenth = max(1, len(samples) // 10)
     early, late = slice(tenth, 2 * tenth), slice(-tenth, None)
@@ -80,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)

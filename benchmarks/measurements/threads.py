@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.command_line import check, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,10 +58,12 @@ def updates_per_second(algorithm: str, num_updates: int, dataset_id: str, thread
         return float(json.loads(Path(folder, "run", "result.json").read_text())["updates_per_second"])
 
 
-def main() -> None:
-    args, count = tyro.cli(Args, description=__doc__), os.cpu_count() or 1
-    if len(args.num_updates) < len(args.algorithms) or args.rounds < 1:
-        sys.exit("error: --num-updates needs a number for each of --algorithms, --rounds at least 1")
+def main(args: Args) -> None:
+    enough = len(args.num_updates) >= len(args.algorithms) and args.rounds >= 1
+    check(enough, "--num-updates needs a number for each of --algorithms, --rounds at least 1")
+    for name in args.algorithms:
+        check((ROOT / "algorithms" / f"{name}.py").is_file(), f"--algorithms {name}: there is no such script")
+    count = os.cpu_count() or 1
     choices = {"1 thread": 1, f"{count} threads": count, "its own choice": None}
     print(f"| algorithm | other programs | {' | '.join(choices)} |", *["|---" * (2 + len(choices)) + "|"], sep="\n")
     for algorithm, num_updates in zip(args.algorithms, args.num_updates, strict=False):
@@ -75,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Args)
