@@ -12,7 +12,6 @@ JAX, measured by benchmarks/peers/jax_speed.py. An algorithm may have arguments:
 Run: python -m benchmarks.measurements.throughput --compile --csv benchmarks/results/throughput.csv
 """
 
-import csv
 import importlib
 import shlex
 import statistics
@@ -31,7 +30,9 @@ import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "algorithms"))
+sys.path += [str(Path(__file__).resolve().parents[2] / "algorithms"), str(Path(__file__).resolve().parents[1])]
+from scratch import replace_table
+
 from common.command_line import check, launch
 from common.data import Batch, Dataset, ReplayBuffer
 from common.data import Batch as Episode
@@ -332,8 +333,7 @@ def main(args: Args) -> None:
             )
         if args.csv is not None:  # each time, so that a run that is stopped keeps what it has
             args.csv.parent.mkdir(parents=True, exist_ok=True)
-            with args.csv.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(table)
+            replace_table(args.csv, [*map(tuple, table)])
 
 
 if __name__ == "__main__":
