@@ -174,8 +174,7 @@ def fit_critic(batch: Batch, pi: Pair, rows: Tensor, args: HyperParameters) -> E
 
 def fit_behaviour(batch: Batch, held_out: Tensor, dims: int, legal: int, args: HyperParameters) -> tuple[Tensor, Any]:
     """log beta [N], by a network of `dims` outputs, fitted to rows that are not `held_out` [N] until it gets worse on
-    those; their likelihood, and that by one distribution for all s. The first `legal` numbers of s are the mask.
-    """
+    those; their likelihood, and that by one distribution for all s. The first `legal` numbers of s are the mask."""
     behaviour = Ensemble(1, batch.observations.shape[1], args.hidden_dims, dims)
     optimizer = torch.optim.Adam(behaviour.parameters(), args.learning_rate, fused=True)
     rows, taken, temperatures = (~held_out).nonzero()[:, 0], batch.actions[held_out], torch.logspace(-1, 1, 41)
@@ -211,8 +210,7 @@ def fit_dynamics(batch: Batch, args: HyperParameters) -> Ensemble:
 @torch.no_grad()
 def rollouts(dynamics: Ensemble, starts: Tensor, act: Callable, batch: Batch, gamma: float) -> Tensor:
     """Discounted returns [members, E] of rollouts of `act` from `starts` [E, observation_dim], until gamma^t < 0.01. An
-    end of probability p leaves 1 - p of what follows.
-    """
+    end of probability p leaves 1 - p of what follows."""
     states, returns, alive = starts.expand(dynamics.members, -1, -1), torch.zeros(()), torch.ones(())
     for t in range(math.ceil(math.log(0.01) / math.log(max(gamma, 0.01)))):
         actions = act(states.flatten(0, 1)).unflatten(0, states.shape[:2])
@@ -406,6 +404,7 @@ def gather(buffer: ReplayBuffer, args: Args) -> tuple[Evidence, dict[str, Any]]:
             chosen = (torch.randperm(len(lengths)) < len(lengths) / 5).repeat_interleave(lengths)
             dims = buffer.num_actions or 5 * (2 * actions.shape[1] + 1)  # w, means and log stds of five components
             log_probs, likelihoods = fit_behaviour(batch, chosen, dims, buffer.num_legal, args)
+            check_argument(args, "learning_rate", log_probs is not None, "beta diverged: lower it")
             told = {"beta": "fitted"} | likelihoods
         beta = table(log_probs, buffer)
     return Evidence(buffer, batch, size, table(data.rewards, buffer), beta, bootstrap(len(lengths), args.draws)), told
@@ -491,6 +490,7 @@ def main(args: Args) -> None:
     for path, policy in zip(args.policies, policies, strict=True):
         torch.manual_seed(args.seed)  # so that an estimate is the same whatever others are asked for
         found = result["policies"][str(path)] = judge(policy, evidence, dynamics, args)
+        check_argument(args, "learning_rate", math.isfinite(found["fqe"]["estimate"]), "Q diverged: lower it")
         print(f"{path}: {describe(found)}", flush=True)
         replace(args.out, lambda file: file.write(json.dumps(result, indent=2).encode()))
 

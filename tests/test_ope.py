@@ -602,8 +602,18 @@ def test_what_does_not_compare_is_one_line(folders, tmp_path):
     }
     for pattern, given in cases.items():
         assert_one_line(run_script("ope", *out, *given), pattern)
+    assert not (tmp_path / "ope.json").exists()
     result, _ = judged(tmp_path, folders["cql"], folders["other"], "--gamma", "0.95")
     assert result["gamma"] == 0.95 and len(result["policies"]) == 2
+
+
+@pytest.mark.parametrize(("name", "fit"), [("cql", "beta"), ("bc", "Q")])
+def test_a_fit_that_diverges_is_one_line(name, fit, folders, tmp_path):
+    out = tmp_path / "ope.json"
+    run = run_script("ope", folders[name], "--out", str(out), *TINY, "--learning-rate", "1e30")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == f"error: --learning-rate 1e+30: {fit} diverged: lower it"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("missing", [False, True])
