@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 from dataclasses import fields
+from functools import cache
 from operator import attrgetter
 
 import pytest
@@ -100,10 +101,11 @@ def data(script, batch_size=8):
     return batch_of(script, batch._replace(rewards=3 * batch.rewards))
 
 
-def trained(script, **arguments):
-    """All weights and metrics of a few updates, and what the policy does then."""
+@cache
+def trained(script, *arguments):
+    """All weights and metrics of a few updates, and what the policy does then; `arguments` are pairs."""
     known = {field.name for field in fields(script.Args)}
-    args = script.Args(**{name: value for name, value in (SMALL | arguments).items() if name in known})
+    args = script.Args(**{name: value for name, value in (SMALL | dict(arguments)).items() if name in known})
     learner = build(script, args)
     numbers = [network for network in learner if isinstance(network, torch.nn.Module)]
     metrics = [script.update(learner, data(script), step, args) for step in range(1, 7)]
@@ -123,7 +125,7 @@ def told():
                 yield pytest.param(script, field, id=f"{name}-{field.name}")
 
 
-@pytest.mark.parametrize(("script", "field"), told())
+@pytest.mark.parametrize(("script", "field"), list(told()))
 def test_every_hyper_parameter_does_something(script, field):
     """Two trainings from one seed that differ in it alone come to something else."""
     more = WITH.get((script.__name__, field.name), {})
@@ -137,7 +139,7 @@ def test_every_hyper_parameter_does_something(script, field):
     else:
         other = OTHERS[field.name] if field.name in OTHERS else 2 * before
     assert other != before
-    one, another = trained(script, **more), trained(script, **(more | {field.name: other}))
+    one, another = trained(script, *more.items()), trained(script, *more.items(), (field.name, other))
     assert one.shape != another.shape or not torch.equal(one, another)
 
 
@@ -185,7 +187,7 @@ def drawing():
             yield pytest.param(script, function, id=name)
 
 
-@pytest.mark.parametrize(("script", "function"), drawing())
+@pytest.mark.parametrize(("script", "function"), list(drawing()))
 def test_updates_draw_what_the_losses_ask_for(script, function, monkeypatch):
     """Standard normal noise or, as `uniform`, actions on [-1, 1], and others at each update."""
     drawn, loss = [], getattr(script, function)

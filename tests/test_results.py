@@ -172,7 +172,7 @@ BESIDE_JAX = {"TD3+BC": "td3_bc", "IQL": "iql", "CQL, one action of each kind": 
 BESIDE_JAX["COMBO, `--regularizer logsumexp`, likewise"] = "combo --regularizer logsumexp --num-samples 1"
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(["throughput-jax.csv", "throughput-jax-amx.csv"]))
+@pytest.mark.parametrize(("number", "name"), [(0, "throughput-jax.csv"), (1, "throughput-jax-amx.csv")])
 def test_the_tables_beside_jax_say_what_was_measured(number, name):
     """Updates per second with one thread and with two, and how many times JAX's they are with --compile."""
     with (ROOT / "benchmarks" / "results" / name).open() as file:
