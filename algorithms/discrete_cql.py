@@ -218,8 +218,6 @@ class Args(HyperParameters, ExperimentArgs):
         super().validate()
         check_argument(self, "cql_alpha", self.cql_alpha >= 0, "must not be negative")
         check_argument(self, "bc_weight", self.bc_weight >= 0, "must not be negative")
-        used = self.bc_weight > 0 or self.behaviour_learning_rate == Args.behaviour_learning_rate
-        check_argument(self, "behaviour_learning_rate", used, "has a say with a --bc-weight above 0 alone")
 
 
 def main(args: Args) -> None:

@@ -429,7 +429,7 @@ def load_dynamics(args: Args, buffer: ReplayBuffer, learner: Learner) -> None:
     with explain(f"--dynamics {args.dynamics}"):
         saved = load_file(Path(args.dynamics or "", "checkpoint.pt"), buffer.storage.device)
         check(saved["dataset_fingerprint"] == buffer.fingerprint, f"was trained on other data than {args.dataset_id}")
-        check(saved["step"] * saved["learner"].get("dynamics", {"epoch": 0})["epoch"] > 0, "has no finished model")
+        check(saved["step"] and saved["learner"].get("dynamics", {}).get("epoch"), "has no finished model; finish it")
         check(len(saved["learner"].get("player", {}).get("added", ())) == 0, "has a model of steps that it played, too")
         for name in ("normalize_observations", "reward_scale", "reward_shift"):
             check(saved["arguments"][name] == getattr(args, name), f"has another {name}: {saved['arguments'][name]}")

@@ -404,7 +404,7 @@ def gather(buffer: ReplayBuffer, args: Args) -> tuple[Evidence, dict[str, Any]]:
             chosen = (torch.randperm(len(lengths)) < len(lengths) / 5).repeat_interleave(lengths)
             dims = buffer.num_actions or 5 * (2 * actions.shape[1] + 1)  # w, means and log stds of five components
             log_probs, likelihoods = fit_behaviour(batch, chosen, dims, buffer.num_legal, args)
-            check_argument(args, "learning_rate", log_probs is not None, "beta diverged: lower it")
+            check_argument(args, "learning_rate", log_probs is not None, "is too high: beta diverged")
             told = {"beta": "fitted"} | likelihoods
         beta = table(log_probs, buffer)
     return Evidence(buffer, batch, size, table(data.rewards, buffer), beta, bootstrap(len(lengths), args.draws)), told
@@ -490,7 +490,7 @@ def main(args: Args) -> None:
     for path, policy in zip(args.policies, policies, strict=True):
         torch.manual_seed(args.seed)  # so that an estimate is the same whatever others are asked for
         found = result["policies"][str(path)] = judge(policy, evidence, dynamics, args)
-        check_argument(args, "learning_rate", math.isfinite(found["fqe"]["estimate"]), "Q diverged: lower it")
+        check_argument(args, "learning_rate", math.isfinite(found["fqe"]["estimate"]), "is too high: Q diverged")
         print(f"{path}: {describe(found)}", flush=True)
         replace(args.out, lambda file: file.write(json.dumps(result, indent=2).encode()))
 

@@ -54,7 +54,7 @@ class HyperParameters:
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)
     cosine_decay: bool = (
-        True  # the actor's rate falls to 0 at --num-updates (authors' code); without it a run can be prolonged
+        True  # the actor's rate falls to 0 at --num-updates (authors' code); without it, more can follow
     )
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     value_learning_rate: float = 3e-4  # of Adam (authors' code)

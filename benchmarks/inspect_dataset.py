@@ -170,15 +170,15 @@ def count_duplicates(data: Data) -> int:
     return len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))))
 
 
-def outliers(columns: np.ndarray) -> np.ndarray:
-    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. The rest is all, or what is neither
-    the lowest nor the highest: a code may be many of a column's values. Percentiles of 100,000 rows at most.
+def outliers(columns: np.ndarray, codes: bool = False) -> np.ndarray:
+    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. The rest is all or, of `codes`, which may
+    be many of a column's values, also what is neither lowest nor highest. Percentiles of 100,000 rows at most.
     """
     found = []
     for column in columns.T:
         least, most, some = column.min(), column.max(), column[:: 1 + len(column) // 100_000]
         inner = some[(some > least) & (some < most)]
-        tails = [np.quantile(rest, [0.01, 0.99]) for rest in (some, *([inner] if len(inner) >= 100 else []))]
+        tails = [np.quantile(rest, [0.01, 0.99]) for rest in (some, *([inner] if codes and len(inner) >= 100 else []))]
         found.append(any(0 < OUTLIER * (high - low) < max(low - least, most - high) for low, high in tails))
     return np.array(found)
 
@@ -272,7 +272,7 @@ def _values(data: Data, num_legal: int) -> Problems:
     if small.any():
         todo = f"normalisation divides by the standard deviation + {SMALLEST_STD}: give it in a smaller unit"
         yield f"{names('observation', small)}: standard deviation below {SMALLEST_STD}", todo
-    if (far := measured & outliers(data.observations)).any():
+    if (far := measured & outliers(data.observations, codes=True)).any():
         todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
         yield f"{names('observation', far)}: values far beyond all others", todo
     if outliers(data.rewards[:, None]).any():

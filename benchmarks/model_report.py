@@ -113,6 +113,7 @@ def load_model(run: Trained, folder: Path, script: Path | None) -> Model:
     known = "mopo, combo, mobile, morel, mve, pets or naf --imagined-ratio"
     none = f"{folder} is a run of {args.algorithm}, which learns no model: give one of {known}"
     check("dynamics" in saved and hasattr(module, "ending_of"), none)
+    check(getattr(args, "horizon", 1) > 0, f"{folder}: with --horizon 0 no model was trained")
     everyone = module.build(buffer.observation_dim, buffer.action_dim, args, "cpu", Adam).dynamics
     with explain(f"{folder}: checkpoint.pt does not fit {module.__file__}"):
         everyone.load_state_dict(saved["dynamics"])

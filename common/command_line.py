@@ -40,7 +40,7 @@ def explain(problem: str) -> Iterator[None]:
     """Turns what goes wrong inside, of which files from elsewhere raise many kinds, into BadInput: problem, reason."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
         raise BadInput(f"{problem}: {one_line(error)}") from None
 
 
@@ -88,7 +88,6 @@ class ExperimentArgs:  # what is not science; each script adds its hyper-paramet
                 (isinstance(value, float) and not name.endswith("clip") and not math.isfinite(value), "must be finite"),
                 (type(value) is int and not least <= value < 2**63, f"must be at least {least}"),
                 (name in ("gamma", "validation_fraction") and not 0 <= value <= 1, "must be in [0, 1]"),
-                (name == "target_entropy" and (value or 0) > 0, "must not be positive: usual is minus action_dim"),
                 (name == "validation_seed" and value and not self.validation_fraction, "needs --validation-fraction"),
                 (name == "track" and value and not TRACKER.is_file(), f"there is no {TRACKER}: copy it, too"),
                 (name == "tau" and not 0 < value <= 1, "must be in (0, 1]"),
@@ -123,8 +122,12 @@ def launch(main: Callable[[Any], None], args_class: type[Any]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return main(tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__))  # exit code 2, too
-    except (OSError, BadInput, Diverged) as error:  # OSError: a full disk, a closed output
+    except (OSError, BadInput, MemoryError, RuntimeError) as error:  # OSError: a full disk, a closed output
         code, words = 1 if isinstance(error, OSError) else 2 if isinstance(error, BadInput) else 3, f"error: {error}"
+        if code == 3 and not isinstance(error, Diverged):
+            if "allocate" not in str(error):  # as NumPy and PyTorch say it, on all devices
+                raise
+            code, words = 2, f"error: the memory is too small, ask for less: {one_line(error)}"
     except KeyboardInterrupt as stopped:
         code, words = 128 + interruption.number, str(stopped)
     interruption.close()

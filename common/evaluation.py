@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.command_line import BadInput, Diverged, check, explain, one_line, warn
+from common.command_line import BadInput, Diverged, check, explain, warn
 from common.data import Batch, Dataset, action_bounds, flatten_observations, observation_names
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
@@ -116,14 +116,11 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
     for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
         with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
             gym.register_envs(importlib.import_module(known))
-    try:
-        if users or env_id in gym.registry:  # no "module:Id" of a dataset, which gym.make would import
-            made = gym.make(env_id, max_episode_steps, disable_env_checker=True, **kwargs)
-            return made if made.spec and made.spec.max_episode_steps else gym.wrappers.TimeLimit(made, 1000)
-        problem = "is not installed"
-    except (Exception, SystemExit) as error:  # a missing simulator raises whatever its binding raises
-        problem = f"cannot be made ({one_line(error)})"
-    raise BadInput(f"environment {env_id!r} {problem}")
+    installed = users or env_id in gym.registry  # no "module:Id" of a dataset, which gym.make would import
+    check(installed, f"environment {env_id!r} is not installed")
+    with explain(f"environment {env_id!r} cannot be made"):
+        made = gym.make(env_id, max_episode_steps, disable_env_checker=True, **kwargs)
+        return made if made.spec and made.spec.max_episode_steps else gym.wrappers.TimeLimit(made, 1000)
 
 
 def make_environments(dataset: Dataset, count: int, **more: Any) -> list[gym.Env]:

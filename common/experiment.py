@@ -82,8 +82,8 @@ class Run:
                 warn(f"{reason}: training goes on without evaluation")
         names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
         names += ["env_id", "eval_episodes"] if self.environments or player else []  # of one curve
-        names += ["num_updates"] if getattr(args, "cosine_decay", False) else []  # its rates depend on all of them
         self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()
+        self.learning_arguments |= {"updates in all": args.num_updates} if getattr(args, "cosine_decay", 0) else {}
         default = f"{args.dataset_id.replace('/', '-').replace(':', '-')}/{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self.dir = args.run_dir or Path("runs", args.algorithm, default)
         self.metrics_path = self.dir / "metrics.csv"
@@ -175,7 +175,7 @@ class Run:
     def save_checkpoint(self) -> None:  # and policy.pt. Raises Diverged for a number that is not finite
         self._check_finite(self.parts)
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-        arguments = {"num_updates": min(self.step, self.args.num_updates)} | self.learning_arguments
+        arguments = self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)}
         checkpoint = {"arguments": arguments, "dataset_fingerprint": self.buffer.fingerprint, "step": self.step}
         checkpoint |= {"seconds": [time.perf_counter() - self.started, self.update_seconds]}
         checkpoint |= {"learner": {name: part.state_dict() for name, part in self.parts.items()}}
@@ -249,7 +249,7 @@ class Run:
     def _restore(self, checkpoint: dict[str, Any]) -> str:  # learner and random state; gives the rows of metrics
         self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])
         check(0 <= self.step <= self.last_step, f"it has made {self.step:,} updates already")
-        for name, value in ({"num_updates": min(self.step, self.args.num_updates)} | self.learning_arguments).items():
+        for name, value in (self.learning_arguments | {"num_updates": min(self.step, self.args.num_updates)}).items():
             before = checkpoint["arguments"].get(name, value)
             check(before == value, f"{name} is {before} in it, not {value}")
         check(checkpoint["dataset_fingerprint"] == self.buffer.fingerprint, "it was trained on other data")

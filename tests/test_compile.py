@@ -203,9 +203,8 @@ def test_cuda_graphs_train_to_eagers_weights(algorithm, double_precision):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_on_the_device_can_be_resumed(algorithm, tmp_path, pendulum):
     """Sums on a GPU may go in another order, so not to the same bits."""
-    own = (
-        ["--no-cosine-decay"] if algorithm in ("iql", "idql", "sql", "xql") else SHORTER.get(algorithm, [])
-    )  # which is over all updates
+    decay = algorithm in ("iql", "idql", "sql", "xql", "discrete_iql")  # which is over all updates
+    own = ["--no-cosine-decay"] if decay else SHORTER.get(algorithm, [])
     arguments = ["--device", "cuda", *SHORT, *own, "--run-dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_script(algorithm, "--num-updates", "20", *arguments, str(whole)).returncode == 0

@@ -9,7 +9,6 @@ import torch
 from conftest import (
     SHORT,
     assert_each_trains_its_own,
-    assert_one_line,
     checkpoint,
     level,
     lower,
@@ -419,12 +418,8 @@ def test_one_sample_has_no_variance():
         cql.Args(num_samples=1, variant="var").validate()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--warm-start", "4", "--num-updates", "4"], "--warm-start 4: must be below the number of updates"),
-        (["--target-entropy", "3"], "--target-entropy 3.0: must not be positive"),
-    ],
-)
-def test_what_would_never_learn_is_refused(arguments, message, tmp_path):
-    assert_one_line(run_script("cql", *arguments, "--run-dir", str(tmp_path / "run")), message)
+def test_an_actor_that_is_a_clone_to_the_end_is_told_of(tmp_path, pendulum):
+    words = ["--num-updates", "4", "--num-samples", "2", *SHORT, "--run-dir"]
+    for start, told in (("3", False), ("4", True)):
+        run = run_script("cql", "--warm-start", start, *words, str(tmp_path / start))
+        assert run.returncode == 0 and ("--warm-start 4: the actor clones the data to the end" in run.stderr) == told

@@ -350,19 +350,19 @@ def test_a_module_that_the_user_names_is_imported(make_dataset, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     (environment,) = make_environments(load_dataset(make_dataset(), "theirs:Theirs-v0"), 1)
     assert type(environment.unwrapped).__module__ == "theirs" and environment.spec.max_episode_steps == 7
-    with pytest.raises(BadInput, match=r"'nobodys:Env-v0' cannot be made .*No module named 'nobodys'"):
+    with pytest.raises(BadInput, match=r"'nobodys:Env-v0' cannot be made: .*No module named 'nobodys'"):
         make_environments(load_dataset("test/data-v0", "nobodys:Env-v0"), 1)
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("def (", "cannot be made (invalid syntax"),
-        ("import nobodys", "cannot be made (No module named 'nobodys'"),
-        ("{}['x']", "cannot be made ('x')"),
-        ("raise SystemExit(5)", "cannot be made (5)"),
-        ("", "cannot be made (Environment `Env` doesn't exist"),
-        ("import gymnasium\ngymnasium.register('Env-v0', lambda **_: {}['y'])", "cannot be made ('y')"),
+        ("def (", "cannot be made: invalid syntax"),
+        ("import nobodys", "cannot be made: No module named 'nobodys'"),
+        ("{}['x']", "cannot be made: 'x'"),
+        ("raise SystemExit(5)", "cannot be made: 5"),
+        ("", "cannot be made: Environment `Env` doesn't exist"),
+        ("import gymnasium\ngymnasium.register('Env-v0', lambda **_: {}['y'])", "cannot be made: 'y'"),
     ],
 )
 def test_a_users_module_that_fails_is_named(text, reason, make_dataset, tmp_path, monkeypatch):

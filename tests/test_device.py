@@ -121,6 +121,7 @@ def test_a_run_on_another_device_comes_to_the_same(algorithm, tmp_path):
     """It is resumed, too, to act where it can."""
     longer = ["--num-updates", "4", "--online-steps", "6"] if algorithm in ONLINE else ["--num-updates", "8"]
     own = ["--returns-every", "2"] if algorithm == "awr" else []  # else nothing of what is played counts
+    own += ["--no-cosine-decay"] if algorithm in ("discrete_iql", "idql", "sql", "xql") else []  # of all updates
     for name, device in (("cpu", torch.device("cpu")), ("device", DEVICE)):
         common = [*SHORT, *SHORTER.get(algorithm, ()), *own, "--run-dir", str(tmp_path / name)]
         run_on(device, algorithm, "--num-updates", "4", *common)

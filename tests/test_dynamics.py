@@ -748,8 +748,8 @@ def test_dynamics_of_another_run_are_reused(algorithm, tmp_path, pendulum, make_
         (elsewhere, ["--reward-scale", "0.5"], r"has another reward_scale: 1\.0"),
         (elsewhere, ["--reward-shift", "-1"], r"has another reward_shift: 0\.0"),
         (elsewhere, ["--num-models", "4"], r"Error.* size mismatch for "),
-        (cloned, [], "has no finished model$"),
-        (stopped, [], "has no finished model$"),
+        (cloned, [], "has no finished model; finish it$"),
+        (stopped, [], "has no finished model; finish it$"),
         (played, [], "has a model of steps that it played, too"),
         (tmp_path / "none", [], "cannot read "),
     ):

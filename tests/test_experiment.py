@@ -255,12 +255,17 @@ def test_resuming_a_finished_run_with_more_updates_goes_on(tmp_path):
     assert checkpoint(tmp_path / "run")["step"] == 30
 
 
+def test_too_little_memory_is_one_line(tmp_path):
+    run = run_script("edac", "--num-critics", "1000000000000000", "--run-dir", str(tmp_path / "run"), *SHORT)
+    assert_one_line(run, "error: the memory is too small, ask for less: ")
+
+
 def test_a_run_whose_rate_falls_to_its_end_has_no_other_end(tmp_path):
     """It would jump back, and come to other weights than a run of all updates."""
     words = ["--run-dir", str(tmp_path / "run"), *SHORT]
     assert run_script("iql", "--num-updates", "4", *words).returncode == 0
     run = run_script("iql", "--num-updates", "8", "--resume", *words)
-    assert_one_line(run, "start a new run: num_updates is 4 in it, not 8")
+    assert_one_line(run, "start a new run: updates in all is 4 in it, not 8")
     assert run_script("iql", "--num-updates", "4", "--online-steps", "2", "--resume", *words).returncode == 0
     folder = str(tmp_path / "without")
     words = ["--no-cosine-decay", *SHORT, "--run-dir", folder]
@@ -544,7 +549,7 @@ def test_cuda_without_cuda():
         (["--final-eval-episodes", "100000000"], "error: --final-eval-episodes 100000000: must be at most 10,000,000"),
         (
             ["--env-id", "Penduluum-v1"],
-            "error: --env-id: environment 'Penduluum-v1' cannot be made .*Did you mean: `Pendulum`",
+            "error: --env-id: environment 'Penduluum-v1' cannot be made: .*Did you mean: `Pendulum`",
         ),
         (["--env-id", "no_such_module:Env-v0"], "error: --env-id: .*no_such_module"),
         (["--dataset-id", "anchorl/none-v0"], "no dataset anchorl/none-v0: give anchorl/"),

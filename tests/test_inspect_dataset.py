@@ -132,7 +132,7 @@ def test_a_code_is_found_however_often_it_stands_there(share):
     coded = np.where(rng.random((5000, 3)) < share, -9999, rng.normal(size=(5000, 3)))
     coded[:, 1] = np.where(rng.random(5000) < share, 9999, coded[:, 1])  # beside the other
     coded[:, 2] = coded[:, 2] < -9000  # a flag has no tails
-    assert outliers(coded).tolist() == [True, True, False]
+    assert outliers(coded, codes=True).tolist() == [True, True, False]
 
 
 def test_observations_may_be_bits(make_dataset):

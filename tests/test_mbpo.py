@@ -242,7 +242,7 @@ def test_mbpo_swings_the_pendulum_up_in_800_steps(tmp_path):
                 ["--rollout-schedule", *schedule.split()],
                 "--rollout-schedule .*: must be 1 <= a <= b, then 0 <= c < d",
             )
-            for schedule in ("0 1 0 1", "2 1 0 1", "1 1 1 1", "1 1 -1 1", "1 15 20000 150000")
+            for schedule in ("0 1 0 1", "2 1 0 1", "1 1 1 1", "1 1 -1 1")
         ),
     ],
 )

@@ -612,7 +612,7 @@ def test_a_fit_that_diverges_is_one_line(name, fit, folders, tmp_path):
     out = tmp_path / "ope.json"
     run = run_script("ope", folders[name], "--out", str(out), *TINY, "--learning-rate", "1e30")
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1] == f"error: --learning-rate 1e+30: {fit} diverged: lower it"
+    assert run.stderr.splitlines()[-1] == f"error: --learning-rate 1e+30: is too high: {fit} diverged"
     assert not out.exists()
 
 

@@ -459,7 +459,7 @@ def test_an_unfinished_model_is_refused(tmp_path, pendulum):
     saved["learner"]["dynamics"]["epoch"].zero_()  # as before its last update
     torch.save(saved, first / "checkpoint.pt")
     run = run_script("pets", *words, "--dynamics", str(first), "--run-dir", str(tmp_path / "wrong"))
-    assert_one_line(run, f"--dynamics {first}: has no finished model$")
+    assert_one_line(run, f"--dynamics {first}: has no finished model; finish it$")
 
 
 def test_a_report_about_the_model(tmp_path, pendulum):

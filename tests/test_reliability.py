@@ -267,7 +267,8 @@ def test_a_signal_while_data_load_is_not_lost(name, tmp_path):
 @pytest.mark.parametrize("seconds", [1, 6, 15])
 def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     """--compile takes about half a minute for its first calls."""
-    process = Started("iql", "--compile", "--num-updates", "100000", "--run-dir", str(tmp_path / "run"), *SHORT)
+    words = ["--no-cosine-decay", *SHORT, "--run-dir", str(tmp_path / "run")]
+    process = Started("iql", "--compile", "--num-updates", "100000", *words)
     while not (tmp_path / "run" / "args.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -276,7 +277,7 @@ def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait()[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
-    resumed = run_script("iql", "--resume", "--num-updates", "9", *SHORT, "--run-dir", str(tmp_path / "run"))
+    resumed = run_script("iql", "--resume", "--num-updates", "9", *words)
     assert resumed.returncode == 0, resumed.stderr
 
 

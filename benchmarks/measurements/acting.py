@@ -2,7 +2,8 @@
 
 Of bcq, bear, diffusion_ql, fql and idql, whose policy is the best by Q of --num-acting-actions candidates: with the
 first few of them, and with one alone whose noise z is 0. The one of `1 candidate` was drawn, also where z = 0 is the
-first of all. With one Q has no say. Where the score falls as candidates are added, Q tells them apart by its errors.
+first of all, and is missing where no other was. With one Q has no say. Where the score falls as candidates are added, Q
+tells them apart by its errors.
 
 Of mve, rebrac and td3_bc, which have a target actor: by that, too. It is a mean of the actor's last 1 / tau steps or
 so. Where it does better, the actor wavers from step to step.

@@ -63,7 +63,7 @@ FEW = {  # arguments of the short runs that are stopped and resumed
     "mbpo": ["--random-steps", "200", "--max-dynamics-epochs", "1"],
     "rlpd": ["--random-steps", "200"],
     # which is over all updates, of which a run stopped by its end has fewer
-    **{name: ["--no-cosine-decay"] for name in ("iql", "idql", "sql", "xql")},
+    **{name: ["--no-cosine-decay"] for name in ("iql", "idql", "sql", "xql", "discrete_iql")},
 }
 DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
 NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member
@@ -258,7 +258,7 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
             except Exception as error:
                 print(f"{algorithm} {mode}: {error!r:.500}", file=sys.stderr, flush=True)
     rows.put(None)
-    ready.wait()
+    ready.wait(timeout=10**6)  # for all others to have measured
 
 
 def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
@@ -280,7 +280,7 @@ def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -
         watch.terminate()
         if shares := [float(word) for word in watch.stdout.read().split() if word.isdigit()]:  # not of a part of a GPU
             yield "", "utilisation", statistics.mean(shares)
-    ready.wait()
+    ready.wait(timeout=10**6)
     for worker in workers:
         worker.join()
 
