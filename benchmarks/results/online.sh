@@ -21,8 +21,8 @@ for task in hopper halfcheetah; do
     $run/on --algorithms iql td3_bc -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile
     $run/awac --algorithms awac -- --num-updates 20000 --online-steps 50000 --eval-every 1000 --compile --precision bf16
     # an update of CQL takes ten times as long: half the offline updates, and fewer steps
-    [ $task = halfcheetah ] || $run/cql --algorithms cql cal_ql -- --num-updates 10000 --online-steps 20000 \
-        --eval-every 1000 --compile --precision bf16
+    $run/cql --algorithms cql cal_ql -- --num-updates 10000 --online-steps 20000 --eval-every 1000 --compile \
+        --precision bf16
     $run/rlpd --algorithms rlpd -- --updates-per-step 2 --num-updates 40000 --eval-every 2000 --compile --precision bf16
     [ $task = hopper ] && env=Hopper-v5 || env=HalfCheetah-v5
     for seed in 0 1 2; do
