@@ -288,7 +288,7 @@ def true_returns(policy: Policy, dataset: Dataset, args: Args) -> np.ndarray | N
         environments = make_environments(dataset, args.eval_episodes)
     except BadInput as reason:
         check(args.env_id is None, f"--env-id: {reason}")
-        warn(f"{reason}: the estimate is compared with nothing")
+        warn(f"the estimate is compared with nothing: {reason}")
         return None
     horizon = math.ceil(math.log(0.001) / math.log(args.gamma))  # Q knows of no time limit: here gamma^t is the limit
     for environment in environments:

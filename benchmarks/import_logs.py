@@ -129,9 +129,9 @@ def find_environment(env_id: str, log: Log) -> Environment:
         with warnings.catch_warnings(action="ignore"):
             environment = make_environment(env_id, users=True)
     except BadInput as reason:
-        advice = "check the name, or leave --env-id out and give it to the script that trains"
-        check(env_id in gym.registry, f"--env-id: {reason}: {advice}")
-        print(f"{reason}: it gives no bounds of actions")
+        advice = "check the name, or leave it out and give it to the script that trains"
+        check(env_id in gym.registry, f"--env-id {env_id}: {advice}: {reason}")
+        print(f"no bounds of actions are known of it: {reason}")
         return Environment(find_spec(env_id), bounds=None)
     with explain(f"--env-id {env_id}"), environment:
         bounds = action_bounds(environment.action_space, log.discrete)

@@ -202,7 +202,7 @@ def true_returns(args: Args, policies: tuple[Path, ...], result: dict[str, Any])
         environments = make_environments(dataset, min(20, args.eval_episodes))
     except BadInput as reason:
         check(args.env_id is None, f"--env-id: {reason}")
-        warn(f"{reason}: there is no truth to compare with")
+        warn(f"there is no truth to compare with: {reason}")
         return {}
     for environment in environments:
         environment.set_wrapper_attr("_max_episode_steps", math.ceil(math.log(0.001) / math.log(gamma)))

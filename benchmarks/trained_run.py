@@ -164,7 +164,7 @@ def visit(run: Trained, num_episodes: int) -> Visits | None:
     try:
         recorders: list[Any] = [Recorder(environment) for environment in make_environments(dataset, num_episodes)]
     except BadInput as reason:
-        warn(f"{reason}: there are no visits")
+        warn(f"there are no visits: {reason}")
         return None
     limit = recorders[0].spec.max_episode_steps
     horizon = math.ceil(math.log(0.01) / math.log(gamma)) if 0 < gamma < 1 else 1

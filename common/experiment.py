@@ -79,7 +79,7 @@ class Run:
                 self.environments = make_environments(self.dataset, args.eval_episodes)
             except BadInput as reason:
                 check(args.env_id is None, f"--env-id: {reason}")
-                warn(f"{reason}: training goes on without evaluation")
+                warn(f"training goes on without evaluation: {reason}")
         names = ["algorithm", "dataset_id", "seed", "batch_size", "precision", "validation_fraction", "validation_seed"]
         names += ["env_id", "eval_episodes"] if self.environments or player else []  # of one curve
         self.learning_arguments = {name: getattr(args, name) for name in names} | args.hyper_parameters()

@@ -487,7 +487,7 @@ def test_an_environment_that_is_not_installed_is_one_warning(make_dataset, datas
     assert run.returncode == 0, run.stderr
     assert (
         run.stderr.count("warning") == 1
-        and "'NotInstalled-v0' is not installed: the estimate is compared with nothing" in run.stderr
+        and "the estimate is compared with nothing: environment 'NotInstalled-v0' is not installed" in run.stderr
     )
     assert "no environment to compare with" in run.stdout
 

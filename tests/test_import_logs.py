@@ -240,7 +240,7 @@ def test_bounds_that_are_given_come_before_the_environments(tmp_path):
 
 def test_an_environment_that_cannot_be_made_is_recorded(tmp_path):
     buffer, said = imported(table(), tmp_path, "--env-id", "Hopper-v2")  # its bindings are gone
-    assert said.startswith("environment 'Hopper-v2' cannot be made (") and "): it gives no bounds of actions\n" in said
+    assert said.startswith("no bounds of actions are known of it: environment 'Hopper-v2' cannot be made: ")
     assert (buffer.dataset.env_id, buffer.dataset.action_high.tolist()) == ("Hopper-v2", [2.5])
     assert buffer.dataset.reference_returns == (-20.272305, 3234.3)
 
@@ -385,15 +385,15 @@ ARGUMENTS = {
     "empty prefix": (["--action-prefix", ""], "prefixes must differ"),
     "no environment": (
         ["--env-id", "Pendulum-v99"],
-        "--env-id: environment 'Pendulum-v99' cannot be made (Environment version `v99`",
+        "--env-id Pendulum-v99: check the name, or leave it out and give it to the script that trains: environment 'P",
     ),
     "no such module": (
         ["--env-id", "no_such:Pendulum-v1"],
-        "'no_such:Pendulum-v1' cannot be made (No module named 'no_such'",
+        "'no_such:Pendulum-v1' cannot be made: No module named 'no_such'",
     ),
     "not in the module": (
         ["--env-id", "conftest:Nobodys-v0"],
-        "'conftest:Nobodys-v0' cannot be made (Environment `Nobodys` doesn't exist.): check the name",
+        "'conftest:Nobodys-v0' cannot be made: Environment `Nobodys` doesn't exist.",
     ),
     "size": (["--env-id", "Pendulum-v1"], "--env-id Pendulum-v1 has observations of size 3, the file of size 2: name"),
     "discrete actions": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1: actions must be vectors"),
