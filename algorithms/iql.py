@@ -41,9 +41,7 @@ class HyperParameters:
     weight_clip: float = 100.0  # largest weight of a transition in L_pi (authors' code)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)
-    cosine_decay: bool = (
-        True  # the actor's rate falls to 0 at --num-updates (authors' code); without it, more can follow
-    )
+    cosine_decay: bool = True  # the actor's rate falls to 0 at --num-updates, which is then final (authors' code)
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     value_learning_rate: float = 3e-4  # of Adam (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of every network (paper)
