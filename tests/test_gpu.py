@@ -2,11 +2,16 @@
 
 import csv
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line, run_script
+from conftest import ROOT, assert_one_line, run_script
 
 from benchmarks.measurements import gpu
 
@@ -29,9 +34,55 @@ def test_how_much_of_the_time_the_gpu_is_at_work_is_beside_the_speed(tmp_path, m
     words = [*SHORT, "--shared-algorithm", "bc", "--processes", "1", "--out", str(tmp_path)]
     ran = run_script("benchmarks.measurements.gpu", *words)
     assert ran.returncode == 0, ran.stderr
-    found = {row["measurement"]: float(row["value"]) for row in csv.DictReader((tmp_path / "gpu.csv").open())}
+    found = {row["measurement"]: float(row["value"]) for row in rows_of(tmp_path)}
     assert found["updates_per_second of 1"] > 0 and found["utilisation of 1"] == pytest.approx(50, abs=10)
     assert "utilization.gpu" in asked.read_text()
+
+
+def rows_of(folder):
+    return list(csv.DictReader((folder / "gpu.csv").open()))
+
+
+def test_rows_of_other_parts_and_machines_are_kept(tmp_path, monkeypatch):
+    other = {("a GPU", "updates_per_second", "bc", "eager"): 10.0, ("a GPU", "resume", "bc", "eager"): 0.0}
+    gpu.gpu_table.write(tmp_path / "gpu.csv", other)
+    found = iter([[("bc", "eager", 20.0)], [("bc", "compile", 30.0)], [("bc", "eager", 40.0)]])
+    monkeypatch.setattr(gpu, "together", lambda *_, **__: next(found))
+    for _ in range(3):
+        gpu.main(gpu.Args(device="cpu", parts=("speed",), out=tmp_path))
+    rows = rows_of(tmp_path)
+    assert [row["mode"] for row in rows] == ["eager", "eager", "eager", "compile"]
+    assert [float(row["value"]) for row in rows] == [10, 0, 40, 30]
+    assert {row["machine"] for row in rows[2:]} == {f"no GPU: a trial of the command, PyTorch {torch.__version__}"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.index("# a GPU") < page.index("| bc | 10 |") < page.index("# no GPU") < page.index("| bc | 40 | 30 |")
+
+
+def test_a_file_that_is_not_its_own_is_left_alone(tmp_path):
+    (tmp_path / "gpu.csv").write_text("measurement,value\nspeed,1\n")
+    ran = run_script("benchmarks.measurements.gpu", *SHORT, "--out", str(tmp_path))
+    assert_one_line(ran, r"gpu\.csv: its columns are not machine, measurement, .*; take another --out$")
+    assert (tmp_path / "gpu.csv").read_text() == "measurement,value\nspeed,1\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says which processes it has")
+def test_a_process_that_is_killed_is_one_line_at_once(tmp_path):
+    words = [*SHORT, "--shared-algorithm", "bc", "--processes", "2", "--seconds", "1000", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.measurements.gpu", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        try:
+            while len(workers := children(running.pid)) < 3:  # and the process that counts what they share
+                time.sleep(0.05)
+            os.kill(workers[-1], signal.SIGKILL)
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 2
+    assert re.fullmatch(r"error: a process ended with \[-9\], as where memory runs out: .*\n", said), said
+
+
+def children(process):
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_a_sum_over_processes_is_of_all_of_them(monkeypatch):

@@ -268,6 +268,7 @@ def test_every_benchmark_is_tested():
     tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, likewise
     tried_with_others |= {"measurements/tables.py", "measurements/paths.py", "two_ways.py", "track.py"}
     tried_with_others |= {"measurements/online.py", "measurements/acting.py", "measurements/pace.py"}
+    tried_with_others.add("measurements/gpu_table.py")
     folder = ROOT / "benchmarks"
     names = {str(path.relative_to(folder)) for path in [*folder.glob("*.py"), *folder.glob("measurements/*.py")]}
     assert names == BENCHMARKS.keys() | tried_with_others

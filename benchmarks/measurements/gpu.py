@@ -1,7 +1,7 @@
 """What a CUDA GPU makes of every script: does it train as the CPU does, resume to the same bits, and how fast?
 
 One command, without network. It writes gpu.csv, row by row as they come, and the page gpu.md. The parts take minutes
-each; --parts takes some of them.
+each; --parts takes some of them. Both files keep what was measured before: a row of the same machine is replaced.
 
 1. difference: weights after 50 updates on the same batches. Eager on the GPU against the CPU, both in double precision
    and with the CPU's random numbers; compiled (CUDA graphs) against eager, in double precision; bf16 against float32,
@@ -18,6 +18,7 @@ Run: python -m benchmarks.measurements.gpu --out benchmarks/results
 """
 
 import csv
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -42,7 +43,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path += [str(Path(__file__).resolve().parents[2] / "algorithms"), str(Path(__file__).resolve().parent)]
+sys.path += [str(Path(sys.path[0], folder)) for folder in ("algorithms", "benchmarks", "benchmarks/measurements")]
+import gpu_table
 import throughput
 
 from common.command_line import check, launch
@@ -67,7 +69,6 @@ FEW = {  # arguments of the short runs that are stopped and resumed
 }
 DATA = {name: ["--dataset-id", "anchorl/cartpole/mixed-v0"] for name in throughput.DISCRETE}
 NOT_ALONE = "fqe"  # needs a policy of another run, and a batch for each member
-PATIENCE = 3600  # seconds until a process that was killed ends the command
 Row = tuple[str, str, str, float]  # measurement, algorithm, mode, value
 
 
@@ -258,31 +259,45 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
             except Exception as error:
                 print(f"{algorithm} {mode}: {error!r:.500}", file=sys.stderr, flush=True)
     rows.put(None)
-    ready.wait(timeout=10**6)  # for all others to have measured
+    ready.wait()  # for all others to have measured
 
 
 def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
     """Algorithm, mode and updates a second, of a process for each of the algorithms."""
     context = multiprocessing.get_context("spawn")
-    ready, rows = context.Barrier(len(algorithms) + 1, timeout=PATIENCE), context.Queue()
+    ready, rows = context.Barrier(len(algorithms) + 1), context.Queue()
     shared = modes, ready, context.Lock() if alone else None, rows
     workers = [context.Process(target=measure, args=(args, name, *shared), daemon=True) for name in algorithms]
     for worker in workers:
         worker.start()
+    wait_until(lambda: ready.n_waiting == len(workers), workers)
     ready.wait()
     ask = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
     watched = not alone and shutil.which(ask[0])
     watch = subprocess.Popen(ask, stdout=subprocess.PIPE, text=True) if watched else None
     for _ in workers:
-        while (row := rows.get(timeout=PATIENCE)) is not None:
+        while (row := next_row(rows, workers)) is not None:
             yield row
     if watch and watch.stdout:
         watch.terminate()
         if shares := [float(word) for word in watch.stdout.read().split() if word.isdigit()]:  # not of a part of a GPU
             yield "", "utilisation", statistics.mean(shares)
-    ready.wait(timeout=10**6)
+    ready.wait()
     for worker in workers:
         worker.join()
+
+
+def next_row(rows: Any, workers: list[Any]) -> tuple[str, str, float] | None:
+    wait_until(lambda: not rows.empty(), workers)
+    return rows.get()
+
+
+def wait_until(done: Callable[[], bool], workers: list[Any]) -> None:
+    """Waits, unless a process was killed: then the others would wait for it, and for ever. Raises BadInput."""
+    while not done():
+        killed = [worker.exitcode for worker in workers if worker.exitcode]
+        check(not killed, f"a process ended with {killed}, as where memory runs out: take fewer --algorithms at a time")
+        time.sleep(0.02)
 
 
 def speeds(args: Args) -> Iterator[Row]:
@@ -292,7 +307,7 @@ def speeds(args: Args) -> Iterator[Row]:
 
 def sharing(args: Args) -> Iterator[Row]:
     mode = "compile" if "compile" in args.modes else args.modes[0]
-    longer = replace(args, seconds=4 * args.seconds)
+    longer = dataclasses.replace(args, seconds=4 * args.seconds)
     for count in args.processes:
         found = list(together(longer, [args.shared_algorithm] * count, [mode], alone=False))
         for name, kind in (("updates_per_second", mode), ("utilisation", "utilisation")):
@@ -354,45 +369,18 @@ def main(args: Args) -> None:
         "sharing": lambda: sharing(args),
         "long": lambda: long_runs(args),
     }
-    alone = replace(args, algorithms=tuple(name for name in args.algorithms if name != NOT_ALONE))
-    began, rows = time.perf_counter(), list[Row]()
+    alone = dataclasses.replace(args, algorithms=tuple(name for name in args.algorithms if name != NOT_ALONE))
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU: a trial of the command"
+    machine, began = f"{name}, PyTorch {torch.__version__}", time.perf_counter()
+    table = gpu_table.read(args.out / "gpu.csv")
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "gpu.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["measurement", "algorithm", "mode", "value"])
-        for part in args.parts:
-            for row in parts[part]():
-                rows.append(row)
-                writer.writerow([*row[:3], f"{row[3]:.6g}"])
-                file.flush()
-            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    (args.out / "gpu.md").write_text(page(rows))
-    print(page(rows))
-
-
-def page(rows: list[Row]) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a trial of the command"
-    lines = [f"# {name}, PyTorch {torch.__version__}", ""]
-    for title, measurements in {
-        "Updates a second": ["updates_per_second"],
-        "Weights after 50 updates: differences": ["difference", "repetition"],
-        "Largest difference of the checkpoint": ["resume"],
-    }.items():
-        found = [row for row in rows if row[0] in measurements]
-        columns = list(dict.fromkeys((row[0], row[2]) for row in found))
-        values = {(row[1], row[0], row[2]): row[3] for row in found}
-        if found:
-            heads = [f"{what} {mode}" if len(measurements) > 1 else mode for what, mode in columns]
-            lines += [f"## {title}", "", "| " + " | ".join(["", *heads]) + " |", "|---" * (1 + len(heads)) + "|"]
-            for algorithm in sorted({row[1] for row in found}):
-                cells = [f"{values[algorithm, *c]:.4g}" if (algorithm, *c) in values else "" for c in columns]
-                lines.append("| " + " | ".join([algorithm, *cells]) + " |")
-            lines.append("")
-    rest = [row for row in rows if " of " in row[0]]
-    if rest:
-        lines += ["## Sharing and whole runs", "", "| | | | |", "|---|---|---|---|"]
-        lines += [f"| {what} | {algorithm} | {mode} | {value:.4g} |" for what, algorithm, mode, value in rest]
-    return "\n".join(lines) + "\n"
+    for part in args.parts:
+        for measurement, algorithm, mode, value in parts[part]():
+            table[machine, measurement, algorithm, mode] = value
+            gpu_table.write(args.out / "gpu.csv", table)
+        gpu_table.write_page(args.out / "gpu.md", table)
+        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print((args.out / "gpu.md").read_text())
 
 
 if __name__ == "__main__":
