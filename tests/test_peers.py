@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import tomllib
+from functools import partial
 from unittest import mock
 
 import gymnasium as gym
@@ -21,7 +22,8 @@ from common.data import BUILT_IN_DISCRETE_ID, load_dataset
 from common.evaluation import FINAL_SEED, evaluate, make_environments
 
 FOLDER = ROOT / "benchmarks" / "peers"
-SCRIPTS = ("corl_scores", "d3rlpy_scores", "offlinerlkit_scores")
+SCRIPTS = ("corl_scores", "d3rlpy_scores", "edac_scores", "offlinerlkit_scores")
+CHECKOUTS = (("corl_scores", "corl"), ("edac_scores", "edac"), ("offlinerlkit_scores", "kit"))
 
 
 def load(name):
@@ -337,13 +339,101 @@ def test_the_kit_s_models_are_for_tasks_whose_ends_it_knows(protocol, capsys):
     assert stopped.value.code == 2 and "does not know when anchorl/pendulum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "argument"), [("corl_scores", "corl"), ("offlinerlkit_scores", "kit")])
+EDAC = {
+    "scripts/sac.py": """
+        import argparse
+        from experiment_utils.launch_experiment import launch_experiment
+        from lifelong_rl.config import get_config
+
+        if __name__ == "__main__":
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--env_name")
+            parser.add_argument("--seed", type=int)
+            parser.add_argument("--num_qs", default=2, type=int)
+            parser.add_argument("--eta", default=-1.0, type=float)
+            args = parser.parse_args()
+            launch_experiment(
+                variant={"args": vars(args), "offline_kwargs": {"batch_size": 7}}, get_config=get_config, data_args={}
+            )
+    """,
+    "experiment_utils/launch_experiment.py": """
+        import gtimer
+        from experiment_configs.base_experiment import experiment
+
+        def launch_experiment(**_): raise NotImplementedError
+    """,
+    "experiment_utils/prepare_data.py": """
+        import gym
+        from d4rl import qlearning_dataset
+
+        def load_hdf5(env, replay_buffer, args):
+            assert isinstance(env.action_space, gym.spaces.Box) and args == {}
+            print("its lines")
+            replay_buffer.data = qlearning_dataset(env)
+    """,
+    "lifelong_rl/data_management/replay_buffers/env_replay_buffer.py": """
+        class EnvReplayBuffer:
+            def __init__(self, size, env): self.drawn = []
+            def random_batch(self, batch_size, return_indices):
+                self.drawn.append(batch_size)
+                return self.data, [0]
+    """,
+    "lifelong_rl/config.py": """
+        import numpy as np
+
+        SEEN = []
+
+        class Policy:
+            stochastic_policy = property(lambda self: self)
+            def get_actions(self, observations, deterministic=False):
+                assert deterministic
+                return observations[:, :1] * 0 + 0.5
+
+        class Trainer:
+            def train(self, batch, indices): SEEN.append((batch, indices))
+
+        def get_config(variant, expl_env, eval_env, obs_dim, action_dim, replay_buffer):
+            SEEN.append((variant["args"], obs_dim, action_dim, replay_buffer, np.random.rand()))
+            return {"evaluation_policy": Policy(), "trainer": Trainer()}
+    """,
+}
+
+
+def test_edac_is_trained_with_its_arguments_and_our_data(protocol, tmp_path, pendulum, apart, monkeypatch, capsys):
+    for name, text in EDAC.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    script = load("edac_scores")
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.syspath_prepend(tmp_path)
+    args = script.Args(num_updates=4, eval_every=2, eval_episodes=2, eta=5.0, edac=tmp_path)
+    result, rows = script.train(protocol.Cell("snu-mllab edac", BUILT_IN_ID, 5, args), args)
+    (seen, *dims, buffer, drawn), *updates = sys.modules["lifelong_rl.config"].SEEN
+    assert seen == {"env_name": BUILT_IN_ID, "seed": 5, "num_qs": 10, "eta": 5.0} and dims == [3, 1]
+    assert drawn == np.random.RandomState(5).rand()
+    assert buffer.drawn == [7] * 4 and len(updates) == 4 and all(batch is buffer.data for batch, _ in updates)
+    assert len(buffer.data["terminals"]) == len(buffer.data["rewards"])
+    assert [row["num_updates"] for row in rows] == [2, 4] and "its lines" not in capsys.readouterr().out
+    returns, _ = evaluate(lambda states: at_rest(states) + 1, make_environments(pendulum.dataset, 2), 50, FINAL_SEED)
+    np.testing.assert_allclose(result["final_returns"], returns)  # 0.5 of [-1, 1] is 1 of [-2, 2]
+
+
+def test_edac_s_results_are_of_their_arguments(protocol):
+    script = load("edac_scores")
+    names = [
+        script.full_name(script.Args(num_critics=count, eta=eta)) for count, eta in ((10, 1.0), (50, 1.0), (10, 5.0))
+    ]
+    assert names == ["edac", "edac --num-critics 50", "edac --eta 5"]
+
+
+@pytest.mark.parametrize(("name", "argument"), CHECKOUTS)
 def test_no_checkout_is_bad_input(protocol, name, argument, tmp_path, capsys, apart, monkeypatch):
     script = load(name)
     monkeypatch.setattr(sys, "argv", ["x"])
     args = script.Args(eval_episodes=1, out=tmp_path, **{argument: tmp_path / "none"})
     with pytest.raises(SystemExit) as stopped:
-        script.train("cql", protocol.Cell("x", BUILT_IN_ID, 0, args), args)
+        train = script.train if name == "edac_scores" else partial(script.train, "cql")
+        train(protocol.Cell("x", BUILT_IN_ID, 0, args), args)
     assert stopped.value.code == 2 and f"--{argument} {tmp_path}/none: no " in capsys.readouterr().err
 
 

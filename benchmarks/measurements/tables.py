@@ -51,7 +51,7 @@ COLUMNS = {  # of README.md's table
     "zoo/walker2d/medium-expert-v0": "walker2d",
     "zoo/halfcheetah/medium-expert-v0": "halfcheetah",
 }
-PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy")
+PEERS = ("CORL", "OfflineRL-Kit", "d3rlpy", "snu-mllab")  # the last are EDAC's authors
 NAMES = {"td3_bc": "TD3+BC", "sac_bc": "SAC+BC", "rebrac": "ReBRAC", "bc --top-fraction 0.1": "10% BC"}
 NAMES |= {"morel": "MOReL", "cal_ql": "Cal-QL", "diffusion_ql": "Diffusion-QL", "decision_transformer": "DT"}
 BEGIN, END = "<!-- made by benchmarks.measurements.tables -->\n", "<!-- the end of it -->"

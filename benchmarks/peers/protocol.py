@@ -225,8 +225,9 @@ class StandIn(ModuleType):
 
 def load(folder: Path, name: str, argument: str, absent: tuple[str, ...]) -> Any:
     """The module `name` in `folder` of a checkout, with stand-ins for the packages `absent`."""
-    if not (folder / f"{name}.py").exists():
-        stop(f"{argument}: no {folder / name}.py; give the folder of a checkout")
+    path = folder / f"{name.replace('.', '/')}.py"
+    if not path.exists():
+        stop(f"{argument}: no {path}; give the folder of a checkout")
     sys.modules.update({package: StandIn(package) for package in absent})
     sys.modules.pop(name, None)  # of another folder
     sys.path.insert(0, str(folder))
