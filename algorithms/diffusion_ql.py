@@ -61,7 +61,7 @@ class HyperParameters:
     gradient_clip: float = 5.0  # largest norm of each network's gradient (authors' code in Gym: 1 to 9, by dataset)
     tau: float = 0.005  # rate at which the target critic follows (authors' code)
     actor_tau: float = 0.001  # rate at which the copy of the model follows (authors' code: 0.005 every fifth update)
-    actor_learning_rate: float = 3e-4  # of Adam (authors' code)
+    actor_learning_rate: float = 3e-4  # of Adam (authors' code in Gym)
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network (authors' code)
 
@@ -337,8 +337,9 @@ from common.optim import Adam, compiled
 
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
-    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
-    reward_shift: float = 0.0  # added to rewards first
+    reward_scale: float | Literal["return-range"] = 1.0
+    """multiplies rewards (authors' code: 4 in antmaze); return-range: their returns span 1,000"""
+    reward_shift: float = 0.0  # added to rewards first (authors' code: -0.5 in antmaze)
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:

@@ -41,7 +41,8 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     num_critics: int = 10  # N (authors' code: 10; paper: 50 for Hopper, and SAC-N takes up to 500)
-    eta: float = 1.0  # weight of the diversity; 0 is SAC-N (paper: mostly 1 in locomotion, 10 to 1000 in Adroit)
+    eta: float = 1.0
+    """weight of the diversity; 0 is SAC-N (paper: mostly 1 in Gym; in Adroit, rewards standardised, 10 to 1000)"""
     target_entropy: float | None = None  # the temperature holds the policy's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critics follow the critics (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam, for the actor and the temperature (authors' code)

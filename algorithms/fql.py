@@ -314,7 +314,7 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
-    reward_shift: float = 0.0  # added to rewards first
+    reward_shift: float = 0.0  # added to rewards first (authors' code: -1 in D4RL's antmaze)
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
     def validate(self) -> None:

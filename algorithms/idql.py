@@ -18,9 +18,9 @@ Diffusion Policies", 2023, arXiv 2304.10573. With a flow: "IFQL" in Park, Li, Le
 Differences: the paper's clone is a diffusion model of 5 steps. A flow is simpler, without schedule or noise on the way,
 and its 10 steps keep modes apart: of two narrow kinds of actions, about -0.5 and 0.5, the authors' sampler with a
 perfect network puts a quarter of its samples nearer to 0 than to either, the flow one in a hundred. The clone is a
-plain network, which sees t beside s and x; the authors' has residual blocks, layer norm, dropout, weight decay and
-Fourier features of t, and a slow copy of it acts. The z_i are drawn once, at the start, and the first of them is 0, so
-that the policy is a function of s; the authors draw anew at each step. The paper's policy that draws one of the
+plain network, which sees t beside s and x; the authors' has residual blocks, layer norm, Mish, dropout, weight decay
+and Fourier features of t, and a slow copy of it acts. The z_i are drawn once, at the start, and the first of them is 0,
+so that the policy is a function of s; the authors draw anew at each step. The paper's policy that draws one of the
 samples, by the weights above, and its other losses of V are left out. One optimiser step trains the three networks,
 each loss seeing the others as they were before it (the authors train the clone, V, and then Q with the new V). V has no
 layer norm, the batch is half the authors', and L_Q sums over the twins (theirs: mean). Observations are normalised,

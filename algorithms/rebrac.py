@@ -242,7 +242,8 @@ from common.optim import Adam, compiled
 @dataclass
 class Args(HyperParameters, ExperimentArgs):
     batch_size: int = 1024  # transitions per update (paper: 1024 locomotion, 256 the rest)
-    reward_scale: float | Literal["return-range"] = 1.0  # multiplies rewards; return-range: their returns span 1,000
+    reward_scale: float | Literal["return-range"] = 1.0
+    """multiplies rewards (authors' code: 100 in antmaze); return-range: their returns span 1,000"""
     reward_shift: float = 0.0  # added to rewards first
     normalize_observations: bool = True  # by the mean and standard deviation of the data
 
