@@ -21,10 +21,10 @@ there is no number. The 95 % interval is a bootstrap of the episodes, with fixed
 each network. Neither knows of errors that all networks share.
 
 beta is logged, or fitted to four fifths of the episodes, L_beta = E[ -log beta(a | s) ], at the temperature that suits
-the others best. If beta is wrong, or 0 where pi is not, `is` and `wis` err (mean_i rho_i, `weight`, is not 1),
-and wdr is right only as far as Q is. Continuous actions, in [-1, 1], need --noise sigma: then all is of clip(pi(s) +
-sigma epsilon), whose density has at its ends the mass of what is clipped; beta is a mixture of such. conservative > 0
-pushes Q down where pi leaves the data and up at their actions: with enough, fqe is a lower bound in the mean.
+the others best. If beta is wrong, or 0 where pi is not, `is` and `wis` err (mean_i rho_i, `weight`, is not 1), and wdr
+is as right as Q. Continuous actions, in [-1, 1], need --noise sigma: then all is of clip(pi(s) + sigma epsilon), whose
+density has at its ends the mass of what is clipped; beta is a mixture of such, if logged at the ends alone.
+conservative > 0 pushes Q down where pi leaves the data: enough of it makes fqe a lower bound in the mean.
 
 Papers: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000 (is); Thomas, Brunskill,
 "Data-Efficient Off-Policy Policy Evaluation for Reinforcement Learning", 2016, arXiv 1604.00923 (wis, wdr); Le,
@@ -400,12 +400,14 @@ def gather(buffer: ReplayBuffer, args: Args) -> tuple[Evidence, dict[str, Any]]:
     beta, told = None, {"beta": "none"}
     if buffer.num_actions or args.noise:
         log_probs, told = logged_probabilities(buffer.dataset), {"beta": "logged"}
-        if log_probs is None:
+        ends = (actions.abs() == 1).any(dim=1) & (not buffer.num_actions)  # a mass is there, and logged is a density
+        if log_probs is None or ends.any():
             chosen = (torch.randperm(len(lengths)) < len(lengths) / 5).repeat_interleave(lengths)
             dims = buffer.num_actions or 5 * (2 * actions.shape[1] + 1)  # w, means and log stds of five components
-            log_probs, likelihoods = fit_behaviour(batch, chosen, dims, buffer.num_legal, args)
-            check_argument(args, "learning_rate", log_probs is not None, "is too high: beta diverged")
-            told = {"beta": "fitted"} | likelihoods
+            fitted, likelihoods = fit_behaviour(batch, chosen, dims, buffer.num_legal, args)
+            check_argument(args, "learning_rate", fitted is not None, "is too high: beta diverged")
+            told = {"beta": "fitted" if log_probs is None else "logged, fitted at bounds"} | likelihoods
+            log_probs = fitted if log_probs is None else torch.where(ends, fitted, log_probs)
         beta = table(log_probs, buffer)
     return Evidence(buffer, batch, size, table(data.rewards, buffer), beta, bootstrap(len(lengths), args.draws)), told
 
@@ -460,8 +462,7 @@ def judge(policy: Policy, evidence: Evidence, dynamics: Ensemble, args: Args) ->
 
 def describe(found: dict[str, Any]) -> str:
     interval = "{estimate:.3g} ({low:.3g} to {high:.3g})".format_map
-    told = {name: interval(each) if isinstance(each, dict) else f"{each:.3g}" for name, each in found.items()}
-    return ", ".join(f"{name} {each}" for name, each in told.items())
+    return ", ".join(f"{name} {interval(x) if isinstance(x, dict) else f'{x:.3g}'}" for name, x in found.items())
 
 
 def main(args: Args) -> None:
@@ -475,8 +476,7 @@ def main(args: Args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
-    buffer = load_buffer(args, run)
-    count = len(buffer.episode_lengths)
+    count = len((buffer := load_buffer(args, run)).episode_lengths)
     check(count > 1, f"{run['dataset_id']} holds one episode: intervals need several; cut the log into episodes")
     if count < 20:
         warn(f"{count} episodes are few: no interval of fewer than 20 can be trusted")

@@ -3,9 +3,9 @@
 The policy plays in its run's environment, as it is evaluated: without noise. With --sample it acts by sampling instead,
 where its script's actor has a `sample`; with --noise there is normal noise on its actions, as of td3_bc.py and naf.py
 online. infos["log_prob"] then holds the log-density of each action in the environment's units, as in the datasets of
-benchmarks.collect; of an action that was drawn beyond the bounds, and is cut to them, that of the draw. Beside the data
-lies the policy, policy.pt, which common.evaluation.load_policy loads. Scores are those of the run's own dataset, if it
-has any.
+benchmarks.collect; of an action that was drawn beyond the bounds, and is cut to them, that of the draw (ope.py fits
+there). Beside the data lies the policy, policy.pt, which common.evaluation.load_policy loads. Scores are those of the
+run's own dataset, if it has any.
 
 Run: python -m benchmarks.record --policy-run-dir runs/first --dataset-id my/first-v0
 """

@@ -12,9 +12,11 @@ import ope
 import pytest
 import torch
 from conftest import SHORT, assert_one_line, random_episode, run_script
+from record import noisy_behaviour
 
 from common.command_line import BadInput
-from common.data import load_dataset
+from common.data import ReplayBuffer, load_dataset
+from common.evaluation import Policy
 
 # --- A small MDP ---
 
@@ -645,6 +647,38 @@ def test_logged_densities_become_those_of_actions_in_one(make_dataset):
     episode = random_episode(0, 5) | {"infos": {"log_prob": np.array([0.5, -1, -2, 0, 1, np.nan])}}
     dataset = load_dataset(make_dataset(episodes=[episode]))
     assert ope.logged_probabilities(dataset).tolist() == pytest.approx(np.array([0.5, -1, -2, 0, 1]) + math.log(2))
+
+
+class Always(torch.nn.Module):
+    """A policy that always takes 0.9."""
+
+    def forward(self, observations):
+        return torch.full((len(observations), 1), 0.9)
+
+
+def test_logged_densities_say_nothing_at_the_bounds(make_dataset, monkeypatch):
+    """The policy itself, noisy, wrote the log: all ratios are 1. Of a cut action the log has the draw's density, and
+    its mass is fitted; the other densities are the log's."""
+    policy = Policy(Always(), torch.tensor([[0.0] * 3, [1.0] * 3]), (np.float32([-2]), np.float32([2])), False, {})
+    act, episodes = noisy_behaviour(policy, 0.1, 0), []
+    for seed in range(300):
+        taken = [act(np.zeros(3), None) for _ in range(4)]
+        episode = random_episode(seed, 4, actions=np.array([action for action, _ in taken], dtype=np.float32))
+        episodes.append(episode | {"infos": {"log_prob": np.array([log_prob for _, log_prob in taken] + [np.nan])}})
+    buffer = ReplayBuffer(load_dataset(make_dataset(episodes=episodes)), torch.device("cpu"))
+    actions = buffer.transitions.actions[:, 0]
+    cut = actions.abs() == 1
+    assert 0.1 < cut.float().mean() < 0.2  # beyond the mean are one standard deviation and the bound
+    sizes = {"num_updates": 500, "hidden_dims": (32,), "learning_rate": 3e-3}
+    torch.manual_seed(0)
+    evidence, told = ope.gather(buffer, ope.Args(noise=0.1, **sizes))
+    assert told["beta"] == "logged, fitted at bounds" and "log_likelihood" in told
+    log_beta, mass = evidence.log_beta.flatten(), torch.special.log_ndtr(torch.tensor(-1.0)).item()
+    inside = -0.5 * ((actions - 0.9) / 0.1) ** 2 - math.log(0.1) - 0.5 * math.log(2 * math.pi)
+    np.testing.assert_allclose(log_beta[~cut], inside[~cut], atol=1e-3)
+    assert log_beta[cut].exp().mean().log().item() == pytest.approx(mass, abs=0.5)  # logged are 0.9 and less
+    monkeypatch.setattr(ope, "fit_behaviour", None)  # without noise nobody asks
+    assert ope.gather(buffer, ope.Args(**sizes))[1] == {"beta": "none"}
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (5,)])
