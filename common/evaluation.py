@@ -116,8 +116,7 @@ def make_environment(env_id: str, max_episode_steps: int | None = None, users: b
     for known in ("gymnasium_robotics", "benchmarks.two_ways"):  # D4RL's hands, mazes and kitchen; ours
         with contextlib.suppress(ImportError):  # Gymnasium registers its own alone
             gym.register_envs(importlib.import_module(known))
-    installed = users or env_id in gym.registry  # no "module:Id" of a dataset, which gym.make would import
-    check(installed, f"environment {env_id!r} is not installed")
+    check(users or env_id in gym.registry, f"environment {env_id!r} is not installed")  # a dataset's module:Id is not
     with explain(f"environment {env_id!r} cannot be made"):
         made = gym.make(env_id, max_episode_steps, disable_env_checker=True, **kwargs)
         return made if made.spec and made.spec.max_episode_steps else gym.wrappers.TimeLimit(made, 1000)

@@ -95,14 +95,15 @@ class Run:
             replace(self.metrics_path, lambda file: file.write(metrics.encode()))  # without the rows that come again
         (self.dir / "result.json").unlink(missing_ok=True)  # of fewer updates: until its end, this run has none
         self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
-        shapes = {w.shape for each in learner if hasattr(each, "parameters") for w in each.parameters() if w.ndim == 2}
-        threads, found, rows = torch.get_num_threads(), list[Any](), min(args.batch_size, 1025)
-        for count in (1, threads):  # are the gradients of the layers of these shapes the same with all?
-            torch.set_num_threads(count)
-            sides = ([torch.arange(rows * size).sin().view(rows, size) for size in shape] for shape in shapes)
-            found.append([left.T @ right for left, right in sides])
-        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or rows > 1024 or not all(map(torch.equal, *found))
-        self.first_step, self.threads, self.marks = self.step + 1, 1 if fixed else threads, [0.0, 0.0]
+        shapes = {w.shape for each in learner if hasattr(each, "parameters") for w in each.parameters() if w.ndim > 1}
+        threads, found, n = torch.get_num_threads(), list[Any](), min(args.batch_size, 1025)
+        for count, rng in zip((1, threads), (torch.Generator(), torch.Generator()), strict=True):
+            torch.set_num_threads(count)  # have the products of layers of these shapes the same bits with all?
+            sides = ([torch.randn(*m, *s, generator=rng) for s in ((a, b), (n, b), (n, a))] for *m, a, b in shapes)
+            found.append([product for w, x, slopes in sides for product in (x @ w.mT, slopes @ w, slopes.mT @ x)])
+        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or n > 1024 or "dynamics" in self.parts  # SiLUs' differ
+        self.threads = 1 if fixed or not all(map(torch.equal, *found)) else threads
+        self.first_step, self.marks = self.step + 1, [0.0, 0.0]
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         self.progress = tqdm(total=self.last_step, initial=self.step, desc=args.algorithm, mininterval=interval)
         interruption.close, interruption.waiting = self.progress.close, True

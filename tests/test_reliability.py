@@ -18,6 +18,8 @@ import textwrap
 import time
 
 import bc
+import iql
+import mopo
 import pytest
 import torch
 import trained_run
@@ -336,6 +338,50 @@ def test_threads_that_are_chosen_stay_and_where_sums_would_differ(changes, tmp_p
         machine.update(run, step)
     run.lock.release()
     assert machine.threads == 4
+
+
+@pytest.mark.parametrize(
+    ("hidden_dims", "batch_size", "threads"),
+    [((200, 200), 256, 8), ((100, 100), 64, 8), ((64, 64), 32, 6), ((256, 256), 4, 2)],
+)
+def test_threads_stay_where_any_product_of_an_update_depends_on_them(
+    hidden_dims, batch_size, threads, tmp_path, pendulum, monkeypatch
+):
+    """On some processors also a layer's output and its inputs' gradient do, and those of the critics, one to a twin."""
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    args = iql.Args(run_dir=tmp_path / "run", hidden_dims=hidden_dims, batch_size=batch_size)
+    before, weights = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(threads)
+        run = Run(args, pendulum, iql.build(3, 1, args, torch.device("cpu"), Adam), iql.update)
+        run.lock.release()
+        run.progress.close()
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            learner = iql.build(3, 1, args, torch.device("cpu"), Adam)
+            for step in range(1, 6):
+                iql.update(learner, pendulum.sample(batch_size), step, args)
+            weights.append(torch.cat([weight.flatten() for weight in learner.critic.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*weights) or run.threads == 1
+
+
+def test_threads_stay_in_a_run_with_a_model(tmp_path, pendulum, monkeypatch):
+    """The last bits of many SiLUs depend on where the threads divide them, and how many there are changes as rollouts
+    end."""
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for script, expected in ((mopo, 1), (bc, 2)):
+        args = script.Args(run_dir=tmp_path / script.__name__, hidden_dims=(4,))
+        run = Run(args, pendulum, script.build(3, 1, args, torch.device("cpu"), Adam), script.update)
+        run.lock.release()
+        run.progress.close()
+        assert run.threads == expected
 
 
 def test_the_number_of_threads_changes_no_bit_where_it_may_change(pendulum, tmp_path, monkeypatch):
