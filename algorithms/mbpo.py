@@ -227,10 +227,9 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
     All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
-    z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
+    known, z = z.isfinite(), (z.nan_to_num() - dynamics.z_scale[0]) / dynamics.z_scale[1]  # NaN: a log lacks s' there
     nll = (z - mean).square() * torch.exp(-log_variance) + log_variance  # [members, batch, numbers of s' and r]
-    nll = torch.cat([nll[..., :-1] * known.unsqueeze(-1), nll[..., -1:]], dim=-1).mean(dim=(1, 2))  # r is known
+    nll = (nll * known).mean(dim=(1, 2))
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
@@ -259,7 +258,7 @@ def begin_again(best: Dynamics, training: Dynamics) -> None:
 def keep_better(best: Dynamics, training: Dynamics, x: Tensor, z: Tensor, patience: int) -> Metrics:
     """After an epoch: `best` takes the members that are better on held-out x, z. Gives all mean squared errors."""
     z = (z - training.z_scale[0]) / training.z_scale[1]
-    error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().mean(dim=(1, 2))
+    error = (training(x.expand(len(best.holdout_error), -1, -1))[0] - z).square().nanmean(dim=(1, 2))
     best.epoch.add_(1)
     better = (error < 0.99 * best.holdout_error) & (best.epoch <= best.best_epoch + patience)  # by 1%, and not done
     for kept, new in zip(best.parameters(), training.parameters(), strict=True):
@@ -286,6 +285,7 @@ def fit_dynamics(learner: Learner, data: Batch, args: HyperParameters, train: An
     for model in (best, training):
         model.x_scale.copy_(torch.stack([x.mean(dim=0), (std := x.std(dim=0)).where(std > 1e-6, 1)]))  # 1 if all equal
         model.z_scale.copy_(torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
+    z[:, :-1].masked_fill_(((data.terminations == 1) & (z[:, :-1] == 0).all(dim=1)).unsqueeze(1), math.nan)  # no s'
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(torch.initial_seed())).to(x.device)
     held_out, rows = rows.tensor_split([min(math.ceil(len(x) / 5), 1000)])
     while best.epoch < min(args.max_dynamics_epochs, int(best.best_epoch.max()) + args.dynamics_patience):

@@ -209,10 +209,10 @@ def fit_dynamics(batch: Batch, args: HyperParameters) -> Ensemble:
 
 @torch.no_grad()
 def rollouts(dynamics: Ensemble, starts: Tensor, act: Callable, batch: Batch, gamma: float) -> Tensor:
-    """Discounted returns [members, E] of rollouts of `act` from `starts` [E, observation_dim], until gamma^t < 0.01. An
-    end of probability p leaves 1 - p of what follows."""
+    """Discounted returns [members, E] of rollouts of `act` from `starts` [E, observation_dim], until gamma^t < 0.001.
+    An end of probability p leaves 1 - p of what follows."""
     states, returns, alive = starts.expand(dynamics.members, -1, -1), torch.zeros(()), torch.ones(())
-    for t in range(math.ceil(math.log(0.01) / math.log(max(gamma, 0.01)))):
+    for t in range(math.ceil(math.log(0.001) / math.log(max(gamma, 0.001)))):
         actions = act(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         states, rewards, logit = forecast(dynamics, states, actions)
         returns, alive = returns + gamma**t * alive * rewards, alive * (1 - torch.sigmoid(logit))

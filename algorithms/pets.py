@@ -329,10 +329,9 @@ def dynamics_loss(dynamics: Dynamics, x: Tensor, z: Tensor, terminations: Tensor
     """L_model = sum_k E[ (z - mean_k)^2 / variance_k + log variance_k ] + cross-entropy of terminations
     All are [members, batch, ...]; z is normalised here. The bounds of the variance attract each other (MBPO)."""
     mean, log_variance, logit = dynamics(x)
-    known = (terminations == 0) | (z[..., :-1] != 0).any(dim=-1)  # s': imported logs may repeat s at ends without it
-    z = (z - dynamics.z_scale[0]) / dynamics.z_scale[1]
+    known, z = z.isfinite(), (z.nan_to_num() - dynamics.z_scale[0]) / dynamics.z_scale[1]  # NaN: a log lacks s' there
     nll = (z - mean).square() * torch.exp(-log_variance) + log_variance  # [members, batch, numbers of s' and r]
-    nll = torch.cat([nll[..., :-1] * known.unsqueeze(-1), nll[..., -1:]], dim=-1).mean(dim=(1, 2))  # r is known
+    nll = (nll * known).mean(dim=(1, 2))
     ends = binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(dim=1)  # [members]
     bounds = 0.01 * (dynamics.max_log_variance - dynamics.min_log_variance).relu().mean(dim=0).sum()  # as if shared
     return (nll + ends).sum() + bounds, {"dynamics/nll": nll.detach().mean(), "dynamics/ends": ends.detach().mean()}
@@ -364,6 +363,7 @@ def update(learner: Learner, batch: Batch, step: int, args: HyperParameters) -> 
     """One gradient step of all members, each on rows that it draws from the batch. `step` counts from 1."""
     x = torch.cat([batch.observations, batch.actions], dim=1)
     z = torch.cat([batch.next_observations - batch.observations, batch.rewards.unsqueeze(1)], dim=1)
+    z[:, :-1].masked_fill_(((batch.terminations == 1) & (z[:, :-1] == 0).all(dim=1)).unsqueeze(1), math.nan)
     rows = torch.randint(len(x), (args.num_models, len(x)), device=x.device)  # with replacement
     loss, metrics = dynamics_loss(learner.dynamics, x[rows], z[rows], batch.terminations[rows])
     loss.backward()

@@ -129,6 +129,9 @@ def root_mean_square(errors: Tensor) -> float:
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's, of [n] each: the correlation of their ranks. Without two different ones of each it is nan."""
-    ranks = torch.stack([x.argsort().argsort(), y.argsort().argsort()]).double()
+    ranks = []
+    for numbers in (x, y):  # equal ones share the mean of their ranks
+        _, place, counts = numbers.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - counts / 2)[place])
     different = len(x) > 1 and bool(x.min() < x.max()) and bool(y.min() < y.max())
-    return float(torch.corrcoef(ranks)[0, 1]) if different else math.nan
+    return float(torch.corrcoef(torch.stack(ranks).double())[0, 1]) if different else math.nan

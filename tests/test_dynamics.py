@@ -185,12 +185,12 @@ def test_dynamics_loss(script):
 
 
 def test_where_a_file_does_not_say_what_followed_reward_and_end_are_learned(script):
-    """D4RL files without next observations repeat the last one where an episode was terminated."""
+    """D4RL files without next observations repeat the last one where an episode was terminated: z is NaN there."""
     learner, _ = make_learner(script)
     dynamics = learner.training_dynamics
     randomise(dynamics)
     x, z, terminations = data(8)
-    z[:, :2, :-1] = 0
+    z[:, 0, :-1], z[:, 1, :-1] = math.nan, 0
     terminations[:, 0], terminations[:, 1] = 1, 0  # the second stood still, which can be
     scale, nll = dynamics.z_scale.numpy(), []
     for member in range(3):
@@ -199,12 +199,42 @@ def test_where_a_file_does_not_say_what_followed_reward_and_end_are_learned(scri
         each = error**2 / np.exp(log_variance) + log_variance
         each[0, :-1] = 0  # s' of the first
         nll.append(np.mean(each))
-    found = script.dynamics_loss(dynamics, x, z, terminations)[1]
+    loss, found = script.dynamics_loss(dynamics, x, z, terminations)
     assert found["dynamics/nll"].item() == pytest.approx(np.mean(nll), rel=1e-5)
+    assert all(slope.isfinite().all() for slope in torch.autograd.grad(loss, [*dynamics.parameters()]))
     z[:, 0, -1] += 1
     assert script.dynamics_loss(dynamics, x, z, terminations)[1]["dynamics/nll"] != found["dynamics/nll"]
     terminations[:, 0] = 0
     assert script.dynamics_loss(dynamics, x, z, terminations)[1]["dynamics/ends"] != found["dynamics/ends"]
+
+
+def test_where_a_file_does_not_say_what_followed_no_model_is_chosen_by_it(script):
+    """Errors on held-out data, which choose the elites, are of what is known: the same whatever s' such ends repeat."""
+    learner, args = make_learner(script, dynamics_batch_size=8, max_dynamics_epochs=1)
+    batch = random_batch(40)
+    ends = torch.arange(40) % 4 == 0
+    batch = batch._replace(terminations=ends.float())
+    batch.next_observations[ends] = batch.observations[ends]
+    seen = []
+
+    def spy(learner, x, z, terminations):
+        seen.append((z, terminations))
+        return {"dynamics/nll": torch.zeros(())}
+
+    (metrics,) = script.fit_dynamics(learner, batch, args, spy)
+    for z, terminations in seen:
+        assert torch.equal(z.isnan().any(dim=-1), terminations == 1) and not z[..., -1].isnan().any()
+        assert torch.equal(z.isnan().sum(dim=-1), 3 * (terminations == 1))
+    held_out = torch.randperm(40, generator=torch.Generator().manual_seed(torch.initial_seed()))[:8]
+    assert ends[held_out].any() and not ends[held_out].all()
+    scale, training = learner.dynamics.z_scale.numpy(), learner.training_dynamics
+    x = torch.cat([batch.observations, batch.actions], dim=1)[held_out].numpy()
+    z = torch.cat([batch.next_observations - batch.observations, batch.rewards.unsqueeze(1)], dim=1)[held_out].numpy()
+    known = np.ones((8, 4), dtype=bool)
+    known[ends[held_out].numpy(), :-1] = False
+    for member in range(3):
+        error = (z - scale[0]) / scale[1] - numpy_prediction(training, member, x)[0]
+        assert metrics[f"dynamics/holdout_mse_{member}"].item() == pytest.approx(np.mean(error[known] ** 2), rel=1e-4)
 
 
 def test_an_action_that_never_varied_in_the_data_is_not_blown_up(script):

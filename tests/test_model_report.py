@@ -186,6 +186,9 @@ def test_rank_correlation_by_hand():
     assert measures.rank_correlation(x, y) == pytest.approx(1 - 6 * (0 + 4 + 1 + 1) / (4 * 15))
     assert measures.rank_correlation(x, x.exp()) == pytest.approx(1)
     assert math.isnan(measures.rank_correlation(x, torch.ones(4)))
+    x, y = torch.tensor([1.0, 1, 1, 2, 2, 3]), torch.tensor([3.0, 1, 2, 2, 2, 1])
+    ranks = [2, 2, 2, 4.5, 4.5, 6], [6, 1.5, 4, 4, 4, 1.5]  # equal numbers share theirs
+    assert measures.rank_correlation(x, y) == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
 def test_a_wider_interval_with_larger_errors_is_told():

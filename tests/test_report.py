@@ -98,6 +98,8 @@ def test_over_datasets_each_seed_stands_by_itself_too(tmp_path):
     (line,) = report.over_datasets(read(tmp_path, runs)[1]).to_dict("records")
     assert (line["runs"], line["mean of scores"], line["IQM of scores"]) == (4, "12.5 [5.0, 20.0]", "10.0 [5.0, 20.0]")
     assert "IQM of scores" not in report.over_datasets(read(tmp_path, final("x", "a", [1, 2, 4]))[1])
+    three = final("x", "a", [10]) | final("x", "b", [0, 100])  # though the one counts as much as the two
+    assert "IQM of scores" not in report.over_datasets(read(tmp_path, three)[1])
 
 
 def test_seeds_that_do_not_go_together_have_no_means_over_datasets(tmp_path):
