@@ -143,7 +143,7 @@ def main(args: Args) -> None:
 
     def make_batch(held_out: ReplayBuffer, rows: Tensor) -> Batch:  # of the best of these episodes, too
         best = best_rows(held_out.episode_returns, held_out.episode_lengths, args.top_fraction).to(device)
-        return Batch(*held_out.take(best[rows % len(best)]))
+        return Batch(*held_out.take(best[torch.randint(len(best), rows.shape, device=device)]))
 
     run = Run(args, buffer, learner, update, make_batch)  # makes the run folder or goes back to its checkpoint
     for step in range(run.first_step, args.num_updates + 1):

@@ -348,7 +348,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that common/ is found from anywhere
-from common.command_line import ExperimentArgs, check_argument, launch
+from common.command_line import ExperimentArgs, check_argument, launch, warn
 from common.data import ReplayBuffer, hold_out, load_dataset
 from common.experiment import Run, set_up
 from common.optim import Adam, compiled
@@ -381,6 +381,8 @@ def main(args: Args) -> None:
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
     run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
+    if args.warm_start >= run.last_step:
+        warn(f"--warm-start {args.warm_start}: the actor clones the data to the end of these {run.last_step} updates")
     for step in range(run.first_step, args.num_updates + 1):
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due

@@ -26,15 +26,15 @@ scores.
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
 arXiv 2006.04779; SAC is arXiv 1812.05905.
 Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it. The authors' actor clones for its first 40,000 updates, this one for
-none unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
+loss seeing the others as they were before it. The authors' actor clones for its first 40,000 updates, this one for none
+unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
 integral. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' last
-layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, their temperature's loss has its logarithm in its
-place, and their cloning clips the data's actions at 1e-6 from the bounds, ours at 1e-3. rho is the policy of the last
-target update, which is the actor as this update finds it, or uniform. In a continuous space no state of the data occurs
-twice: the count d(s) |D| is 1. With --online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's
-code (arXiv 2303.05479), whose baseline is CQL, plays an episode, then makes as many updates, in its scripts on batches
-that are half data.
+layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, their biases at 0.1 and target critics with weights
+of their own, their temperature's loss has its logarithm in its place, and their cloning clips the data's actions at
+1e-6 from the bounds, ours at 1e-3. rho is the policy of the last target update, which is the actor as this update finds
+it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1. With --online-steps pi
+takes a step before each update, and L_Q stays as it is. Cal-QL's code (arXiv 2303.05479), whose baseline is CQL, plays
+an episode, then makes as many updates, in its scripts on batches that are half data.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
@@ -48,7 +48,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import softplus
 
 Metrics = dict[str, Tensor]
 
@@ -109,11 +108,11 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
     """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
 
-    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
-    stays finite where tanh(u) is rounded to 1.
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - |u| - log(1 + e^-2|u|)):
+    this stays finite where tanh(u) is rounded to 1.
     """
     log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
-    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+    return (log_normal - 2 * (math.log(2) - u.abs() - (-2 * u.abs()).exp().log1p())).sum(dim=-1)
 
 
 class Actor(nn.Module):
@@ -240,7 +239,7 @@ def adversary_rho(q: Tensor) -> Tensor:
 
     The weights are mu itself, the adversary's best answer: constants of the loss (envelope theorem).
     """
-    mu = torch.softmax(q.detach(), dim=1)  # self-normalised: the mean over n cancels in exp(Q) / Z
+    mu = (q.detach() - q.detach().logsumexp(dim=1, keepdim=True)).exp()  # the mean over n cancels in exp(Q) / Z
     return (mu * q).sum(dim=1)
 
 

@@ -331,6 +331,7 @@ def main(args: Args) -> None:
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
     run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
+    run.threads = 1  # no trial of other numbers: where they divide a layer, its GELUs have other last bits
     for step in range(run.first_step, args.num_updates + 1):
         metrics = train(learner, Batch(*buffer.sample(args.batch_size)), step, args)
         run.record(step, metrics)  # evaluates, logs and saves, each when it is due

@@ -97,7 +97,7 @@ class Actor(nn.Module):
         log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range; SAC's begins at -20
         u = self.mean(hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
-        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), finite where tanh(u) is rounded to 1
+        log_slope = 2 * (math.log(2) - u.abs() - (-2 * u.abs()).exp().log1p())  # log(1 - tanh(u)^2), never log 0
         return u.tanh(), (log_normal - log_slope).sum(dim=-1)
 
 

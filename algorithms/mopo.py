@@ -19,8 +19,8 @@ Paper: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline 
 arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
 Differences: u is over the elites, with s in deviations of the data; the authors' is over all members and in the
 environment's units. Observations and z are normalised. Each member draws every batch anew, stops on its own and has its
-own bounds of variance; theirs keep one bootstrap each and share the rest. log std of pi >= -5 (-20); no factor 1/2; one
-step trains all three. Layers start as PyTorch's do; the authors' as Glorot's in SAC, truncated normal in the model.
+own bounds of variance; theirs keep one bootstrap each and share the rest; their L_temperature has its logarithm. log
+std of pi >= -5 (-20); no factor 1/2; one step for all. Layers start as PyTorch's do; the authors' as Glorot's in SAC.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -99,7 +99,7 @@ class Actor(nn.Module):
         log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range; SAC's begins at -20
         u = self.mean(hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
-        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), finite where tanh(u) is rounded to 1
+        log_slope = 2 * (math.log(2) - u.abs() - (-2 * u.abs()).exp().log1p())  # log(1 - tanh(u)^2), never log 0
         return u.tanh(), (log_normal - log_slope).sum(dim=-1)
 
 
@@ -447,7 +447,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
         ends = TERMINATION_RULES[name](buffer.normalization[0] + buffer.normalization[1] * next_s)
         missed += int((~ends & (ended == 1) & (next_s != s).any(dim=1)).sum())  # where s' is s, it may not be known
         false += int((ends & (ended == 0)).sum())
-    if missed + false <= 5:  # float32 may round a state past a threshold
+    if missed + false <= min(5, len(buffer.storage) / 1000):  # float32 may round a state past a threshold
         return name
     found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
     then = "used all the same" if forced else "replaced by a learned one; --termination rule uses it all the same"

@@ -96,7 +96,7 @@ class Actor(nn.Module):
         log_std = self.log_std(hidden).clamp(-5, 2)  # CQL's range; SAC's begins at -20
         u = self.mean(hidden) + log_std.exp() * noise
         log_normal = -(0.5 * noise.square() + log_std + 0.5 * math.log(2 * math.pi))
-        log_slope = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), finite where tanh(u) is rounded to 1
+        log_slope = 2 * (math.log(2) - u.abs() - (-2 * u.abs()).exp().log1p())  # log(1 - tanh(u)^2), never log 0
         return u.tanh(), (log_normal - log_slope).sum(dim=-1)
 
 
@@ -452,7 +452,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
         ends = TERMINATION_RULES[name](buffer.normalization[0] + buffer.normalization[1] * next_s)
         missed += int((~ends & (ended == 1) & (next_s != s).any(dim=1)).sum())  # where s' is s, it may not be known
         false += int((ends & (ended == 0)).sum())
-    if missed + false <= 5:  # float32 may round a state past a threshold
+    if missed + false <= min(5, len(buffer.storage) / 1000):  # float32 may round a state past a threshold
         return name
     found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
     then = "used all the same" if forced else "replaced by a learned one; --termination rule uses it all the same"

@@ -461,7 +461,7 @@ def ending_of(args: Args, buffer: ReplayBuffer) -> str:
         ends = TERMINATION_RULES[name](buffer.normalization[0] + buffer.normalization[1] * next_s)
         missed += int((~ends & (ended == 1) & (next_s != s).any(dim=1)).sum())  # where s' is s, it may not be known
         false += int((ends & (ended == 0)).sum())
-    if missed + false <= 5:  # float32 may round a state past a threshold
+    if missed + false <= min(5, len(buffer.storage) / 1000):  # float32 may round a state past a threshold
         return name
     found = f"the rule for the ends of {name} misses {missed:,} ends in {len(buffer.storage):,} transitions"
     then = "used all the same" if forced else "replaced by a learned one; --termination rule uses it all the same"

@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import softplus
 
 Metrics = dict[str, Tensor]
 
@@ -79,11 +78,11 @@ def mlp(input_dim: int, hidden_dims: tuple[int, ...], output_dim: int) -> list[n
 def squashed_log_prob(noise: Tensor, std: Tensor, u: Tensor) -> Tensor:
     """log pi(a | s) of a = tanh(u), where u = mean + std noise: [..., action_dim] -> [...].
 
-    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): this
-    stays finite where tanh(u) is rounded to 1.
+    log pi = sum_j log Normal(u_j) - log(1 - tanh(u_j)^2), and log(1 - tanh(u)^2) = 2 (log 2 - |u| - log(1 + e^-2|u|)):
+    this stays finite where tanh(u) is rounded to 1.
     """
     log_normal = -(0.5 * noise.square() + std.log() + 0.5 * math.log(2 * math.pi))
-    return (log_normal - 2 * (math.log(2) - u - softplus(-2 * u))).sum(dim=-1)
+    return (log_normal - 2 * (math.log(2) - u.abs() - (-2 * u.abs()).exp().log1p())).sum(dim=-1)
 
 
 class Actor(nn.Module):

@@ -302,6 +302,7 @@ def main(args: Args) -> None:
     learner = build(buffer.observation_dim, buffer.action_dim, args, device, Adam)
     train = compiled(update, learner, args)
     run = Run(args, buffer, learner, update)  # makes the run folder or, with --resume, goes back to its checkpoint
+    run.threads = 1  # no trial of other numbers: they divide the sums of V's layer normalisation, and its bits differ
     for step in range(run.first_step, args.num_updates + 1):
         if args.cosine_decay:
             rate = args.actor_learning_rate * cosine_decay(step, args.num_updates)

@@ -25,8 +25,7 @@ BUILT_IN_TWO_WAYS_ID = "anchorl/two-ways/mixed-v0"  # with continuous actions, t
 MASK = "action_mask"  # key of an observation that says which discrete actions are legal, 1 or 0 each: comes first
 BUILT_IN = Path(__file__).parent / "built_in"  # a Minari root, as benchmarks.built_in makes it
 
-# Of a buffer: float32 tensors on its device (shapes: each script's Batch); discrete actions are int64, from 0. Of an
-# episode: NumPy arrays in the environment's units.
+# a buffer's are float32 tensors (discrete actions int64, from 0), an episode's NumPy arrays in the environment's units
 Batch = namedtuple("Batch", "observations actions rewards next_observations terminations")
 
 
@@ -201,7 +200,8 @@ class ReplayBuffer:
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
         span = float(np.ptp((self.episode_returns + shift * self.episode_lengths).numpy()))
-        check(span > 0 or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number: 1")
+        least = 1e-7 * float(self.episode_returns.abs().max() + abs(shift) * self.episode_lengths.max())  # by rounding
+        check(span > least or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number")
         self.reward_scale, self.reward_shift = 1000 / span if scale == "return-range" else float(scale), shift
         for buffer in filter(None, (self, self.validation)):
             buffer.transitions.rewards.add_(shift).mul_(self.reward_scale)

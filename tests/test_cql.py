@@ -418,8 +418,9 @@ def test_one_sample_has_no_variance():
         cql.Args(num_samples=1, variant="var").validate()
 
 
-def test_an_actor_that_is_a_clone_to_the_end_is_told_of(tmp_path, pendulum):
+@pytest.mark.parametrize("algorithm", ["cql", "bear"])
+def test_an_actor_that_is_a_clone_to_the_end_is_told_of(algorithm, tmp_path, pendulum):
     words = ["--num-updates", "4", "--num-samples", "2", *SHORT, "--run-dir"]
     for start, told in (("3", False), ("4", True)):
-        run = run_script("cql", "--warm-start", start, *words, str(tmp_path / start))
+        run = run_script(algorithm, "--warm-start", start, *words, str(tmp_path / start))
         assert run.returncode == 0 and ("--warm-start 4: the actor clones the data to the end" in run.stderr) == told

@@ -585,7 +585,8 @@ WALK = [(1.0, 0.0)] * 90 + [(3.0, 1.0)] * 10  # next states and whether they end
     [
         ([], "auto", "Pendulum", None),
         ([], "rule", "Pendulum", None),
-        ([(3.0, 0.0)] * 5, "auto", "Pendulum", None),  # a handful
+        # a few of few are no rounding: each of three episodes may have ended by another rule
+        ([(1.0, 1.0)], "auto", "learned", "misses 1 ends in 101 transitions of the data, and would end 0 that went"),
         (
             [(3.0, 0.0)] * 6,
             "auto",
@@ -628,7 +629,7 @@ def test_a_rule_must_hold_in_the_data(script, added, termination, ending, said, 
 
 @pytest.mark.parametrize(("contradictions", "ending"), [(5, "Pendulum"), (6, "learned")])
 def test_a_rule_must_hold_in_all_rows(script, contradictions, ending):
-    """That nothing ever ends, too, and whichever of the pieces of the data says otherwise."""
+    """That nothing ever ends, too, and whichever of the pieces of the data says otherwise. Five may be rounding."""
     ended = torch.zeros(250_000)
     ended[torch.tensor([0, 99_999, 100_000, 150_000, 200_000, 249_999])[:contradictions]] = 1
     assert script.ending_of(script.Args(), buffer_of(script, torch.ones(250_000), ended)) == ending

@@ -243,6 +243,19 @@ def test_equal_returns_have_no_range(make_dataset):
     assert buffer.transitions.rewards.tolist() == pytest.approx([7.5, 7.5, 5, 5, 5])
 
 
+@pytest.mark.parametrize(
+    ("rewards", "shift"),
+    [(([0.1, 0.2, 0.3, 0.7], [0.7, 0.3, 0.2, 0.1]), 0.0), ((np.full(3, 0.1), np.full(7, 0.1)), -0.1)],
+)
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_returns_that_differ_by_rounding_have_no_range(make_dataset, rewards, shift, kind):
+    episodes = [random_episode(0, len(each), rewards=np.array(each, dtype=kind)) for each in rewards]
+    buffer = ReplayBuffer(load_dataset(make_dataset(episodes=episodes)), CPU)
+    assert np.ptp((buffer.episode_returns + shift * buffer.episode_lengths).numpy()) < 1e-6
+    with pytest.raises(BadInput, match="all returns are equal; give a number"):
+        buffer.scale_rewards("return-range", shift)
+
+
 # bc only ranks returns; rlpd needs an environment, whose rewards have one unit
 @pytest.mark.parametrize("algorithm", [n for n in ALGORITHMS if n not in ("bc", "rlpd", "decision_transformer")])
 def test_units_of_rewards_warn_or_make_no_difference(algorithm, make_dataset, tmp_path):
