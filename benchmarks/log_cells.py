@@ -10,6 +10,7 @@ from common.command_line import BadInput, check
 
 YES, NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 NOT_KNOWN = "na", "nan", "n/a", "#n/a", "null"  # how programs write a blank cell among numbers
+NO_NUMBER = "", *NOT_KNOWN, "none", "<na>", "nat", "nil", "-", "inf", "-inf"
 FLAGS = "say which of the values is an end"
 KINDS = {  # of cells that are no numbers: a pattern, and what to do with such a column
     "lists": (r"[\[({].*[\])}]", "give each of their numbers a column of its own, such as obs_0, obs_1"),
@@ -97,7 +98,7 @@ def is_unknown(table: Table, name: str) -> np.ndarray:
     """Where a column [rows] of numbers has none, however programs write that."""
     if table.data[name].dtype.kind in "biuf":
         return ~np.isfinite(to_floats(table, name))
-    return as_text(table, name).isin(("", *NOT_KNOWN, "none", "<na>", "nat", "nil", "-", "inf", "-inf")).to_numpy()
+    return as_text(table, name).isin(NO_NUMBER).to_numpy()
 
 
 def count_blanks(table: Table, blank: np.ndarray) -> str:

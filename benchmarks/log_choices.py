@@ -4,11 +4,12 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from log_cells import NOT_KNOWN, Table, as_text, count_blanks, is_blank, to_flags, to_floats
+from log_cells import NO_NUMBER, Table, as_text, count_blanks, is_blank, to_flags, to_floats
 
 from common.command_line import BadInput, check
 
 MOST_CHOICES = 1000  # a column of more different values is taken for an amount, or an id
+AROUND = r"^(?:\[([^\[\]]*)\]|\{([^{}]*)\}|\(([^()]*[;,|][^()]*)\))$"  # a list's brackets: a name may end in some, too
 
 
 class Choices(NamedTuple):
@@ -26,6 +27,7 @@ def read_choices(
     the action they speak of; `legal_list` is a column that lists the legal ones. Raises BadInput at a blank cell, a
     number with a fraction, too many different values, or a mask that forbids what was taken or everything.
     """
+    check(bool(used.any()), f"{table.path}: no transition is left: each row is the last of an episode that was cut")
     cells = to_names(table, name, used)
     lists = None if legal_list is None else split_lists(table, legal_list)
     known = {*cells[used], *legal_columns, *(each for listed in lists or [] for each in listed)}
@@ -70,12 +72,12 @@ def to_names(table: Table, name: str, used: np.ndarray) -> np.ndarray:
     """
     numbers, blank = to_floats(table, name), is_blank(table, name) & used
     where = f"{table.path}, column {name}"
-    words = as_text(table, name)[used & np.isnan(numbers)]
-    if words.isin(("", *NOT_KNOWN)).all():  # else "na" may be the name of a choice among others
-        blank = used & np.isnan(numbers)
+    words = as_text(table, name)[used & ~np.isfinite(numbers)]
+    if words.isin({*NO_NUMBER} - {"none"}).all():  # else "na" may be a choice's name, as "none" is among numbers
+        blank = used & ~np.isfinite(numbers)
     if blank.any():
         raise BadInput(f"{where}: {count_blanks(table, blank)}: each step needs the choice that was taken")
-    fractions = used & np.isfinite(numbers) & (numbers % 1 != 0)
+    fractions = used & np.isfinite(numbers) & (np.nan_to_num(numbers, posinf=0, neginf=0) % 1 != 0)
     if fractions.any():
         row = int(np.argmax(fractions))
         what = f"{where}: {numbers[row]:g} in row {table.data.index[row] + 1} is no choice"
@@ -96,7 +98,8 @@ def split_lists(table: Table, name: str) -> list[list[str]]:
     if any(isinstance(cell, (list, np.ndarray)) for cell in column):  # of Parquet
         cells = [cell if isinstance(cell, (list, np.ndarray)) else [] for cell in column]
     else:
-        texts = column.astype(str).where(column.notna(), "").str.strip().str.strip("[](){}")
+        texts = column.astype(str).where(column.notna(), "").str.strip()
+        texts = texts.str.replace(AROUND, r"\1\2\3", regex=True)
         words = r"[;,|]" if texts.str.contains(r"[;,|]").any() else r"\s"
         cells = [re.split(r"[\s;,|]" if re.fullmatch(r"[-\d.\s;,|]*", text) else words, text) for text in texts]
     names = [[part for each in cell if (part := str(each).strip(" '\""))] for cell in cells]

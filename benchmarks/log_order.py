@@ -15,7 +15,9 @@ LIKE_TIME = re.compile(
 )
 ZONE = r":\d\d.*(?:[zZ]|[-+]\d\d:?\d\d)$"
 CLOCK = "%H:%M:%S.%f", "%H:%M:%S", "%H:%M"
-HALF_DAYS = "%m/%d/%Y %I:%M %p", "%d/%m/%Y %I:%M %p", "%I:%M %p"
+CLOCK_OF_12 = "%I:%M %p", "%I:%M:%S %p"
+HALF_DAYS = *(f"{date} {clock}" for clock in CLOCK_OF_12 for date in ("%m/%d/%Y", "%d/%m/%Y")), *CLOCK_OF_12
+DAY = 86_400_000  # milliseconds
 
 
 class Order(NamedTuple):
@@ -69,7 +71,7 @@ def find_episodes(table: Table, episode: str) -> np.ndarray:
     codes, _ = pandas.factorize(column)  # -1 where an id is missing
     words = as_text(table, episode)
     unknown = words.isin(NOT_KNOWN)
-    unknown &= pandas.to_numeric(words[~unknown], errors="coerce").notna().all()  # else NA may be an id among words
+    unknown &= (words != "na") | pandas.to_numeric(words[~unknown], errors="coerce").notna().all()  # an id among words
     missing = (codes == -1) | (column == "").to_numpy() | unknown.to_numpy()
     row = int(np.argmax(missing)) + 1
     what = f"{missing.sum()} of {len(codes)} rows have no episode's id"
@@ -132,6 +134,9 @@ def readings(table: Table, name: str) -> list[np.ndarray]:
 
 def read_dates(text: Any) -> list[np.ndarray]:
     """What dates or times may mean, as numbers: one reading, two if day or month may be first, or none."""
+    text = text.str.replace(r"(:\d\d),(\d)", r"\1.\2", regex=True)  # of Python's logging
+    if text.str.contains(r":\d\d\.\d").any():  # Python leaves out a fraction that is 0
+        text = text.str.replace(r"(:\d\d:\d\d)(?=$|[zZ+-])", r"\1.0", regex=True)
     zoned = text.str.contains(ZONE)
     if zoned.any() and not zoned.all():
         return []
@@ -160,7 +165,9 @@ def check_no_midnight(table: Table, name: str, values: np.ndarray, ends: np.ndar
     """Raises BadInput where a column begins anew, as hours do at midnight, which cannot sort the rows."""
     turned, others = 0, 0
     text = table.data[name].astype(str).str.strip()
-    clock = any(parse_dates(text, format=form) is not None for form in (*CLOCK, HALF_DAYS[-1]))
+    clock = any(parse_dates(text, format=form) is not None for form in (*CLOCK, *CLOCK_OF_12))
+    if not clock and not 0 <= values.min() <= values.max() <= DAY:  # dates, or the seconds since 1970
+        return
     for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         back = np.flatnonzero(np.diff(values[start:end]) < 0)
         turns = len(back) == 1 and end - start > 2 and values[end - 1] < values[start]

@@ -102,6 +102,28 @@ def test_whole_numbers_may_have_decimal_commas(folder):
     assert dataset.action_names == ["2", "10"] and buffer.transitions.actions.tolist() == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        (["low;high (iv)"] * 6, ["high (iv)", "low"]),
+        (["high (iv);low"] * 6, ["high (iv)", "low"]),
+        (["[low, high (iv)]"] * 6, ["high (iv)", "low"]),
+        (["(low, high [iv])"] * 6, ["high [iv]", "low"]),
+        (["{(a) low; (b) high}"] * 6, ["(a) low", "(b) high"]),
+    ],
+)
+def test_brackets_may_belong_to_a_name(cells, names, folder):
+    dataset, _ = imported(table(dose=names * 3, allowed=cells), folder, "--legal-list", "allowed")
+    assert dataset.action_names == names
+
+
+@pytest.mark.parametrize("word", ["<NA>", "nil", "inf", "-", "NaN", "NaT"])
+def test_no_number_is_no_choice_among_numbers(word, folder):
+    run = import_logs(table(dose=[0, word, 1, 0, 1, 0]), folder, "--discrete-action", "dose")
+    assert run.returncode == 2 and "column dose: 1 of 6 cells are blank, the first in row 2: each step" in run.stderr
+    assert "Warning" not in run.stderr
+
+
 def test_na_is_a_choice_among_words(folder):
     dataset, _ = imported(table(dose=["low", "NA", "low", "NA", "low", ""]), folder)
     assert dataset.action_names == ["NA", "low"]
@@ -218,6 +240,11 @@ def test_densities_of_amounts_may_be_above_1(folder):
             {"dose": [1, 2.5, 3, 1, 2, 3]},
             [],
             "column dose: 2.5 in row 2 is no choice: amounts are columns that begin with",
+        ),
+        (
+            {"episode": [*"abcdef"], "terminated": [0] * 6},
+            [],
+            "no transition is left: each row is the last of an episode",
         ),
         ({"dose": ["low"] * 6}, [], "column dose holds one choice alone, low: there is nothing to choose"),
         ({"dose": None}, [], "lacks the columns dose: it has episode, obs_age, reward, terminated, chance"),

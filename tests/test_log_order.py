@@ -64,6 +64,10 @@ COLUMNS = {
     "day first": [f"{date:%d.%m.%Y %H:%M}" for date in DATES],
     "names of months": [f"{date:%d %b %Y %H:%M}" for date in DATES],
     "half days": [f"{hour}:30 {half}" for half in ("AM", "PM") for hour in (12, *range(1, 12))],
+    "half days with seconds": [f"{date:%m/%d/%Y %I:%M:%S %p}" for date in DATES],
+    "half of the seconds whole": [f"08:00:0{row // 2}{'.5' * (row % 2)}" for row in range(6)] * 4,
+    "dates, half of the seconds whole": [f"13/01/2020 10:00:0{row // 2}{'.5' * (row % 2)}" for row in range(6)] * 4,
+    "milliseconds behind a comma": [f"2023-01-01 10:00:00,{row}00" for row in range(6)] * 4,
     "clock": [f"{hour:02}:30" for hour in np.tile(np.arange(6), 4)],
 }
 
@@ -75,6 +79,24 @@ def test_rows_are_sorted_by_numbers_dates_and_times(name, arrange, tmp_path):
     assert_nights(outcome_of(values, tmp_path, "--order", "logged"))
     outcome = outcome_of(values, tmp_path, "--order", "logged", dataset_id="test/parquet-v0", suffix=".parquet")
     assert_nights(outcome, "test/parquet-v0")
+
+
+@pytest.mark.parametrize("logged", [DATES[:6], 1_700_000_000 + np.arange(6)], ids=["dates", "seconds since 1970"])
+def test_halves_of_an_episode_in_the_wrong_order_are_no_midnight(logged, tmp_path):
+    values = nights(hour=np.tile(logged, 4)).iloc[
+        np.concatenate([6 * night + np.roll(range(6), 2) for night in range(4)])
+    ]
+    assert_nights(outcome_of(values, tmp_path, "--order", "hour"))
+
+
+@pytest.mark.parametrize(("id_", "known"), [("nan", False), ("null", False), ("NA", True)])
+def test_an_id_that_stands_for_none_among_words(id_, known, tmp_path, folder):
+    """NA may be a country's."""
+    outcome = outcome_of(nights(episode=np.repeat(["p1", "p2", id_, "p3"], 6)), tmp_path)
+    if known:
+        assert_nights(outcome)
+    else:
+        assert_refused(outcome, "column episode: 6 of 24 rows have no episode's id, the first in row 13", folder)
 
 
 def test_it_says_what_it_did(tmp_path):
