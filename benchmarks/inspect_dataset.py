@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import minari
 import numpy as np
@@ -26,18 +26,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from inspect_actions import (
-    Problems,
-    choice_lines,
-    choice_problems,
-    count_choices,
-    count_legal,
-    draw_choices,
-    draw_vectors,
-    names,
-    vector_problems,
-    vector_ranges,
-)
+from inspect_actions import choice_lines, count_choices, count_legal, draw_choices, draw_vectors, vector_ranges
+from inspect_problems import SMALLEST_STD, Data, find_problems
 from scratch import replace
 
 from common.command_line import BadInput, check, explain, launch
@@ -45,8 +35,6 @@ from common.data import MASK, Dataset, find_dataset, flatten_observations, load_
 from common.data import Batch as Episode
 
 PICTURED_STATES = 5_000
-OUTLIER = 20  # times the width from the 1st to the 99th percentile, beyond either: no tail reaches so far
-SMALLEST_STD = 1e-3  # what training's normalisation adds to the standard deviation
 
 
 @dataclass
@@ -57,25 +45,6 @@ class Args:
     """write the picture here, as PNG"""
     gamma: float = 0.99
     """discount of the returns from the start, and of those that colour the picture's states"""
-
-
-class Data(NamedTuple):
-    """All steps of the episodes that can be used, and what is wrong with the others."""
-
-    observations: np.ndarray  # [N, observation_dim], as the dataset has them; vectors and rewards in float32
-    actions: np.ndarray  # [N, action_dim]; of discrete ones [N], int64, counted from 0
-    rewards: np.ndarray  # [N]
-    terminations: np.ndarray  # [N]
-    truncations: np.ndarray  # [N]
-    lengths: np.ndarray  # [E]
-    returns: np.ndarray  # [E]
-    log_probs: np.ndarray  # [N], of the actions; nan where they are not logged
-    refused: list[str]  # why, one line for each episode left out
-
-    @property
-    def ends(self) -> np.ndarray:
-        """The last step of each episode, [E]."""
-        return self.lengths.cumsum() - 1
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
@@ -149,16 +118,17 @@ def collect(dataset: Dataset) -> Data:
         if reason := refusal(episode, truncations, dataset):
             refused.append(f"episode {index}: {reason}")
             continue
-        _, actions, rewards, _, terminations = episode
+        _, actions, rewards, following, terminations = episode
         returns.append(float(np.sum(rewards, dtype=np.float64)))
         actions = actions.astype(np.int64) if dataset.discrete else actions
-        kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool), log_probs))
+        cut = following[-1:][terminations[-1:] == 0]
+        kept.append((observations, actions, rewards, terminations > 0, np.asarray(truncations, bool), log_probs, cut))
     check(bool(kept), f"{dataset.dataset_id}: the dataset is empty" + "".join(f"; {line}" for line in refused[:1]))
     lengths = np.array([len(rewards) for _, _, rewards, *_ in kept])
     columns = (np.concatenate(column) for column in zip(*kept, strict=True))
-    observations, actions, rewards, terminations, truncations, log_probs = columns
+    observations, actions, rewards, terminations, truncations, log_probs, cuts = columns
     ends = terminations, truncations
-    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), log_probs, refused)
+    return Data(observations, actions, rewards, *ends, lengths, np.array(returns), log_probs, cuts, refused)
 
 
 # --- Measures -------------------------------------------------------------------------------------------------------
@@ -168,19 +138,6 @@ def count_duplicates(data: Data) -> int:
     """Transitions that could go without a loss: N less the number of different (observation, action, reward)."""
     rows = np.column_stack([data.observations, data.actions, data.rewards]) + np.float32(0)  # -0 and 0 are one number
     return len(rows) - len(np.unique(rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))))
-
-
-def outliers(columns: np.ndarray, codes: bool = False) -> np.ndarray:
-    """Which columns [N, dim] hold a value far beyond the rest's tails: [dim]. The rest is all or, of `codes`, which may
-    be many of a column's values, also what is neither lowest nor highest. Percentiles of 100,000 rows at most.
-    """
-    found = []
-    for column in columns.T:
-        least, most, some = column.min(), column.max(), column[:: 1 + len(column) // 100_000]
-        inner = some[(some > least) & (some < most)]
-        tails = [np.quantile(rest, [0.01, 0.99]) for rest in (some, *([inner] if codes and len(inner) >= 100 else []))]
-        found.append(any(0 < OUTLIER * (high - low) < max(low - least, most - high) for low, high in tails))
-    return np.array(found)
 
 
 def returns_to_go(data: Data, gamma: float) -> np.ndarray:
@@ -203,87 +160,6 @@ def principal_components(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padding = max(0, 2 - len(singular))  # a single dimension has no second direction
     points = np.pad(left * singular, ((0, 0), (0, padding)))
     return points[:, :2], np.pad(variance, (0, padding))[:2]
-
-
-# --- Problems -------------------------------------------------------------------------------------------------------
-
-
-def find_problems(data: Data, dataset: Dataset, duplicates: int) -> Problems:
-    """What to know before training on the data; what stops training comes first."""
-    yield from _refusals(data, dataset)
-    yield from _endings(data)
-    if dataset.discrete:
-        yield from choice_problems(data.actions, data.observations, dataset)
-    else:
-        yield from vector_problems(data.actions, dataset)
-    yield from _values(data, count_legal(dataset))
-    if duplicates:
-        todo = "expected where states and actions are few; else data was added twice: remove it"
-        share = duplicates / len(data.rewards)
-        yield f"{duplicates:,} of the transitions ({share:.1%}) are duplicates of others", todo
-
-
-def _refusals(data: Data, dataset: Dataset) -> Problems:
-    refuses = "training refuses the dataset"
-    if data.refused:
-        what = f"{len(data.refused):,} episodes cannot be used, the first being {data.refused[0]}"
-        yield what, "repair these episodes or remove them (Minari: filter_episodes) before training"
-    if len(data.rewards) > dataset.num_steps:
-        what = f"{refuses}: {len(data.rewards):,} steps, of which its metadata says {dataset.num_steps:,}"
-        yield what, "write it again with Minari's create_dataset_from_buffers"
-    with np.errstate(over="ignore"):
-        bounded = np.isfinite(dataset.action_high - dataset.action_low) & (dataset.action_low < dataset.action_high)
-    if not dataset.discrete and not bounded.all():
-        low, high = ([float(f"{bound:.4g}") for bound in find(data.actions, axis=0)] for find in (np.min, np.max))
-        todo = f"write it again with an action_space of what the actuators can do; the data fill Box({low}, {high})"
-        yield f"{refuses}: {names('action', ~bounded)} without finite bounds", todo
-
-
-def _endings(data: Data) -> Problems:
-    terminated, truncated = data.terminations[data.ends], data.truncations[data.ends]
-    shortest, longest = int(data.lengths.min()), int(data.lengths.max())
-    if inner := int(np.delete(data.terminations | data.truncations, data.ends).sum()):
-        todo = "split the episodes there: nothing may be learned across an end"
-        yield f"{inner:,} steps inside episodes are marked as an end", todo
-    if neither := int((~terminated & ~truncated).sum()):
-        todo = "mark terminations where the task ended them; training takes all of them as truncated"
-        yield f"{neither:,} episodes end without being terminated or truncated", todo
-    if terminated.all() and shortest == longest and len(data.lengths) > 1:
-        todo = "if that is a time limit, mark truncations: Q would learn that nothing comes after it"
-        yield f"every episode is terminated after exactly {longest:,} steps", todo
-    if not data.terminations.any() and shortest < longest:
-        todo = "if the task ends episodes (a robot falls), mark terminations: Q would see past its end"
-        yield f"no episode is terminated, yet their lengths differ ({shortest:,} to {longest:,})", todo
-    single = int(((data.lengths == 1) & terminated).sum())
-    if 0.01 * len(data.lengths) < single < len(data.lengths):
-        todo = "if an end repeats (a reached goal stays), cut episodes at the first: these look like the best"
-        yield f"{single:,} of {len(data.lengths):,} episodes are a single step that terminates", todo
-    if len(data.lengths) == 1:
-        yield "there is one episode only", "mark where episodes end, if the log holds several"
-
-
-def _values(data: Data, num_legal: int) -> Problems:
-    measured = np.arange(data.observations.shape[1]) >= num_legal  # no mask
-    constant = measured & (data.observations.min(axis=0) == data.observations.max(axis=0))
-    small = measured & ~constant & (data.observations.std(axis=0, dtype=np.float64) < SMALLEST_STD)
-    if constant.any():
-        todo = "training sees 0 there: leave it out, or keep in mind that other values were never learned"
-        yield f"{names('observation', constant)}: always the same value", todo
-    if small.any():
-        todo = f"normalisation divides by the standard deviation + {SMALLEST_STD}: give it in a smaller unit"
-        yield f"{names('observation', small)}: standard deviation below {SMALLEST_STD}", todo
-    if (far := measured & outliers(data.observations, codes=True)).any():
-        todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
-        yield f"{names('observation', far)}: values far beyond all others", todo
-    if outliers(data.rewards[:, None]).any():
-        yield "rewards: values far beyond all others", "check that they are meant: they decide what Q learns"
-    span = np.ptp(data.returns)
-    if span and not 30 < span < 30_000:  # as training warns
-        todo = "--reward-scale return-range makes it 1,000, for which learning rates and weights of losses are made"
-        yield f"from the worst to the best return it is {span:.3g}", todo
-    if data.rewards.min() == data.rewards.max():
-        todo = "only the lengths of episodes can tell good from bad; if they do not, imitate (bc.py)"
-        yield f"every reward is {data.rewards[0]:.6g}", todo
 
 
 # --- Report ---------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from benchmarks.inspect_dataset import (
     collect,
     count_duplicates,
     open_dataset,
-    outliers,
     principal_components,
     returns_to_go,
 )
+from benchmarks.inspect_problems import outliers
 from common.data import BUILT_IN_DISCRETE_ID, BUILT_IN_ID
 
 SCRIPT = "benchmarks.inspect_dataset"
@@ -126,6 +126,16 @@ def test_outliers_are_found_and_tails_are_not():
     assert outliers(columns).tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("beside", [(-1200,), (-9999,), (-999, -9999, 5000)])
+def test_a_code_is_found_beside_others(beside):
+    rng = np.random.default_rng(0)
+    column = np.where(rng.random(1000) < 0.03, -999, rng.normal(20, 2, 1000))
+    for code in beside:
+        column[rng.random(1000) < 0.03] = code
+    column[5] = beside[0]
+    assert outliers(column[:, None], codes=True).tolist() == [True]
+
+
 @pytest.mark.parametrize("share", [0.005, 0.02, 0.2, 0.6])
 def test_a_code_is_found_however_often_it_stands_there(share):
     rng = np.random.default_rng(0)
@@ -223,6 +233,78 @@ def test_faults_of_the_whole(make_dataset, name):
     fields, line = WRONG[name]
     text = inspect(make_dataset(episodes=[random_episode(seed) | fields for seed in range(4)]))
     assert line in text.split("problems found: ")[1]
+
+
+def problems_of(make_dataset, episodes, **spaces):
+    return inspect(make_dataset(episodes=episodes, **spaces)).split("problems found: ")[1]
+
+
+def with_last(episode, state):
+    """The episode with another state after its last step."""
+    return episode | {"observations": np.concatenate([episode["observations"][:-1], [state]]).astype(np.float32)}
+
+
+CUTS = {  # what stands after the last step of each of twelve cut episodes of noise, and what is said of it
+    "what came": (lambda episode, after: episode["observations"][-1], None),
+    "a code": (lambda episode, after: [0.3, -999, 0.1], "the 12 cut episodes come observations unlike all others"),
+    "zeros": (lambda episode, after: [0, 0, 0], "the 12 cut episodes come observations unlike all others"),
+    "one number alike": (lambda episode, after: [episode["observations"][-1, 0], 0, 0], None),
+    "the next episode": (
+        lambda episode, after: after["observations"][0],
+        "after 11 of 12 cuts comes the next episode's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_comes_after_a_cut_is_looked_at(make_dataset, name):
+    last, said = CUTS[name]
+    episodes = [random_episode(seed) for seed in range(12)]
+    episodes = [
+        with_last(each, last(each, after))
+        for each, after in zip(episodes, [*episodes[1:], random_episode(99)], strict=True)
+    ]
+    found = problems_of(make_dataset, episodes)
+    assert said in found if said else "cut" not in found
+
+
+def test_terminated_episodes_are_not_asked_what_comes_after(make_dataset):
+    ends = {"terminations": ENDS, "truncations": NOWHERE}
+    episodes = [with_last(random_episode(seed), [0, 0, 0]) | ends for seed in range(12)]
+    assert "cut" not in problems_of(make_dataset, episodes)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ([30] * 4 + [*range(5, 29)], "4 of 28 episodes are terminated after exactly 30 steps, the most"),
+        ([30] * 2 + [*range(5, 29)], None),  # two may be chance
+        ([30] * 4 + [29] * 3 + [*range(5, 29)], None),  # others end just before, too
+        ([30] * 4 + [*range(5, 29)] * 4, None),  # few of all
+    ],
+)
+def test_many_terminations_at_the_greatest_length_may_be_a_limit(make_dataset, lengths, said):
+    episodes = []
+    for seed, length in enumerate(lengths):
+        last = np.arange(length) == length - 1
+        episodes.append(random_episode(seed, length) | {"terminations": last, "truncations": ~last & False})
+    found = problems_of(make_dataset, episodes)
+    assert said in found if said else "terminated after exactly" not in found
+
+
+@pytest.mark.parametrize("others", [NOWHERE, ENDS])
+def test_limits_that_are_terminations_too(make_dataset, others):
+    both = [random_episode(seed) | {"terminations": ENDS} for seed in range(3)]
+    others = [random_episode(seed, 20 + seed) for seed in range(3, 6)] if others is ENDS else []
+    said = "all 3 truncated episodes are terminated, too"
+    assert (said in problems_of(make_dataset, both + others)) == (not others)
+
+
+def test_a_code_among_actions_whose_bounds_are_the_datas_own(make_dataset):
+    episodes = [random_episode(seed, actions=np.random.default_rng(seed).uniform(0, 4, (30, 1))) for seed in range(8)]
+    episodes[3]["actions"][7] = -999
+    space = spaces.Box(-999, 4, (1,), np.float64)
+    assert "action 0: values far beyond all others" in problems_of(make_dataset, episodes, action_space=space)
 
 
 def test_noise_has_no_problems_but_the_size_of_its_rewards(make_dataset):

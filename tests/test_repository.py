@@ -263,7 +263,13 @@ def test_the_peers_speed_is_asked_for_by_lines(tmp_path, monkeypatch, capsys):
 def test_every_benchmark_is_tested():
     tried_with_others = {"shift_measures.py", "trained_run.py", "grid_results.py", "scratch.py", "reference_returns.py"}
     tried_with_others |= {f"log_{name}.py" for name in ("cells", "choices", "csv", "hdf5", "order", "steps", "tables")}
-    tried_with_others |= {"intervals.py", "read_runs.py", "shift_actions.py", "inspect_actions.py"}
+    tried_with_others |= {
+        "intervals.py",
+        "read_runs.py",
+        "shift_actions.py",
+        "inspect_actions.py",
+        "inspect_problems.py",
+    }
     tried_with_others |= {"select.py", "selection.py"}  # as benchmarks/README.md's
     tried_with_others |= {"model_report.py", "model_measures.py"}  # of a run with a model, likewise
     tried_with_others |= {"measurements/tables.py", "measurements/paths.py", "two_ways.py", "track.py"}
