@@ -49,7 +49,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from scratch import replace
 
 from common.command_line import BadInput, check, explain, launch, one_line
-from common.evaluation import Policy, load_policy
+from common.evaluation import Policy, load_file, load_policy
 
 NOT_AN_ACTION = torch.iinfo(torch.int64).min  # which nobody takes for the index of one, as Python would take -1
 PACKAGES = "torch", "numpy", "onnx", "onnxscript", "onnxruntime"
@@ -98,8 +98,11 @@ def read_run(folder: Path, policy: str) -> dict[str, Any]:
         return dict.fromkeys(names)
     with explain(f"cannot read {path}"):
         saved = dict(json.loads(path.read_text()))
-    kept = re.fullmatch(r"policy-(\d+)\.pt", policy)
-    return {name: saved.get(name) for name in names} | ({"num_updates": int(kept[1])} if kept else {})
+    if kept := re.fullmatch(r"policy-(\d+)\.pt", policy):
+        saved["num_updates"] = int(kept[1])
+    elif (folder / "checkpoint.pt").exists():  # the run may have been stopped, or acted for more
+        saved["num_updates"] = load_file(folder / "checkpoint.pt")["step"]
+    return {name: saved.get(name) for name in names}
 
 
 def describe(policy: Policy, run: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ class Exported(nn.Module):
         finite = observations.isfinite().all(dim=1)  # [N]
         if self.policy.discrete:
             return torch.where(finite, actions, NOT_AN_ACTION), torch.where(finite[:, None], kept[0], torch.nan)
-        return (torch.where(finite[:, None], actions, torch.nan),)
+        return (torch.where(finite[:, None], actions, torch.nan).float(),)
 
 
 def convert(policy: Policy, told: dict[str, Any]) -> bytes:
@@ -213,7 +216,9 @@ def compare(content: bytes, policy: Policy) -> tuple[float, int]:
             found = session.run(None, {"observations": observations[batch]})
         asked = [output[batch] for output in expected]
         values, reference = found[-1], asked[-1]  # of discrete actions the preferences
-        finite = np.where(np.isfinite(reference), np.abs(reference), 0)  # those of unlikely actions are -inf
+        finite = np.where(
+            np.abs(reference) < 1e8, np.abs(reference), 0
+        )  # those of unlikely and illegal actions are not
         scale = finite.max(axis=1, keepdims=True) if policy.discrete else (high - low) / 2
         spread = np.max([distance(outputs[-1][batch], reference) for outputs in moved], axis=0)
         differences = distance(values, reference)

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def _rows(cell: CellLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     evaluations = [key | {name: row.get(column, "") for name, column in EVALUATION.items()} for row in rows]
     result |= key | protocol | {"versions": versions, "problem": "", "run_dir": str(folder)}
     return result, evaluations
+
+
+def run_of(algorithm: str, dataset_id: str) -> str:
+    """What a folder holds, of which two names may have the same: `bc --x=1` is `bc --x 1`, and no `bc --x 1e-1`."""
+    return f"{' '.join(shlex.split(algorithm.replace('=', ' ')))} on {dataset_id}"
 
 
 def cells_in(path: Path) -> Iterator[tuple[CellLike, str]]:

@@ -50,7 +50,9 @@ def rows_left_out(everyone: Any, data: Any, seed: int) -> Tensor | None:
     rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: min(math.ceil(count / 5), 1000)]
     z = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], dim=1)[rows]
     mean, _, _ = everyone.predict(data.observations[rows], data.actions[rows])
-    errors = ((mean - z) / everyone.z_scale[1]).square().mean(dim=(1, 2))
+    unknown = (data.terminations[rows] == 1) & (z[:, :-1] == 0).all(dim=1)  # s' of these, as in training
+    z[:, :-1].masked_fill_(unknown[:, None], math.nan)
+    errors = ((mean - z) / everyone.z_scale[1]).square().nanmean(dim=(1, 2))
     same = torch.isclose(errors, everyone.holdout_error, rtol=0.01)
     return rows if bool(same.all()) else None
 

@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))
-from grid_results import cells_in, collect
+from grid_results import cells_in, collect, run_of
 from scratch import replace
 
 from common.command_line import BUILT_IN_ID, BadInput, ExperimentArgs, check, check_argument, explain, launch, one_line
@@ -333,10 +333,10 @@ def main(args: Args) -> None:
     for dataset_id in args.datasets:
         load_dataset(dataset_id, discrete=None)  # once, before many processes ask for it at a time
     with alone_in(out):
-        inside = {cell[3]: cell[1] for cell, _ in cells_in(out / "results.csv")}
+        inside = {cell[3]: run_of(*cell[:2]) for cell, _ in cells_in(out / "results.csv")}
         for cell in cells:
-            other = inside.get(cell.folder, cell.dataset_id)
-            check(other == cell.dataset_id, f"--out {out}: {cell.folder} holds a run on {other}; name another folder")
+            other = inside.get(cell.folder, own := run_of(*cell[:2]))
+            check(other == own, f"--out {out}: {cell.folder} holds a run of {other}; name another folder")
         run_grid(cells, args, out)
 
 

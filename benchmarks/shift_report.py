@@ -378,7 +378,7 @@ def main(args: Args) -> None:
     elif "critics" not in panels:
         print(f"skipped, for {run.args.algorithm} has one critic: critics")
     if visits is None:
-        print("skipped, for there is no environment: visits")
+        print(f"skipped, for {'there is no environment' if args.eval_episodes else 'nothing is played'}: visits")
     elif run.critic is not None and "returns" not in panels:
         print("skipped, for every episode was cut too soon to know it: G")
     print("", *headlines(rows), sep="\n")

@@ -260,7 +260,7 @@ class Run:
         self._check_finite(self.parts)
         state, *cuda_states = (state.cpu() for state in checkpoint["random_state"])
         torch.set_rng_state(state)
-        torch.cuda.set_rng_state_all(cuda_states)  # of none: nothing
+        torch.cuda.set_rng_state_all(cuda_states[: torch.cuda.device_count()])  # a run is on the first
         self.columns = next(csv.reader(checkpoint["metrics"].splitlines()), [])
         self.started -= seconds
         return checkpoint["metrics"]

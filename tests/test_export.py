@@ -204,6 +204,37 @@ def test_float_error_is_none_to_speak_of_and_more_is_refused(exported):
             export.compare(content, policy)
 
 
+class Masked(torch.nn.Module):
+    """Forbids the first choice where the first number is positive, and prefers all by `more` there."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.net, self.more = torch.nn.Linear(3, 4), more
+
+    def forward(self, observations):
+        masked = observations[:, :1] > 0
+        return (self.net(observations) + self.more * masked).masked_fill(masked & (torch.arange(4) == 0), -1e9)
+
+
+def test_a_difference_is_none_of_what_is_illegal():
+    right, wrong = (Policy(Masked(more), NORMALIZATION, np.array([[5], [8]]), True, {}) for more in (0.0, 0.5))
+    wrong.load_state_dict(right.state_dict())
+    content = export.convert(right.requires_grad_(False), {})
+    export.compare(content, right)
+    with pytest.raises(BadInput, match=r"nothing is written: .* acts otherwise"):
+        export.compare(content, wrong.requires_grad_(False))
+
+
+def test_actions_are_float32_whatever_the_bounds_are(tmp_path):
+    folder = save_policy(tmp_path / "run")
+    policy = load_policy(folder)
+    bounds = policy.action_range.double().numpy()
+    with (folder / "policy.pt").open("wb") as file:
+        Policy(policy.actor, policy.normalization, bounds, False, policy.origin).save(file)
+    session, _ = export_to(folder)
+    assert [output.type for output in session.get_outputs()] == ["tensor(float)"]
+
+
 def test_candidates_as_good_as_equal_may_be_taken_for_one_another(tmp_path):
     """Where rounding alone decides, as where Q hardly depends on the action."""
     policy = load_policy(save_policy(tmp_path / "run", "bcq")).requires_grad_(False)
@@ -298,3 +329,5 @@ def test_a_kept_policy_of_a_trained_run(tmp_path):
     actions = session.run(None, {"observations": observations})[0]
     np.testing.assert_allclose(actions, load_policy(tmp_path / "run" / "policy-10.pt")(observations), atol=1e-6)
     assert np.abs(actions - load_policy(tmp_path / "run")(observations)).max() > 1e-3
+    (tmp_path / "run" / "args.json").write_text(json.dumps(saved | {"num_updates": 1000}))  # of which 30 were made
+    assert metadata(export_to(tmp_path / "run")[0])["num_updates"] == 30

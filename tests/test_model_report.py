@@ -367,6 +367,21 @@ def test_rows_left_out_are_those_of_the_training(algorithm, monkeypatch, tmp_pat
     assert measures.rows_left_out(everyone, data, 6) is None  # of another seed, the errors are others
 
 
+def test_rows_left_out_are_found_where_a_log_lacks_what_followed(monkeypatch, tmp_path, make_dataset):
+    """The errors that the training saves there are of what is known."""
+    episodes = []
+    for seed in range(20):
+        episode = random_episode(seed, 6) | {"terminations": np.arange(6) == 5, "truncations": np.zeros(6, dtype=bool)}
+        episode["observations"][-1] = episode["observations"][-2]
+        episodes.append(episode)
+    folder = train("mopo", tmp_path / "run", "--dataset-id", make_dataset(episodes=episodes))
+    from trained_run import load_run  # the module's name is that of the other tests
+
+    run = load_run(folder)
+    left_out = load_model(run, folder, None).left_out
+    assert left_out is not None and run.buffer.transitions.terminations[left_out].any()
+
+
 def test_with_episodes_held_out_all_is_of_these(runs):
     folder = runs("mopo", "--validation-fraction", "0.2")
     from trained_run import load_run  # the module's name is that of the other tests

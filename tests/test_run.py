@@ -242,8 +242,21 @@ def test_a_folder_is_not_taken_for_another_datasets(fake, tmp_path):
     run.main(run.Args(("one",), seeds=1, out=tmp_path))
     before = (tmp_path / "results.csv").read_text()
     (tmp_path / "results.csv").write_text(before.replace("anchorl/pendulum/", "anchorl-pendulum/"))
-    with pytest.raises(run.BadInput, match="one/anchorl-pendulum-mixed-v0/0 holds a run on anchorl-pendulum/mixed-v0;"):
+    with pytest.raises(
+        run.BadInput, match="one/anchorl-pendulum-mixed-v0/0 holds a run of one on anchorl-pendulum/mixed-v0;"
+    ):
         run.main(run.Args(("one",), seeds=1, out=tmp_path))
+
+
+def test_a_folder_is_not_taken_for_another_algorithms(fake, tmp_path):
+    """As names of folders 1e+1 and 1e-1 are the same; --x=1 is --x 1."""
+    fake(one="end_well()")
+    run.main(run.Args(("one --x 1e+1",), seeds=1, out=tmp_path))
+    with pytest.raises(
+        run.BadInput, match=r"one-x-1e-1/.*/0 holds a run of one --x 1e\+1 on anchorl/pendulum/mixed-v0;"
+    ):
+        run.main(run.Args(("one --x 1e-1",), seeds=1, out=tmp_path))
+    run.main(run.Args(("one --x=1e+1",), seeds=1, out=tmp_path))
 
 
 def test_a_damaged_result_is_no_row(fake, tmp_path, capsys):

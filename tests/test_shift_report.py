@@ -53,6 +53,8 @@ def test_nearest_neighbours_are_those_of_brute_force():
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(distances, np.take_along_axis(every, expected, axis=1), atol=1e-4)
     assert measures.nearest(points, references[:2], 3)[0].shape == (300, 2)
+    far = 50 * torch.eye(40)[torch.arange(1000) % 40] + 7
+    assert (measures.nearest(far, far, 25)[0] == 0).all()  # a matrix product would leave some apart from themselves
 
 
 def test_coverage_is_the_share_within_the_quantile_of_the_scale():
