@@ -239,7 +239,8 @@ def adversary_rho(q: Tensor) -> Tensor:
 
     The weights are mu itself, the adversary's best answer: constants of the loss (envelope theorem).
     """
-    mu = (q.detach() - q.detach().logsumexp(dim=1, keepdim=True)).exp()  # the mean over n cancels in exp(Q) / Z
+    weight = (q.detach() - q.detach().amax(dim=1, keepdim=True)).exp()
+    mu = weight / weight.sum(dim=1, keepdim=True)  # self-normalised: the mean over n cancels in exp(Q) / Z
     return (mu * q).sum(dim=1)
 
 

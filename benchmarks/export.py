@@ -100,8 +100,9 @@ def read_run(folder: Path, policy: str) -> dict[str, Any]:
         saved = dict(json.loads(path.read_text()))
     if kept := re.fullmatch(r"policy-(\d+)\.pt", policy):
         saved["num_updates"] = int(kept[1])
-    elif (folder / "checkpoint.pt").exists():  # the run may have been stopped, or acted for more
-        saved["num_updates"] = load_file(folder / "checkpoint.pt")["step"]
+    elif policy == "policy.pt":  # its run may have been stopped, or acted for more
+        with contextlib.suppress(BadInput):
+            saved["num_updates"] = load_file(folder / "checkpoint.pt")["step"]
     return {name: saved.get(name) for name in names}
 
 

@@ -9,7 +9,8 @@ from log_cells import NO_NUMBER, Table, as_text, count_blanks, is_blank, to_flag
 from common.command_line import BadInput, check
 
 MOST_CHOICES = 1000  # a column of more different values is taken for an amount, or an id
-AROUND = r"^(?:\[([^\[\]]*)\]|\{([^{}]*)\}|\(([^()]*[;,|][^()]*)\))$"  # a list's brackets: a name may end in some, too
+# a list's brackets; in round ones are marks or numbers: a name may end in some, too
+AROUND = r"^(?:\[+([^\[\]]*)\]+|\{+([^{}]*)\}+|\(+((?:[-\d.\s;,|]*|[^()]*[;,|][^()]*))\)+)$"
 
 
 class Choices(NamedTuple):

@@ -17,7 +17,6 @@ ZONE = r":\d\d.*(?:[zZ]|[-+]\d\d:?\d\d)$"
 CLOCK = "%H:%M:%S.%f", "%H:%M:%S", "%H:%M"
 CLOCK_OF_12 = "%I:%M %p", "%I:%M:%S %p"
 HALF_DAYS = *(f"{date} {clock}" for clock in CLOCK_OF_12 for date in ("%m/%d/%Y", "%d/%m/%Y")), *CLOCK_OF_12
-DAY = 86_400_000  # milliseconds
 
 
 class Order(NamedTuple):
@@ -126,17 +125,21 @@ def readings(table: Table, name: str) -> list[np.ndarray]:
         return [column.astype("int64").to_numpy()]
     numbers = to_floats(table, name)
     bad = int(np.argmax(~np.isfinite(numbers)))
-    found = [numbers] if np.isfinite(numbers).all() else read_dates(column.astype(str).str.strip())
+    found = [numbers] if np.isfinite(numbers).all() else read_dates(as_dates(column))
     what = f"{str(column.iloc[bad])!r} in row {bad + 1} is no number, and the column not all dates or times of one form"
     check(bool(found), f"{table.path}, column {name}: {what}: an order needs numbers, or dates as 2020-12-31 23:00")
     return found
 
 
+def as_dates(column: Any) -> Any:
+    """Texts of one form: with a point before fractions of a second, and 0 where others have one."""
+    text = column.astype(str).str.strip().str.replace(r"(:\d\d),(\d)", r"\1.\2", regex=True)  # of Python's logging
+    fractions = text.str.contains(r":\d\d\.\d").any()  # which Python leaves out where they are 0
+    return text.str.replace(r"(:\d\d:\d\d)(?=$|[zZ+-])", r"\1.0", regex=True) if fractions else text
+
+
 def read_dates(text: Any) -> list[np.ndarray]:
     """What dates or times may mean, as numbers: one reading, two if day or month may be first, or none."""
-    text = text.str.replace(r"(:\d\d),(\d)", r"\1.\2", regex=True)  # of Python's logging
-    if text.str.contains(r":\d\d\.\d").any():  # Python leaves out a fraction that is 0
-        text = text.str.replace(r"(:\d\d:\d\d)(?=$|[zZ+-])", r"\1.0", regex=True)
     zoned = text.str.contains(ZONE)
     if zoned.any() and not zoned.all():
         return []
@@ -164,9 +167,9 @@ def parse_dates(text: Any, **how: Any) -> np.ndarray | None:
 def check_no_midnight(table: Table, name: str, values: np.ndarray, ends: np.ndarray) -> None:
     """Raises BadInput where a column begins anew, as hours do at midnight, which cannot sort the rows."""
     turned, others = 0, 0
-    text = table.data[name].astype(str).str.strip()
+    text = as_dates(table.data[name])
     clock = any(parse_dates(text, format=form) is not None for form in (*CLOCK, *CLOCK_OF_12))
-    if not clock and not 0 <= values.min() <= values.max() <= DAY:  # dates, or the seconds since 1970
+    if not clock and values.min() > values.max() / 2:  # no hours: they are dates, or seconds since 1970
         return
     for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         back = np.flatnonzero(np.diff(values[start:end]) < 0)

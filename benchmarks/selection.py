@@ -178,8 +178,8 @@ def remarks(table: pd.DataFrame, by: Estimator, result: dict[str, Any]) -> list[
     if "log_likelihood" in result:
         gain = result["log_likelihood"] - result["of_frequencies"]
         lines.append(
-            f"what chose the data's actions is {result['beta']}: an action is {math.exp(gain):.2f} times as likely by "
-            f"it as by their frequencies alone; its temperature is {result['temperature']:.2f}"
+            f"what chose the data's actions is {result['beta']}: by the fit an action is {math.exp(gain):.2f} times as "
+            f"likely as by their frequencies alone; its temperature is {result['temperature']:.2f}"
         )
     found = {other: agreement(table, by, other) for other in ESTIMATORS[1:] if other != by}
     agree = ", ".join(f"{other} {value:.2f}" for other, value in found.items() if not math.isnan(value))

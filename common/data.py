@@ -200,7 +200,7 @@ class ReplayBuffer:
     def scale_rewards(self, scale: float | str, shift: float) -> None:
         """Rewards become scale (reward + shift); with "return-range" as scale the returns of the data span 1,000."""
         span = float(np.ptp((self.episode_returns + shift * self.episode_lengths).numpy()))
-        least = 1e-7 * float(self.episode_returns.abs().max() + abs(shift) * self.episode_lengths.max())  # by rounding
+        least = 1e-7 * float((self.transitions.rewards.abs().max() + abs(shift)) * self.episode_lengths.max())
         check(span > least or scale != "return-range", f"--reward-scale {scale}: all returns are equal; give a number")
         self.reward_scale, self.reward_shift = 1000 / span if scale == "return-range" else float(scale), shift
         for buffer in filter(None, (self, self.validation)):

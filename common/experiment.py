@@ -96,12 +96,12 @@ class Run:
         (self.dir / "result.json").unlink(missing_ok=True)  # of fewer updates: until its end, this run has none
         self._write_json("args.json", vars(args) | {"dataset_fingerprint": buffer.fingerprint})
         shapes = {w.shape for each in learner if hasattr(each, "parameters") for w in each.parameters() if w.ndim > 1}
-        threads, found, n = torch.get_num_threads(), list[Any](), min(args.batch_size, 1025)
-        for count, rng in zip((1, threads), (torch.Generator(), torch.Generator()), strict=True):
+        threads, found, n = torch.get_num_threads(), list[Any](), args.batch_size
+        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or n > 1024 or "dynamics" in self.parts  # SiLUs' differ
+        for count, rng in [] if fixed else zip((1, threads), (torch.Generator(), torch.Generator()), strict=True):
             torch.set_num_threads(count)  # have the products of layers of these shapes the same bits with all?
             sides = ([torch.randn(*m, *s, generator=rng) for s in ((a, b), (n, b), (n, a))] for *m, a, b in shapes)
             found.append([product for w, x, slopes in sides for product in (x @ w.mT, slopes @ w, slopes.mT @ x)])
-        fixed = "OMP_NUM_THREADS" in os.environ or args.compile or n > 1024 or "dynamics" in self.parts  # SiLUs' differ
         self.threads = 1 if fixed or not all(map(torch.equal, *found)) else threads
         self.first_step, self.marks = self.step + 1, [0.0, 0.0]
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line

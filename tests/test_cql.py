@@ -189,6 +189,13 @@ def test_adversary_rho_has_the_gradient_of_the_log_mean_exponential():
     torch.testing.assert_close(ours, exact)
 
 
+def test_adversary_rho_is_exact_where_q_is_far_from_0():
+    """As CQL's may be: its weights sum to 1 in float32."""
+    q = -5000 + torch.randn(2, 10, 256)
+    expected = (q.double().softmax(dim=1) * q).sum(dim=1)
+    np.testing.assert_allclose(cql.adversary_rho(q), expected, atol=0.01)
+
+
 @pytest.mark.parametrize("softness", [1.0, 0.5, 4.0])
 def test_logsumexp_estimate_meets_the_exact_integral(softness):
     """Q(a) / T = -c (a - m)^2 on [-1, 1]: log integral exp(Q / T) is a matter of erf, whatever the proposals."""

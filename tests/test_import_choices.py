@@ -110,6 +110,9 @@ def test_whole_numbers_may_have_decimal_commas(folder):
         (["[low, high (iv)]"] * 6, ["high (iv)", "low"]),
         (["(low, high [iv])"] * 6, ["high [iv]", "low"]),
         (["{(a) low; (b) high}"] * 6, ["(a) low", "(b) high"]),
+        (["(0 1)"] * 6, ["0", "1"]),
+        (["[[0, 1]]"] * 6, ["0", "1"]),
+        (["(0)", "(1)", "(0, 1)", "(1,)", "(0,)", "(0 1)"], ["0", "1"]),
     ],
 )
 def test_brackets_may_belong_to_a_name(cells, names, folder):
@@ -154,6 +157,12 @@ def test_a_cell_without_legal_actions_adds_none(lists, folder):
     values = table(allowed=[*lists[:5], None], terminated=[0, 0, 1, 0, 0, 0])
     run = import_logs(values, folder, "--discrete-action", "dose", "--legal-list", "allowed", suffix=".parquet")
     assert run.returncode == 2 and "row 6: no action is legal: each row needs one" in run.stderr, run
+
+
+def test_empty_brackets_are_no_choice(folder):
+    values = table(dose=[0, 1, 0, 1, 0, 1], allowed=["(0, 1)"] * 5 + ["()"])
+    run = import_logs(values, folder, "--discrete-action", "dose", "--legal-list", "allowed")
+    assert run.returncode == 2 and "row 6: no action is legal: each row needs one" in run.stderr
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

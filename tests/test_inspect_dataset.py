@@ -136,6 +136,14 @@ def test_a_code_is_found_beside_others(beside):
     assert outliers(column[:, None], codes=True).tolist() == [True]
 
 
+@pytest.mark.parametrize(
+    "levels", [[0, 1, 2, 3, 4, 100, 200, 300], [0, 1, 10, 100, 1000, 10_000], [2, 2.5, 3, 50, 50.1, 90, 99]]
+)
+def test_levels_are_no_codes(levels):
+    column = np.random.default_rng(0).choice(levels, 5000)
+    assert outliers(column[:, None], codes=True).tolist() == [False]
+
+
 @pytest.mark.parametrize("share", [0.005, 0.02, 0.2, 0.6])
 def test_a_code_is_found_however_often_it_stands_there(share):
     rng = np.random.default_rng(0)

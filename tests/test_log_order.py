@@ -213,6 +213,16 @@ REFUSED = {
         "in 4 episodes the column goes back to less than it began with, as hours do at midnight: name a column",
         "hour",
     ),
+    "midnight, some seconds whole": (
+        nights(hour=["23:59:58", "23:59:58.5", "23:59:59", "23:59:59.5", "00:00:00", "00:00:00.5"] * 4),
+        "in 4 episodes the column goes back to less than it began with, as hours do at midnight: name a column",
+        "hour",
+    ),
+    "midnight in microseconds": (
+        nights(hour=np.tile(10**6 * np.array([86_398, 86_399, 0, 1, 2, 3]), 4)),
+        "in 4 episodes the column goes back to less than it began with, as hours do at midnight: name a column",
+        "hour",
+    ),
     "two midnights": (
         pd.DataFrame(
             {"episode": 1, "time": THREE_DAYS, "obs_0": range(9), "action_0": 0.5, "reward": 1.0, "terminated": 0}

@@ -245,7 +245,11 @@ def test_equal_returns_have_no_range(make_dataset):
 
 @pytest.mark.parametrize(
     ("rewards", "shift"),
-    [(([0.1, 0.2, 0.3, 0.7], [0.7, 0.3, 0.2, 0.1]), 0.0), ((np.full(3, 0.1), np.full(7, 0.1)), -0.1)],
+    [
+        (([0.1, 0.2, 0.3, 0.7], [0.7, 0.3, 0.2, 0.1]), 0.0),
+        (([0.1, 0.2, -0.3], [0.7, -0.7, 0.0]), 0.0),
+        ((np.full(3, 0.1), np.full(7, 0.1)), -0.1),
+    ],
 )
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_returns_that_differ_by_rounding_have_no_range(make_dataset, rewards, shift, kind):

@@ -265,7 +265,7 @@ def measure(args: Args, algorithm: str, modes: list[str], ready: Any, turn: Any,
 def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -> Iterator[tuple[str, str, float]]:
     """Algorithm, mode and updates a second, of a process for each of the algorithms."""
     context = multiprocessing.get_context("spawn")
-    ready, rows = context.Barrier(len(algorithms) + 1), context.Queue()
+    ready, rows = context.Barrier(len(algorithms) + 1, timeout=10**4), context.Queue()
     shared = modes, ready, context.Lock() if alone else None, rows
     workers = [context.Process(target=measure, args=(args, name, *shared), daemon=True) for name in algorithms]
     for worker in workers:
@@ -282,6 +282,7 @@ def together(args: Args, algorithms: list[str], modes: list[str], alone: bool) -
         watch.terminate()
         if shares := [float(word) for word in watch.stdout.read().split() if word.isdigit()]:  # not of a part of a GPU
             yield "", "utilisation", statistics.mean(shares)
+    wait_until(lambda: ready.n_waiting == len(workers), workers)
     ready.wait()
     for worker in workers:
         worker.join()
@@ -296,7 +297,7 @@ def wait_until(done: Callable[[], bool], workers: list[Any]) -> None:
     """Waits, unless a process was killed: then the others would wait for it, and for ever. Raises BadInput."""
     while not done():
         killed = [worker.exitcode for worker in workers if worker.exitcode]
-        check(not killed, f"a process ended with {killed}, as where memory runs out: take fewer --algorithms at a time")
+        check(not killed, f"a process ended with {killed}; -9 is too little memory: take fewer --algorithms at a time")
         time.sleep(0.02)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scratch import replace, replace_table
 
-from common.command_line import check
+from common.command_line import check, explain
 
 COLUMNS = ("machine", "measurement", "algorithm", "mode", "value")
 Table = dict[tuple[str, str, str, str], float]  # the values by the other columns
@@ -16,11 +16,10 @@ def read(path: Path) -> Table:
     """What the file has, if there is one. Raises BadInput unless its columns are these."""
     if not path.exists():
         return {}
-    head, *rows = csv.reader(path.read_text().splitlines() or [""])
-    check(tuple(head) == COLUMNS, f"{path}: its columns are not {', '.join(COLUMNS)}; take another --out")
-    return {
-        (machine, measurement, algorithm, mode): float(value) for machine, measurement, algorithm, mode, value in rows
-    }
+    with explain(f"cannot read {path}, take another --out"):
+        head, *rows = csv.reader(path.read_text().splitlines())
+        check(tuple(head) == COLUMNS, f"its columns are not {', '.join(COLUMNS)}")
+        return {(of, what, algorithm, mode): float(value) for of, what, algorithm, mode, value in rows}
 
 
 def write(path: Path, table: Table) -> None:
