@@ -217,9 +217,7 @@ def compare(content: bytes, policy: Policy) -> tuple[float, int]:
             found = session.run(None, {"observations": observations[batch]})
         asked = [output[batch] for output in expected]
         values, reference = found[-1], asked[-1]  # of discrete actions the preferences
-        finite = np.where(
-            np.abs(reference) < 1e8, np.abs(reference), 0
-        )  # those of unlikely and illegal actions are not
+        finite = np.where(np.abs(reference) < 1e8, np.abs(reference), 0)  # not of what is illegal, or hardly likely
         scale = finite.max(axis=1, keepdims=True) if policy.discrete else (high - low) / 2
         spread = np.max([distance(outputs[-1][batch], reference) for outputs in moved], axis=0)
         differences = distance(values, reference)
