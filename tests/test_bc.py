@@ -43,3 +43,21 @@ def test_a_run_draws_from_the_best_episodes_alone(pendulum, tmp_path, monkeypatc
     assert len(batches) == 3
     for batch in batches:
         assert torch.isin(batch.observations, pendulum.transitions.observations[best]).all()
+
+
+class Caught(Exception):
+    """What main gives to its Run."""
+
+
+def test_the_best_of_held_out_rows_are_drawn_alike(tmp_path, monkeypatch):
+    def catch(args, buffer, learner, update, make_batch):
+        raise Caught(buffer.validation, make_batch)
+
+    monkeypatch.setattr(bc, "Run", catch)
+    with pytest.raises(Caught) as caught:
+        bc.main(bc.Args(run_dir=tmp_path / "run", top_fraction=0.6, validation_fraction=0.033))
+    held_out, make_batch = caught.value.args
+    steps = len(held_out.storage)
+    drawn = make_batch(held_out, held_out.draw(200 * steps)).observations
+    _, counts = drawn.unique(dim=0, return_counts=True)
+    assert (steps, len(counts)) == (1000, 600) and counts.max() < 1.5 * counts.min()

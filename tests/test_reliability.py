@@ -283,6 +283,22 @@ def test_a_signal_while_the_graph_is_made(seconds, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
 
 
+def test_a_run_goes_on_where_fewer_gpus_are_seen(tmp_path, pendulum, monkeypatch):
+    """A checkpoint has the state of each, and a run is on the first."""
+    monkeypatch.setattr("common.experiment.make_environments", lambda *_: None)
+    run = small_run(tmp_path, pendulum)
+    run.record(1, {"actor/loss": 1})
+    run.lock.release()
+    saved, states = torch.load(tmp_path / "checkpoint.pt"), [torch.full((16,), n, dtype=torch.uint8) for n in (1, 2)]
+    torch.save(saved | {"random_state": [saved["random_state"][0], *states]}, tmp_path / "checkpoint.pt")
+    found = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", found.extend)
+    resumed = small_run(tmp_path, pendulum, resume=True)
+    resumed.lock.release()
+    assert len(found) == 1 and torch.equal(found[0], states[0])
+
+
 # --- Threads ---
 
 
