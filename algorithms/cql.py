@@ -1,8 +1,9 @@
 """Conservative Q-learning (CQL): a critic that is made to doubt every action outside the data.
 
 The actor-critic is SAC's, without entropy in the target. Its critic pays for high values at the actions that the policy
-might choose and is paid for them at the data's. So its estimate of the policy's value is a lower bound, and an error of
-extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's entropy coefficient:
+might choose and is paid for them at the data's. With a large enough cql_alpha its estimate of the policy's value is a
+lower bound, and an error of extrapolation attracts nobody. With Q' the target critic and `temperature` SAC's entropy
+coefficient:
 
     y    = r + gamma (1 - termination) min_i Q'_i(s', a'),  a' ~ pi(.|s')
     L_Q  = sum_i E[ (Q_i(s, a) - y)^2 + cql_alpha gap_i(s, a) ]                   (eq. 3; variant h: eq. 4)
@@ -25,16 +26,19 @@ scores.
 
 Paper: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", 2020,
 arXiv 2006.04779; SAC is arXiv 1812.05905.
-Differences: the squared error has no factor 1/2, as in the authors' code; one optimiser step trains everything, each
-loss seeing the others as they were before it. The authors' actor clones for its first 40,000 updates, this one for none
-unless asked. Their T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own
-integral. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors' last
-layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, their biases at 0.1 and target critics with weights
-of their own, their temperature's loss has its logarithm in its place, and their cloning clips the data's actions at
-1e-6 from the bounds, ours at 1e-3. rho is the policy of the last target update, which is the actor as this update finds
-it, or uniform. In a continuous space no state of the data occurs twice: the count d(s) |D| is 1. With --online-steps pi
-takes a step before each update, and L_Q stays as it is. Cal-QL's code (arXiv 2303.05479), whose baseline is CQL, plays
-an episode, then makes as many updates, in its scripts on batches that are half data.
+Differences: the squared error has no factor 1/2, as in the authors' code. What the authors' code does otherwise:
+- Its actor clones for its first 40,000 updates; ours for none unless asked.
+- Its losses step in turn; here one optimiser step trains everything, each loss seeing the others as they were before.
+- Its T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own integral.
+- Observations are as they come; ours are normalised.
+- Last layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, and biases at 0.1; ours as PyTorch's do,
+  uniform within 1 / sqrt(inputs). Its target critics start with weights of their own, ours as copies.
+- The loss of the temperature has its logarithm in its place.
+- Cloning clips the data's actions at 1e-6 from the bounds; ours at 1e-3.
+- It never acts. With --online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's code
+  (arXiv 2303.05479), whose baseline is CQL, plays an episode, then makes as many updates, on batches half of data.
+rho is the policy of the last target update, which is the actor as this update finds it, or uniform. In a continuous
+space no state of the data occurs twice: the count d(s) |D| is 1.
 
 Run: python algorithms/cql.py --dataset-id anchorl/pendulum/mixed-v0          (README.md has faster arguments)
 """
@@ -63,7 +67,8 @@ class HyperParameters:
     gap_softness: float = 1.0
     """T of CQL(H): if small, the gap takes the largest Q(s, .), if large its mean and a constant (authors: temp, 1)"""
     cql_alpha: float = 10.0
-    """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' code: 5 or 10; 1)"""
+    """weight of the gap in L_Q: 0 is SAC on fixed data; with --lagrange where it starts (authors' readme: 5 or 10,
+    code: 1)"""
     num_samples: int = 10
     """actions drawn per state: uniform, from pi(.|s), and for CQL(H) from pi(.|s') (paper: the first two)"""
     lagrange: bool = False  # tune cql_alpha so that the gap becomes --target-gap (paper, eq. 30)

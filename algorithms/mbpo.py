@@ -435,19 +435,14 @@ class Args(HyperParameters, ExperimentArgs):
 def random_dataset(environment: gym.Env, args: Args) -> Dataset:
     """What the agent begins with: whole episodes of uniformly random actions, `random_steps` steps or more."""
     low, high = action_bounds(environment.action_space)
-    assert environment.spec is not None and environment.spec.max_episode_steps is not None  # make_environment's
-    num_steps = args.random_steps + environment.spec.max_episode_steps  # at most: the last episode goes to its end
-
-    def read_episodes() -> Iterator[Episode]:
-        player, rng = Player(environment, None, args.seed, 0), np.random.default_rng(args.seed)
-        while sum(player.lengths) < args.random_steps:
-            transitions, number = [], len(player.lengths)
-            while len(player.lengths) == number:
-                transitions.append(player.step(rng.uniform(low, high).astype(np.float32)))
-            yield Episode(*map(np.array, zip(*transitions, strict=True)))
-
+    player, rng, episodes = Player(environment, None, args.seed, 0), np.random.default_rng(args.seed), list[Episode]()
+    while sum(player.lengths) < args.random_steps:
+        transitions, number = [], len(player.lengths)
+        while len(player.lengths) == number:
+            transitions.append(player.step(rng.uniform(low, high).astype(np.float32)))
+        episodes.append(Episode(*map(np.array, zip(*transitions, strict=True))))
     names = observation_names(environment.observation_space)
-    return Dataset(args.env_id, num_steps, names, low, high, read_episodes, args.env_id)
+    return Dataset(args.env_id, sum(player.lengths), names, low, high, lambda: iter(episodes), args.env_id)
 
 
 def main(args: Args) -> None:

@@ -10,9 +10,9 @@ fit every scale of rewards. With Q' and pi' the target networks:
 
 Paper: Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860; TD3 is
 arXiv 1802.09477.
-Differences: none from the authors' code. It takes lambda's mean at pi(s), where the paper has the data's actions, and
-averages (pi(s) - a)^2 over the action's dimensions. Its layers start as PyTorch's do, too, and it evaluates the actor,
-not the target actor. It never acts: --online-steps is ours, with the noise of TD3's code and L_pi as it was; others
+Differences: none from the authors' code, offline. As there, lambda's mean is at pi(s), where the paper has the data's
+actions; (pi(s) - a)^2 is averaged over the action's dimensions; layers start as PyTorch's do; and the actor is
+evaluated, not the target actor. Ours alone is --online-steps, with the noise of TD3's code and L_pi as it was; others
 lessen the imitation then (arXiv 2211.11802).
 
 Run: python algorithms/td3_bc.py --dataset-id anchorl/pendulum/mixed-v0

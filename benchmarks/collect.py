@@ -51,7 +51,7 @@ import sac
 from import_logs import find_spec
 from scratch import scratch_root
 
-from common.command_line import check, check_argument, explain, launch
+from common.command_line import check, check_argument, explain, launch, warn
 from common.data import Batch, ReplayBuffer, action_bounds, observation_names
 from common.evaluation import FINAL_SEED, Player, Policy, evaluate, load_file, load_policy, make_environment
 
@@ -192,7 +192,7 @@ def train(args: Args, run_dir: Path) -> None:
     """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made anew
         if json.loads((run_dir / "result.json").read_text())["num_updates"] >= args.num_updates:
-            return
+            return warn(f"{run_dir} has its agent: what follows -- is not used") if args.script else None
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
     command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
@@ -312,7 +312,8 @@ def main(args: Args) -> None:
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     scores = "Score 0 is random, 100 the expert's mean action."
     for quality, dataset_id in ids.items():
-        source = f"{sources[quality]}; AnchoRL's algorithms/sac.py"
+        size = "" if quality in seen else f" (--steps {args.steps})"
+        source = f"{sources[quality]}{size}; AnchoRL's algorithms/sac.py"
         if dataset_id in there:
             check(is_ours(dataset_id, f"{play.env_id}: {source}. {scores}", references), f"{dataset_id} {TAKEN}")
             print(f"{dataset_id}: {sources[quality]}; it is there already", flush=True)

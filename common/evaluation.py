@@ -169,13 +169,13 @@ def evaluate(
 
 
 def answer(env: gym.Env, step: int, given: Any) -> list[Any]:
-    """The observation, flattened, and numbers that an action or, at step 0, a seed gives. Raises BadInput, Diverged."""
+    """Flattened observation, and numbers, that a copy of an action or, at step 0, a seed gives. BadInput, Diverged."""
     if not np.isfinite(given).all():
         raise Diverged(f"the action at step {step} of an episode is not finite; the last checkpoint is kept")
     with explain(f"the environment failed at step {step} of an episode"):
-        observation, *numbers = env.step(given)[:4] if step else env.reset(seed=given)[:1]
+        observation, *numbers = env.step(np.array(given)[()])[:4] if step else env.reset(seed=given)[:1]
         found: list[Any] = [np.array(flatten_observations(observation, env.observation_space)), *map(float, numbers)]
-        check(bool(np.isfinite(sum(found[1:], found[0].sum()))), "it gave what is not finite")
+        check(all(np.isfinite(part).all() for part in found), "it gave what is not finite")
     return found
 
 

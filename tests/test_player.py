@@ -105,6 +105,28 @@ def test_a_termination_is_one_and_a_time_limit_is_none(buffer):
     np.testing.assert_allclose(new.next_observations.numpy()[:, 0] * std[0] + mean[0], expected + 1, atol=1e-4)
 
 
+class Scaler(Counter):
+    """Writes into the action that it is given."""
+
+    def step(self, action):
+        action *= 0.5
+        return super().step(action)
+
+
+def test_an_environment_that_changes_its_action_changes_no_stored_one(buffer):
+    player, action = Player(Scaler(), buffer, 0), np.ones(buffer.action_dim, np.float32)
+    transition = player.step(action)
+    assert (action == 1).all() and (transition.actions == 1).all() and (player.actions[0] == 1).all()
+
+
+def test_large_numbers_are_finite():
+    class Large(Counter):
+        def reset(self, *, seed=None, options=None):
+            return np.full(3, 3e38, np.float32), {}
+
+    assert (Player(Large(), None, 0).observation == np.float32(3e38)).all()
+
+
 def test_a_termination_at_the_time_limit_is_one(buffer):
     player, new = played(buffer, 5, 15)
     assert player.lengths == [5, 5, 5] and new.terminations.nonzero().tolist() == [[14]]
