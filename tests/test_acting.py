@@ -206,7 +206,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     assert_one_line(run_script(SCRIPT, str(tmp_path), "--out", str(tmp_path / "out")), "no finished run in it")
 
 
-def test_the_guide_has_the_table_of_the_results(tmp_path):
+def test_the_page_has_the_table_of_the_results(tmp_path):
     folder = ROOT / "benchmarks" / "results" / "online"
     names = "pendulum", "hopper-medium", "halfcheetah-medium"
     words = [*(str(folder / f"{name}.csv") for name in names), "--out", str(tmp_path)]
@@ -214,6 +214,6 @@ def test_the_guide_has_the_table_of_the_results(tmp_path):
     assert run_script(SCRIPT, *words).returncode == 0
     written = (tmp_path / "table.md").read_text()
     assert written == (folder / "table.md").read_text()
-    guide = (ROOT / "algorithms" / "README.md").read_text()
+    page = (ROOT / "benchmarks" / "results" / "README.md").read_text()
     tables = [part for part in written.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 3 and all(part in guide for part in tables)
+    assert len(tables) == 3 and all(part in page for part in tables)
