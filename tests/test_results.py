@@ -24,7 +24,7 @@ def rows_of(page, section):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-ROWS, PEERS = rows_of(RESULTS, "These are older: three seeds"), rows_of(TOOLS, "**Peers.**")
+ROWS, PEERS = rows_of(RESULTS, "These are older"), rows_of(TOOLS, "**Peers.**")
 
 
 def script_of(label):
