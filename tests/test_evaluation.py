@@ -99,6 +99,14 @@ def any_policy(request):
     return make_policy(request.param, request.param.HyperParameters(hidden_dims=(16, 8), **more))
 
 
+def test_it_gives_back_the_threads_that_it_found(monkeypatch):
+    counts = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    evaluate(lambda observations: np.zeros((len(observations), 1), np.float32), [Countdown()])
+    assert counts == [1, 2]
+
+
 def test_counts_exactly_one_episode_per_copy(make_dataset, policy):
     environments = make_environments(load_dataset(make_dataset(env="Countdown-v0")), 6)
     for _ in range(2):  # the same seeds each time

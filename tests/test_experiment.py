@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -145,6 +146,53 @@ def test_run_folder(algorithm, tmp_path, data):
     returns, lengths = evaluate(load_policy(folder), environments, 3, FINAL_SEED)
     np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-4)
     assert lengths.tolist() == result["final_lengths"]
+    assert result["final_return_std"] == pytest.approx(returns.std(), rel=1e-4)
+    returns, _ = evaluate(load_policy(folder), environments)
+    score = data.dataset.score(returns.mean())
+    expected = {"eval/return_mean": returns.mean(), "eval/return_std": returns.std(), "eval/score": score}
+    assert {name: float(rows[-1][name]) for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluations_are_not_the_time_of_updates(tmp_path, monkeypatch):
+    def slow(policy, environments, *rest, **more):
+        time.sleep(0.5)
+        return evaluate(policy, environments, *rest, **more)
+
+    monkeypatch.setattr("common.experiment.evaluate", slow)
+    words = ["--num-updates", "6", "--eval-every", "2", *SHORT, "--run-dir", str(tmp_path / "run")]
+    assert run_script("bc", *words).returncode == 0
+    seconds, of_updates = checkpoint(tmp_path / "run")["seconds"]
+    assert of_updates < 1.5 < seconds
+
+
+ENV_ID = "Pendulum-v1", "CartPole-v1"
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_arguments_reach_the_data_the_player_and_the_compiler(algorithm, data, tmp_path, monkeypatch):
+    script = importlib.import_module(algorithm)
+    known, seen = script.Args.__dataclass_fields__, []
+
+    def stop(args, buffer, learner, update, make_batch=None, player=None):
+        raise Stop(buffer, player)
+
+    monkeypatch.setattr(script, "Run", stop)
+    monkeypatch.setattr(script, "compiled", lambda function, learner, args: seen.append((function, args.compile)))
+    words = ["--no-normalize-observations", "--seed", "3", "--env-id", ENV_ID[algorithm in DISCRETE]]
+    words += ["--reward-shift", "0.25"] * ("reward_shift" in known) + [*SHORT, *SHORTER.get(algorithm, [])]
+    words += ["--online-steps", "2000"] * ("online_steps" in script.Args.__annotations__)
+    with pytest.raises(Stop) as stopped:
+        run_script(algorithm, *words, "--run-dir", str(tmp_path / "run"))
+    buffer, player = stopped.value.args
+    assert buffer.normalization.tolist() == [[0] * buffer.observation_dim, [1] * buffer.observation_dim]
+    assert buffer.reward_shift == (0.25 if "reward_shift" in known else 0)
+    assert buffer.dataset.env_spec is None  # --env-id's arguments, not the data's
+    assert (player is not None) == hasattr(script, "Player") and (player is None or player.seeds == (3,))
+    assert (script.update, False) in seen
 
 
 def test_default_run_folder_and_a_taken_one(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from conftest import (
     SCRIPTS,
     SHORT,
     SHORTER,
+    assert_same,
     batch_of,
     checkpoint,
     discrete_batch,
@@ -141,6 +142,23 @@ def test_every_hyper_parameter_does_something(script, field):
     assert other != before
     one, another = trained(script, *more.items()), trained(script, *more.items(), (field.name, other))
     assert one.shape != another.shape or not torch.equal(one, another)
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_targets_start_as_what_they_follow(name):
+    script = importlib.import_module(name)
+    known = {field.name for field in fields(script.Args)}
+    learner = build(script, script.Args(**{key: value for key, value in SMALL.items() if key in known}))
+    parts = dict(learner.actor.named_children()) | learner._asdict()
+    for key in [key for key in parts if key.startswith("target_")]:
+        assert_same(parts[key].state_dict(), parts[key.removeprefix("target_")].state_dict())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_layers_start_as_pytorchs_do(name):
+    """Uniform within 1 / sqrt(inputs), here 1/8; with the outputs in their place within 1/16."""
+    if layer := getattr(importlib.import_module(name), "EnsembleLinear", None):
+        assert all(0.12 < numbers.abs().max() <= 1 / 8 for numbers in layer(2, 64, 256).parameters())
 
 
 CRITIC_IN_ACTOR = {"critic": ["actor.critic"]}

@@ -1,6 +1,7 @@
 """--online-steps: after the data the policy acts, is resumed to the same bits, and what it did is in the buffer."""
 
 import csv
+import json
 import re
 
 import gymnasium as gym
@@ -100,6 +101,10 @@ def test_a_run_goes_on_online_to_the_same_bits(algorithm, arguments, tmp_path, m
     assert "player" not in checkpoint(later)["learner"]
     run(algorithm, *online, "--run-dir", later, "--resume")
     assert_same_runs(whole, later)
+
+    result, (_, seconds) = json.loads((whole / "result.json").read_text()), checkpoint(whole)["seconds"]
+    assert result["num_updates"] == OFFLINE
+    assert result["updates_per_second"] == pytest.approx((OFFLINE + ONLINE) / seconds, rel=0.01)
 
     with (whole / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if not row.get("model/rewards") and int(row["step"])]
