@@ -125,6 +125,8 @@ def test_critic_loss(learner, args, max_backup):
     assert loss.item() == pytest.approx((bellman + 3 * gap).sum() - 3 * (gap.mean() - 0.5), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, learner.multiplier.log)
     assert gradient.item() == pytest.approx(-3 * (gap.mean() - 0.5), rel=1e-4)
+    learner.multiplier.log.data.fill_(20.0)
+    assert critic_loss(learner, batch, args)[1]["critic/cql_alpha"] == 2 * 1e6
 
 
 def test_with_returns_below_every_q_it_is_cql(learner, args):

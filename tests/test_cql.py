@@ -371,6 +371,8 @@ def test_lagrange_weighs_the_gap(learner, args):
     torch.testing.assert_close(
         torch.autograd.grad(critic_loss(learner, batch, args)[0], [*learner.critic.parameters()]), ours
     )
+    learner.multiplier.log.data.fill_(20.0)
+    assert critic_loss(learner, batch, args)[1]["critic/cql_alpha"] == 2 * 1e6
 
 
 @pytest.mark.parametrize(("target_gap", "rises"), [(-100.0, True), (100.0, False)])

@@ -112,6 +112,10 @@ def test_actions_are_those_of_a_transformer_in_numpy():
     np.testing.assert_allclose(actor.predict(batch)[0].detach().numpy(), expected, atol=1e-5)
 
 
+def test_embeddings_of_time_start_small():
+    assert make_actor().embed_timestep.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 @pytest.fixture
 def double_precision():
     torch.set_default_dtype(torch.float64)

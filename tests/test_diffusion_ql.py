@@ -226,6 +226,13 @@ def test_update_moves_every_network_and_the_targets_follow(learner, args):
             torch.testing.assert_close(end, start + tau * (followed - start))
 
 
+def test_each_row_has_a_time_of_its_own(learner, args, monkeypatch):
+    seen, total_loss = [], diffusion_ql.total_loss
+    monkeypatch.setattr(diffusion_ql, "total_loss", lambda *given: (seen.append(given[3]), total_loss(*given))[1])
+    diffusion_ql.update(learner, random_batch(300), 1, args)
+    assert all(70 < count < 130 for count in seen[0].bincount(minlength=3))
+
+
 def test_targets_start_as_what_they_follow(args):
     learner = diffusion_ql.build(3, 2, args, CPU)
     assert all(map(torch.equal, learner.actor.target_critic.parameters(), learner.critic.parameters()))

@@ -108,6 +108,16 @@ def test_log_prob_is_finite_where_exp_is_not(learner):
     np.testing.assert_allclose(log_prob.detach().numpy(), expected, atol=10)
 
 
+def test_no_illegal_action_is_the_best(args):
+    """The last of three actions is preferred by far, and legal in the second state alone."""
+    args.legal_actions = True
+    actor = discrete_iql.Actor(4, 3, args)
+    with torch.no_grad():
+        actor.net[-1].bias[2] += 1000
+    observations = torch.tensor([[1.0, 0, 0, 0.3], [1, 1, 1, 0.3], [0, 1, 0, 0.3]])
+    assert actor(observations).argmax(dim=1).tolist() == [0, 2, 1]
+
+
 def test_the_critics_loss_asks_no_action_at_the_next_state(learner, args):
     """Whatever it says of actions that the data did not take, the losses stay as they are."""
     batch = discrete_batch()._replace(actions=torch.zeros(8, dtype=torch.int64))

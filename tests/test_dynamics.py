@@ -1,5 +1,6 @@
 """The dynamics ensemble of MOPO and its kin, MBPO and PETS, which each script has, and is held to the same."""
 
+import csv
 import importlib
 import inspect
 import itertools
@@ -237,15 +238,18 @@ def test_where_a_file_does_not_say_what_followed_no_model_is_chosen_by_it(script
         assert metrics[f"dynamics/holdout_mse_{member}"].item() == pytest.approx(np.mean(error[known] ** 2), rel=1e-4)
 
 
-def test_an_action_that_never_varied_in_the_data_is_not_blown_up(script):
-    """Divided by a deviation near 0, what the policy does with it would give any reward."""
+def test_scales_are_those_of_the_data(script):
+    """Divided by a deviation near 0, what the policy does with an action that never varied would give any reward."""
     learner, args = make_learner(script, max_dynamics_epochs=1)
     batch = script.Batch(*(torch.randn(12, *shape) for shape in ((3,), (2,), (), (3,), ())))
     batch.actions[:, 1] = 0.25
     list(script.fit_dynamics(learner, batch, args))
+    x = torch.cat([batch.observations, batch.actions], dim=1)
+    z = torch.cat([batch.next_observations - batch.observations, batch.rewards.unsqueeze(1)], dim=1)
     for dynamics in (learner.dynamics, learner.training_dynamics):
-        std = torch.cat([batch.observations, batch.actions[:, :1]], dim=1).std(dim=0)
-        torch.testing.assert_close(dynamics.x_scale[1], torch.cat([std, torch.ones(1)]))
+        std = torch.cat([x[:, :-1].std(dim=0), torch.ones(1)])
+        torch.testing.assert_close(dynamics.x_scale, torch.stack([x.mean(dim=0), std]))
+        torch.testing.assert_close(dynamics.z_scale, torch.stack([z.mean(dim=0), z.std(dim=0) + 1e-6]))
 
 
 @pytest.mark.parametrize(
@@ -452,11 +456,11 @@ def climb(script, monkeypatch):
     """A function that gives the transitions of rollouts, from states of 0, of a policy that climbs by about 1: by
     tanh(mean + std noise), whose mean and log std may be given.
     """
-    learner, args = make_learner(script, 1, 1, rollout_length=5)
+    learner, args = make_learner(script, 1, 1, rollout_length=4)
     with torch.no_grad():
         for head in (learner.actor.mean, learner.actor.log_std):
             head.weight.zero_()
-    starts = random_batch(20, 1, 1)._replace(observations=torch.zeros(20, 1))
+    starts = random_batch(25, 1, 1)._replace(observations=torch.zeros(25, 1))
     monkeypatch.setitem(script.TERMINATION_RULES, "Stairs", lambda s: s[:, 0] > 10 + 2 * 2.5)  # above the third step
 
     def roll_out(ending, mean=5.0, log_std=-5.0):
@@ -480,14 +484,14 @@ def test_rollouts_draw_the_policys_actions(climb):
 
 
 @rolling
-@pytest.mark.parametrize(("ending", "steps"), [("Stairs", 3), ("Pendulum", 5), ("learned", 2)])
+@pytest.mark.parametrize(("ending", "steps"), [("Stairs", 3), ("Pendulum", 4), ("learned", 2)])
 def test_rollouts_stop_at_terminations(climb, ending, steps):
     """The rule sees states as the environment has them; the head says stop from states above 0.5."""
     observations, actions, _, next_observations, terminations = climb(ending)
-    assert len(observations) == 20 * steps
+    assert len(observations) == 25 * steps
     height = observations[:, 0].round()
     for step in range(steps):
-        assert (height == step).sum() == 20
+        assert (height == step).sum() == 25
         assert (terminations[height == step] == (ending != "Pendulum" and step == steps - 1)).all()
     torch.testing.assert_close(next_observations, observations + actions)
 
@@ -525,29 +529,38 @@ def test_each_row_draws_its_member_its_noise_and_its_end(script):
     moved, ended = result.next_observations[:, 0], result.terminations
     assert 0.4 < (moved > 0).float().mean() < 0.6
     assert (moved.abs() - 1).std().item() == pytest.approx(0.1, rel=0.1)
+    assert result.rewards.std().item() == pytest.approx(0.1, rel=0.1)
     assert ended[moved > 0].all() and 0.4 < ended[moved < 0].mean() < 0.6  # as that member's head has it, at random
 
 
 @rolling
-def test_rollouts_are_of_the_best_members_at_their_best(algorithm, script, tmp_path, monkeypatch):
-    """Not of the last weights, nor of all members; with --dynamics, too, where the weights in training are others."""
-    learners, build, rollout, rolled = [], script.build, script.rollout, []
+def test_rollouts_are_of_the_best_members_at_their_best(algorithm, script, tmp_path, monkeypatch, pendulum):
+    """Not of the last weights, nor of all members; with --dynamics, too, where the weights in training are others.
 
-    def roll(actor, elites, *rest):
+    They start at states all over the data, before updates 1 and 3.
+    """
+    learners, build, rollout, rolled = [], script.build, script.rollout, []
+    initial = pendulum.transitions.observations[pendulum.episode_starts]
+
+    def roll(actor, elites, starts, *rest):
         best, last = learners[-1].dynamics, learners[-1].training_dynamics
         order = best.holdout_error.argsort()[:2]
         for expected, found in zip(best.parameters(), elites.parameters(), strict=True):
             assert torch.equal(expected[order], found)
         rolled.append(any(map(torch.equal, best.parameters(), last.parameters())))
-        return rollout(actor, elites, *rest)
+        assert len(starts.observations) == 50
+        assert torch.isin(starts.observations[:, 0], initial[:, 0]).float().mean() < 0.5
+        return rollout(actor, elites, starts, *rest)
 
     monkeypatch.setattr(script, "build", lambda *words: learners.append(build(*words)) or learners[-1])
     monkeypatch.setattr(script, "rollout", roll)
-    words = [*SMALL[algorithm], *SOON_BEST, "--num-updates", "2", "--run-dir"]
-    for more in ([], ["--seed", "1", "--dynamics", str(tmp_path / "0")]):
-        run = run_script(algorithm, *words, str(tmp_path / str(len(rolled))), *more)
+    words = [*SMALL[algorithm], *SOON_BEST, "--num-updates", "3", "--rollout-every", "2", "--run-dir"]
+    for name, more in (("first", []), ("second", ["--seed", "1", "--dynamics", str(tmp_path / "first")])):
+        run = run_script(algorithm, *words, str(tmp_path / name), *more)
         assert run.returncode == 0, run.stderr
-    assert rolled == [False, False]
+        with (tmp_path / name / "metrics.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file) if row["model/rewards"]] == ["1", "3"]
+    assert rolled == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -677,6 +690,7 @@ def test_training_ends_when_no_member_becomes_better(script, algorithm, monkeypa
     drawn = {tuple(row) for batch in seen[:20] for row in batch.flatten(0, 1).tolist()}
     everything = {tuple(row) for row in x.tolist()}
     assert drawn <= everything and not drawn & {tuple(row) for row in held_out.tolist()}
+    assert not torch.equal(seen[0][0], seen[0][1])
 
     seen.clear()
     run = run_script(

@@ -10,7 +10,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, assert_one_line, random_batch, random_episode, run_script, write_policy
+from conftest import (
+    ROOT,
+    SHORT,
+    assert_one_line,
+    assert_same,
+    checkpoint,
+    random_batch,
+    random_episode,
+    run_script,
+    write_policy,
+)
 from torch import nn
 
 from common.data import BUILT_IN_DISCRETE_ID, ReplayBuffer, load_dataset
@@ -378,7 +388,9 @@ def test_a_policy_of_discrete_actions(make_dataset, tmp_path):
 # --- The run folder ---
 
 
-def test_run_folder(tmp_path):
+def test_run_folder(tmp_path, monkeypatch):
+    seen, estimates = [], fqe.estimates
+    monkeypatch.setattr(fqe, "estimates", lambda critic, *rest: (seen.append(critic), estimates(critic, *rest))[1])
     folder, policy = tmp_path / "run", write_policy(tmp_path / "policy")
     arguments = ["--policy-run-dir", policy, "--num-updates", "50", "--eval-every", "20", "--log-every", "10", *SHORT]
     run = run_script("fqe", *arguments, "--run-dir", str(folder), plot=True)
@@ -393,6 +405,7 @@ def test_run_folder(tmp_path):
     found = [result["interval"][0], result["estimate"], result["interval"][1]]
     assert found == pytest.approx([float(rows[-1][f"fqe/{name}"]) for name in ("low", "estimate", "high")])
     assert result["estimate"] == pytest.approx(np.mean(result["member_estimates"]))
+    assert_same(checkpoint(folder)["learner"]["target_critic"], dict(seen[-1].state_dict()))
     environments = [gym.make("Pendulum-v1", max_episode_steps=688) for _ in range(2)]  # 0.99^688 < 0.001
     returns, _ = evaluate(load_policy(folder), environments, gamma=0.99)
     assert (result["true_return_mean"], result["true_return_std"]) == pytest.approx((returns.mean(), returns.std()))

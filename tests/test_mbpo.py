@@ -108,12 +108,13 @@ def test_it_begins_as_sac_does():
 def spied(monkeypatch):
     """What a run did: rows that each model was fitted to, rollouts (starts, length), and batches of its updates.
 
-    Rollouts are of the best members, as they were when they were best.
+    Rollouts are of the best members, as they were when they were best, and so are the weights that training begins at.
     """
     fitted, rolled, batches, learners = [], [], [], []
     fit_dynamics, rollout, total_loss = mbpo.fit_dynamics, mbpo.rollout, mbpo.total_loss
 
     def fit(learner, data, *rest):
+        assert all(map(torch.equal, learner.dynamics.parameters(), learner.training_dynamics.parameters()))
         fitted.append(data)
         learners.append(learner)
         yield from fit_dynamics(learner, data, *rest)
@@ -151,6 +152,7 @@ def test_the_course_of_a_run(spied, tmp_path):
     assert all(len(result.rewards) == 100 * length for _, _, length, result in rolled)
     for (starts, *_), data in zip(rolled, fitted, strict=True):
         assert torch.isin(starts.observations[:, 2], data.observations[:, 2]).all()
+    assert torch.isin(rolled[-1][0].rewards, fitted[-1].rewards[200:]).any()
 
     with (tmp_path / "run" / "metrics.csv").open() as file:
         logged = [row for row in csv.DictReader(file) if row["dynamics/error"]]
@@ -161,6 +163,7 @@ def test_the_course_of_a_run(spied, tmp_path):
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
     learner = checkpoint(tmp_path / "run")["learner"]
+    assert not torch.equal(learner["player"]["added"][0, :3], random.observations[0])
     assert len(learner["player"]["added"]) == 13 and len(batches) == 62  # the last step is followed by two updates
     assert len(learner["model_buffer"]["rewards"]) == 4 * 100 * 3 and learner["model_buffer"]["added"] == 300
     seen = torch.cat([fitted[-1].rewards, learner["player"]["added"][:, 4]])

@@ -86,16 +86,16 @@ def test_data_are_known_with_a_threshold_of_one(learner, args):
 
 
 class Diverging:
-    """Two members without noise. Each step adds 1 to the state in both, and the reward is the state before it.
+    """Three members without noise. Each step adds 1 to the state in all, and the reward is the state before it.
 
-    Where the state is 3 or more, they move apart, by 10 and by -10 in the second number; elsewhere by 0.1.
+    The third moves apart from the others in the second number: by 10 where the state is 3 or more, elsewhere by 0.1.
     """
 
     @staticmethod
     def predict(observations, actions):
         apart = torch.where(observations[:, 0] >= 2.5, 10.0, 0.1)
         one, reward = torch.ones_like(apart), observations[:, 0]
-        mean = torch.stack([torch.stack([one, side * apart, reward], dim=1) for side in (0.5, -0.5)])
+        mean = torch.stack([torch.stack([one, side * apart, reward], dim=1) for side in (0.5, 0.5, -0.5)])
         return mean, torch.zeros_like(mean), torch.full(mean.shape[:2], -100.0)
 
 

@@ -161,7 +161,7 @@ MODEL = [*SHORT, *SHORTER["naf"], "--rollout-every", "10"]
 def spied(monkeypatch):
     """What a run did: rows that each model was fitted to, rollouts (starts, result), and batches of its updates.
 
-    Rollouts are of the best members, as they were when they were best.
+    Rollouts are of the best members, as they were when they were best, and so are the weights that training begins at.
     """
     fitted, rolled, batches, learners = [], [], [], []
     build, fit_dynamics, rollout, critic_loss = naf.build, naf.fit_dynamics, naf.rollout, naf.critic_loss
@@ -172,6 +172,7 @@ def spied(monkeypatch):
 
     def fit(learner, data, *rest):
         assert learner.dynamics.epoch == 0
+        assert all(map(torch.equal, learner.dynamics.parameters(), learner.training_dynamics.parameters()))
         fitted.append(naf.Batch(*(column.clone() for column in data)))
         yield from fit_dynamics(learner, data, *rest)
 
@@ -211,6 +212,7 @@ def test_the_course_of_a_run(spied, tmp_path, make_dataset):
     for starts, result in rolled:
         assert torch.isin(starts.observations, fitted[-1].observations).all()
         assert torch.equal(result.observations[:100], starts.observations)
+    assert torch.isin(rolled[-1][0].rewards, fitted[-1].rewards[120:]).any()
     assert learner["model_buffer"]["added"] == 2000 and len(learner["model_buffer"]["rewards"]) == 1000
 
     assert len(batches) == 46

@@ -345,6 +345,22 @@ def fitted_values(batch, args):
     return ope.q_of(critic, *pairs).mean(dim=0).view(3, 2).numpy() / (1 - GAMMA)
 
 
+def test_members_learn_from_rows_of_their_own(logged, monkeypatch):
+    """Of the critics and of the dynamics."""
+    drawn, take, batch = [], ope.Batch.take, logged[1]
+    monkeypatch.setattr(ope.Batch, "take", lambda batch, rows: (drawn.append(rows), take(batch, rows))[1])
+    ope.fit_critic(batch, policy_actions(batch), torch.arange(100), small(num_updates=1))
+    ope.fit_dynamics(batch, small(num_updates=1))
+    assert len(drawn) == 2 and not any(torch.equal(*rows) for rows in drawn)
+
+
+def test_at_a_rate_of_nothing_the_dynamics_stay_as_they_began(logged):
+    torch.manual_seed(0)
+    dynamics = ope.fit_dynamics(logged[1], small(num_updates=1, learning_rate=1e-30))
+    torch.manual_seed(0)
+    assert all(map(torch.equal, dynamics.parameters(), ope.Ensemble(2, 5, (32,), 5).parameters()))
+
+
 def test_fqe_comes_to_the_value_and_the_penalty_below_it(logged):
     found = fitted_values(logged[1], small())
     np.testing.assert_allclose(found, Q, atol=0.6)
@@ -637,6 +653,9 @@ def test_logged_probabilities(missing, make_dataset, tmp_path):
     else:
         result, run = judged(tmp_path, folder, "--least-effective", "0")
         assert result["beta"] == "logged" and "6 episodes are few" in run.stderr
+        other, _ = judged(tmp_path, folder, "--seed", "1")
+        for name in ("return", "fqe"):  # of other draws and of other networks
+            assert other["data"][name] != result["data"][name]
         buffer = SimpleNamespace(dataset_id=dataset_id, kept=None, discrete=True)
         assert ope.logged_probabilities(buffer).tolist() == pytest.approx([np.log(0.5)] * 30)
         assert load_dataset(dataset_id, discrete=True).discrete

@@ -242,6 +242,20 @@ def test_candidates_are_within_bounds_and_spread_as_far_as_they_may(monkeypatch)
     assert (plan > torch.tensor([[0.5], [0.9]])).all()  # the sum is best at 1
 
 
+def test_the_first_variance_is_a_quarter_of_which_the_second_has_its_share(monkeypatch):
+    """The best of the first candidates are all near 0, and have none of their own."""
+    seen = []
+
+    def spy(actor, observations, candidates):
+        seen.append(candidates)
+        return -candidates.square().sum(dim=(2, 3))
+
+    monkeypatch.setattr(pets, "plan_returns", spy)
+    actor = make_actor(population=5000, num_best=5, horizon=1, cem_alpha=0.16)
+    pets.plan(actor, torch.zeros(1, 1), torch.zeros(1, 1, 1))
+    assert seen[1].std().item() == pytest.approx(0.88 * (0.16 * 0.25) ** 0.5, rel=0.03)
+
+
 def test_a_plan_is_near_the_best_that_brute_force_finds():
     """Both members pay the state: climb, to the last step but one, whose action nobody sees."""
     actor = make_actor(population=200, num_best=20, cem_iterations=6)
@@ -384,10 +398,11 @@ def test_a_value_is_fitted_in_its_own_units():
 
 
 def test_weights_decay_layer_by_layer():
-    learner = pets.build(3, 2, pets.Args(hidden_dims=(8,) * 4), CPU, Adam)
+    learner = pets.build(3, 2, pets.Args(hidden_dims=(8,) * 4, learning_rate=0.25), CPU, Adam)
     found = {id(p): group["weight_decay"] for group in learner.optimizer.param_groups for p in group["params"]}
     assert [found.pop(id(layer.weight)) for layer in learner.dynamics.layers] == [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
     assert set(found.values()) == {0}
+    assert {float(group["lr"]) for group in learner.optimizer.param_groups} == {0.25}
 
 
 @pytest.mark.parametrize(
@@ -447,11 +462,18 @@ def test_a_model_of_mopo_is_planned_in_and_learns_nothing_more(tmp_path, pendulu
     assert_one_line(wrong, "--dynamics .*size mismatch for")
 
 
-def test_an_unfinished_model_is_refused(tmp_path, pendulum):
+def test_an_unfinished_model_is_refused(tmp_path, pendulum, monkeypatch):
     """Of a run of pets.py itself, too, whose updates are the model's training."""
     words = [*FEW, "--num-models", "3", "--num-particles", "3", "--num-updates", "4"]
-    first = tmp_path / "first"
+    first, epochs, update = tmp_path / "first", [], pets.update
+
+    def spy(learner, *rest):
+        epochs.append(int(learner.dynamics.epoch))
+        return update(learner, *rest)
+
+    monkeypatch.setattr(pets, "update", spy)
     assert run_script("pets", *words, "--run-dir", str(first)).returncode == 0
+    assert epochs == [0] * 4  # before each update
     other = [*words, "--seed", "1", "--dynamics", str(first), "--run-dir", str(tmp_path / "other")]
     assert run_script("pets", *other, "--online-steps", "2").returncode == 0
     saved = checkpoint(first)

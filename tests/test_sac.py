@@ -58,6 +58,9 @@ def test_it_plays_with_the_policys_noise(tmp_path):
     played = checkpoint(tmp_path / "run")["learner"]["player"]["added"]
     noise = played[:, 3] - load_policy(tmp_path / "run").act(played[:, :3])[:, 0]
     assert len(noise) == 20 and 0.2 < noise.std() < 1
+    with make_environment("Pendulum-v1") as environment:
+        random = ReplayBuffer(sac.random_dataset(environment, sac.Args(random_steps=20)), CPU, False).transitions
+    assert not torch.equal(played[0, :3], random.observations[0])
 
 
 @pytest.mark.parametrize(
