@@ -15,12 +15,20 @@ import sac
 import torch
 from collect import Args as CollectArgs
 from collect import Play as CollectPlay
-from collect import choose_medium, random_behaviour, read_agent, roll_out, sampling_behaviour
+from collect import (
+    choose_medium,
+    describe,
+    random_behaviour,
+    read_agent,
+    roll_out,
+    sampling_behaviour,
+    whole_episode,
+)
 from conftest import ROOT, assert_one_line, checkpoint, numpy_sample, run_script
 
 from common.command_line import BadInput
 from common.data import ReplayBuffer, action_bounds, load_dataset
-from common.evaluation import Player, load_policy, make_environment
+from common.evaluation import FINAL_SEED, Player, evaluate, load_policy, make_environment
 
 CPU = torch.device("cpu")
 PREFIX = "collected/pendulum"
@@ -69,6 +77,22 @@ def test_the_datasets_are_in_order(folder):
     metadata = dataset("medium").storage.metadata
     assert metadata["ref_min_score"] == pytest.approx(-1250, abs=400)
     assert metadata["ref_max_score"] > -400
+
+
+def test_the_reference_scores_are_the_means_of_fresh_episodes(folder, play, datasets_path):
+    """Of the expert's mean action, from the starts of final scores, which its evaluations have not seen."""
+    metadata = dataset("random").storage.metadata
+    act, player = random_behaviour(play, 0), Player(play.environment, None, 0, 3)
+    low = np.mean([roll_out(act, player).rewards.sum() for _ in range(3)])
+    environments = [make_environment("Pendulum-v1") for _ in range(3)]
+    high = evaluate(load_policy(datasets_path / PREFIX / "expert-v0"), environments, 3, FINAL_SEED)[0].mean()
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == pytest.approx((low, high), rel=1e-6)
+
+
+def test_the_score_that_is_told(capsys):
+    episodes = [whole_episode(np.zeros((3, 1)), np.zeros((2, 1)), np.array([x, 1.0]), False) for x in (1.0, 3.0)]
+    describe("a/data-v0", episodes, "made up", (-1.0, 9.0))
+    assert capsys.readouterr().out == "a/data-v0: made up; 2 episodes, 4 steps, return 3.0, score 40.0\n"
 
 
 def test_episodes_are_whole_and_cut_by_the_time_limit(folder):

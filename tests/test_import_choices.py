@@ -2,6 +2,7 @@
 
 import inspect
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pandas as pd
@@ -36,11 +37,11 @@ def table(**changes):
 
 
 MASK = {
-    "may_high": [0, 0, 1, 1, 1, 0],
+    "may_high": [0, 0, 1, 0, 1, 0],
     "may_low": [1, 1, 0, 0, 1, 1],
     "may_none": [1, 1, 1, 1, 1, 1],
 }
-LISTS = ["low;none", "low;none", "high;none", "high;none", "high;low;none", "low;none"]
+LISTS = ["low;none", "low;none", "high;none", "none", "high;low;none", "low;none"]
 
 
 def import_logs(values, folder, *arguments, suffix=".csv"):
@@ -323,6 +324,21 @@ def test_an_environments_numbers_are_its_own(folder):
     dataset, buffer = imported(values, folder, "--env-id", "CartPole-v1")
     assert dataset.action_names == ["0", "1"] and buffer.transitions.actions.tolist() == [1, 1, 1, 0, 1]
     assert dataset.env_id == "CartPole-v1"
+
+
+def test_choices_have_the_places_that_an_environment_gives_them(folder):
+    """It counts four from 10 on, of which the file knows 11 and 13; the others are never legal."""
+    gym.register("Masked-v0", "test_shift_report:Masked")
+    try:
+        values = table(dose=[11, 13, 13, 11, 13, 11], may_11=[1, 1, 0, 1, 0, 1], may_13=[0, 1, 1, 1, 1, 0])
+        dataset, buffer = imported(values, folder, "--legal-prefix", "may_", "--env-id", "Masked-v0")
+    finally:
+        del gym.registry["Masked-v0"]
+    assert (dataset.action_low.tolist(), dataset.action_high.tolist()) == ([10], [13])
+    assert dataset.action_names == ["10", "11", "12", "13"]
+    assert buffer.transitions.actions.tolist() == [1, 3, 3, 1, 3]
+    masks = [[0, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
+    assert buffer.transitions.observations[:, :4].tolist() == masks
 
 
 @pytest.mark.parametrize("dose", [[1, 2, 1, 0, 1, 0], ["left", "right", "left", "left", "left", "left"]])

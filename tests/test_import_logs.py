@@ -180,7 +180,7 @@ def test_a_cut_episode_of_one_row_is_no_transition(tmp_path):
 
 
 def test_action_bounds_that_are_given(tmp_path):
-    values = table(action_1=[0.0] * 6)
+    values = table(action_1=[0.0] * 4 + [7.0, 0.0])  # in the row in which action_0 is beyond, too
     buffer, said = imported(values, tmp_path, "--action-low", "-3", "-1", "--action-high", "1")
     assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-3, -1], [1, 1])
     assert "1 rows have actions beyond the bounds" in said
@@ -236,6 +236,9 @@ def test_bounds_that_are_given_come_before_the_environments(tmp_path):
     assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-2], [3])
     assert "no scores: D4RL has no reference returns for Pendulum-v1 (--reference-returns" in said
     assert buffer.dataset.reference_returns is None
+    options = ["--env-id", "Pendulum-v1", "--action-low", "-3"]
+    buffer, _ = imported(table(obs_11=0.0), tmp_path, *options, dataset_id="test/again-v0")
+    assert (buffer.dataset.action_low.tolist(), buffer.dataset.action_high.tolist()) == ([-3], [2])
 
 
 def test_an_environment_that_cannot_be_made_is_recorded(tmp_path):

@@ -19,6 +19,7 @@ from benchmarks.inspect_actions import (
 from benchmarks.inspect_dataset import (
     collect,
     count_duplicates,
+    draw,
     open_dataset,
     principal_components,
     returns_to_go,
@@ -243,6 +244,18 @@ def test_faults_of_the_whole(make_dataset, name):
     assert line in text.split("problems found: ")[1]
 
 
+def test_faults_of_one_action_are_its_own(make_dataset):
+    """Of three: half of the second's values are out of bounds, and the third hardly moves."""
+    episodes = [random_episode(seed, action_dim=3) for seed in range(4)]
+    for episode in episodes:
+        episode["actions"] *= np.float32([1, 1, 0.04])
+        episode["actions"][::2, 1] = 3
+    room = spaces.Box(-2, 2, (3,))
+    found = inspect(make_dataset(episodes=episodes, action_space=room)).split("problems found: ")[1]
+    assert "action 1: up to 50.00% of the values are out of bounds" in found
+    assert "action 2: less than a tenth of the range is used" in found and "always" not in found
+
+
 def problems_of(make_dataset, episodes, **spaces):
     return inspect(make_dataset(episodes=episodes, **spaces)).split("problems found: ")[1]
 
@@ -300,6 +313,11 @@ def test_many_terminations_at_the_greatest_length_may_be_a_limit(make_dataset, l
     assert said in found if said else "terminated after exactly" not in found
 
 
+def test_where_some_are_cut_at_the_greatest_length_terminations_there_are_no_limit(make_dataset):
+    ended = [random_episode(seed) | {"terminations": ENDS, "truncations": NOWHERE} for seed in range(2)]
+    assert "terminated after" not in problems_of(make_dataset, [*ended, random_episode(2), random_episode(3)])
+
+
 @pytest.mark.parametrize("others", [NOWHERE, ENDS])
 def test_limits_that_are_terminations_too(make_dataset, others):
     both = [random_episode(seed) | {"terminations": ENDS} for seed in range(3)]
@@ -321,6 +339,9 @@ def test_noise_has_no_problems_but_the_size_of_its_rewards(make_dataset):
     for episode in episodes:
         episode["rewards"] = 20 * episode["rewards"]
     assert inspect(make_dataset("test/larger-v0", episodes)).endswith("found: none\n")
+    for episode in episodes:
+        episode["rewards"] = 1000 * episode["rewards"]
+    assert "from the worst to the best return it is 2.28e+05\n" in inspect(make_dataset("test/huge-v0", episodes))
 
 
 def test_ends_that_repeat_are_seen(make_dataset):
@@ -611,6 +632,23 @@ def test_picture(make_dataset, tmp_path):
         pages.append(picture(out))
     assert (pages[0] != pages[1]).any()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.PNG", "1.PNG"]
+
+
+def test_the_pictures_states_are_normalised_and_have_their_own_returns(make_dataset, tmp_path, monkeypatch):
+    episodes = [random_episode(seed) for seed in range(4)]
+    for episode in episodes:
+        episode["observations"] *= np.float32([1, 100, 0.01])
+    data, dataset = read(make_dataset(episodes=episodes))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw(data, dataset, 0.9, tmp_path / "page.png")
+    (dots,) = next(axes for axes in drawn[0].axes if axes.get_title() == "120 states").collections
+    std = data.observations.std(axis=0, dtype=np.float64) + 1e-3
+    points, _ = principal_components(data.observations / std)
+    expected = np.column_stack([np.abs(points), returns_to_go(data, 0.9)])  # a direction has no sign
+    shown = np.column_stack([np.abs(dots.get_offsets()), dots.get_array()])
+    by_return = (rows[np.argsort(rows[:, 2])] for rows in (shown, expected))
+    np.testing.assert_allclose(*by_return, atol=1e-4)
 
 
 # --- Bad input ---

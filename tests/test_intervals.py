@@ -43,13 +43,16 @@ def test_the_interval_of_one_datasets_mean_is_students(count):
     np.testing.assert_allclose(intervals.interval([values], intervals.mean), expected, atol=0.02 * np.ptp(expected))
 
 
-def test_the_interval_over_two_datasets_is_welchs():
-    """Of x and -y twice the mean is the difference of the means. y differs from x in size and spread."""
+@pytest.mark.parametrize(("spreads", "close"), [((2, 20), 0.05), ((20, 2), 0.01)])
+def test_the_interval_over_two_datasets_is_welchs(spreads, close):
+    """Of x and -y twice the mean is the difference of the means. y differs from x in size and spread. The bootstrap is
+    corrected for the fewest runs, which is too much where those of the others spread more.
+    """
     rng = np.random.default_rng(0)
-    x, y = rng.normal(50, 2, 5), rng.normal(40, 20, 9)
+    x, y = rng.normal(50, spreads[0], 5), rng.normal(40, spreads[1], 9)
     expected = stats.ttest_ind(x, y, equal_var=False).confidence_interval()
     found = 2 * np.array(intervals.interval([x, -y], intervals.mean))
-    np.testing.assert_allclose(found, expected, atol=0.05 * np.ptp(expected))
+    np.testing.assert_allclose(found, expected, atol=close * np.ptp(expected))
 
 
 def test_datasets_are_drawn_each_by_itself():
@@ -112,6 +115,14 @@ def test_a_profile_has_wilsons_band(above):
     expected = stats.binomtest(above, 6).proportion_ci(level, method="wilson")
     found = intervals.profile_interval(samples, np.array([0.5]))
     np.testing.assert_allclose(np.ravel(found), expected, atol=1e-6)
+
+
+def test_a_profile_of_few_runs_beside_many_is_no_surer_than_the_few_let_it():
+    """Of two runs and six: the variance of the mean of the shares is that of six runs in one, (1 / 2 + 1 / 6) / 4."""
+    samples = [np.array([0.0, 1.0]), np.repeat([0.0, 1.0], 3)]
+    level = 2 * stats.norm.cdf(stats.t.ppf(0.975, 1 + 5)) - 1
+    expected = stats.binomtest(3, 6).proportion_ci(level, method="wilson")
+    np.testing.assert_allclose(np.ravel(intervals.profile_interval(samples, np.array([0.5]))), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("count", "percentile"), [(5, (0.80, 0.88)), (10, (0.86, 0.94))])

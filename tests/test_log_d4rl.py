@@ -4,6 +4,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from log_steps import Steps, find_gaps
 from test_import_logs import ID, assert_refused, import_logs, load
 
 
@@ -142,6 +143,19 @@ def test_next_observations_with_fewer_digits_cut_nothing(digits, d4rl_file):
     assert buffer.episode_lengths.tolist() == [4, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("level", "spread", "inside", "beyond"), [(10.0, 20.0, 0.0005, 0.005), (101_325.0, 1.0, 0.01, 0.06)]
+)
+def test_how_far_a_next_observation_may_be_from_the_next_row(level, spread, inside, beyond):
+    """A ten-thousandth of the number, or a hundredth of the column's deviation, whichever is less."""
+    observations = level + spread * np.tile([-1.0, 1.0], 5)[:, None]
+    following = np.roll(observations, -1, axis=0)
+    following[[2, 5]] += [[inside], [beyond]]
+    nothing = np.zeros(10)
+    steps = Steps(observations, nothing, nothing, nothing > 0, nothing > 0, following, np.array([10]))
+    assert find_gaps(steps).tolist() == [5]
+
+
 def test_a_termination_at_the_time_limit_is_one(d4rl_file):
     buffer, _ = imported(d4rl_file(terminals=np.isin(np.arange(10), [3, 6])))
     assert buffer.transitions.terminations.tolist() == [0, 0, 0, 1, 0, 0, 1, 0, 0]
@@ -229,6 +243,13 @@ def test_arrays_with_a_column_and_of_other_types(d4rl_file):
     columns, _ = imported(d4rl_file(**arrays, **doubles))
     assert columns.dataset.num_steps == 8
     assert columns.fingerprint == imported_again(d4rl_file()).fingerprint
+
+
+def test_whole_numbers_keep_their_digits(d4rl_file):
+    """As counters have them: 20,000,001 is none of float32."""
+    counted = 20_000_001 + 2 * np.arange(30, dtype=np.int32).reshape(10, 3)
+    imported(d4rl_file(observations=counted))
+    np.testing.assert_array_equal(minari.load_dataset(ID)[0].observations[:4], counted[:4])
 
 
 def test_takes_action_bounds_from_the_environment(d4rl_file):

@@ -99,6 +99,10 @@ def test_an_id_that_stands_for_none_among_words(id_, known, tmp_path, folder):
         assert_refused(outcome, "column episode: 6 of 24 rows have no episode's id, the first in row 13", folder)
 
 
+def test_spaces_around_an_id_say_nothing(tmp_path):
+    assert_nights(outcome_of(nights(episode=[f"night {row // 6}{' ' * (row % 2)}" for row in range(24)]), tmp_path))
+
+
 def test_it_says_what_it_did(tmp_path):
     outcome = outcome_of(interleaved(nights()), tmp_path, "--order", "hour")
     assert (
@@ -147,6 +151,12 @@ def test_gaps_are_counted(tmp_path):
         "warning: 2 steps of hour are unlike the usual one, the first in row 3, from 1 to 3: rows may be missing there"
         "; what follows a gap can have an episode id of its own\n"
     )
+
+
+def test_the_usual_step_is_that_of_most_rows_and_shorter_ones_are_unlike_it_too(tmp_path):
+    """Four gaps of 100 hours, and four steps of a quarter."""
+    outcome = outcome_of(nights(hour=np.tile([0, 1, 2, 3, 103, 103.25], 4)), tmp_path, "--order", "hour")
+    assert outcome.stderr.startswith("warning: 8 steps of hour are unlike the usual one, the first in row 5, from 3")
 
 
 def test_without_an_order_a_column_of_time_that_goes_back_is_warned_of(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import assert_one_line, run_script
+from conftest import ROOT, assert_one_line, run_script
 from measurements import choices, compiling, estimates
 
 from common.command_line import BadInput
@@ -15,9 +15,10 @@ from common.command_line import BadInput
 @pytest.fixture
 def judge(monkeypatch, tmp_path):
     """A function that measures the choice on cartpole, and says how many times select was asked."""
-    asked, columns = [], {"truth": 1.0}
+    asked, columns, commands = [], {"truth": 1.0}, []
 
     def program(name, *words):
+        commands.append((name, *map(str, words)))
         if name == "select":
             policies = words[: words.index("--out")]
             asked.append(policies)
@@ -25,11 +26,12 @@ def judge(monkeypatch, tmp_path):
             table.to_csv(Path(words[words.index("--out") + 1]) / "select.csv", index=False)
 
     def judged(out="out", **values):
-        rows = choices.measure("cartpole", choices.Args(repetitions=1, out=tmp_path / out, **values))
+        args = choices.Args(**{"repetitions": 1, "out": tmp_path / out, **values})
+        rows = choices.measure("cartpole", args)
         return rows["policy"].tolist(), len(asked)
 
     monkeypatch.setattr(choices, "program", program)
-    judged.columns = columns
+    judged.columns, judged.commands = columns, commands
     return judged
 
 
@@ -39,6 +41,20 @@ def test_a_choice_is_judged_once_also_where_its_folder_was_moved(judge, tmp_path
     assert names[-1] == "discrete_iql/anchorl-cartpole-mixed-v0/0"
     shutil.move(tmp_path / "out", tmp_path / "moved")
     assert judge(out="moved", updates=(10, 20)) == (names, 1)
+
+
+def test_each_repetition_has_its_own_seed_and_all_its_policies_are_kept(judge):
+    names, count = judge(updates=(10, 15, 30), repetitions=2)
+    (_, *grid), *choosing = judge.commands
+    assert grid[grid.index("--eval-every") + 1] == "10" and grid[grid.index("--num-updates") + 1] == "30"
+    assert "--keep-policies" in grid and grid[grid.index("--seeds") + 1] == "2"
+    assert [words[words.index("--seed") + 1] for _, *words in choosing] == ["0", "1"] and count == 2
+    assert [name.split("/")[2] for name in names] == ["0"] * 12 + ["1"] * 12
+
+
+def test_the_page_has_the_table_of_the_choices():
+    results = pd.read_csv(ROOT / "benchmarks" / "results" / "choices.csv")
+    assert f"\n{choices.table(results)}\n\n" in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_other_policies_are_another_choice(judge):

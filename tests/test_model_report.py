@@ -380,6 +380,8 @@ def test_rows_left_out_are_found_where_a_log_lacks_what_followed(monkeypatch, tm
     run = load_run(folder)
     left_out = load_model(run, folder, None).left_out
     assert left_out is not None and run.buffer.transitions.terminations[left_out].any()
+    _, learned = choose_starts(run, load_model(run, folder, None), 1, 10)
+    assert sorted(torch.cat([learned, left_out]).tolist()) == list(range(20 * 6))  # a row is either
 
 
 def test_with_episodes_held_out_all_is_of_these(runs):
@@ -428,6 +430,25 @@ def test_ends_that_the_model_learned(make_dataset, tmp_path):
     text = report(folder, "--steps", "4", "2")
     assert "ends seen" in text and "terminations in the model: learned" in text
     assert re.findall(r"^\| +(\d+) \|", text, flags=re.MULTILINE) == ["2", "4"]
+    from trained_run import load_run  # the module's name is that of the other tests
+
+    ends = load_model(load_run(folder), folder, None).ends(torch.zeros(10_000, 3), torch.full((10_000,), -1.0))
+    assert ends.float().mean().item() == pytest.approx(1 / (1 + math.e), abs=0.02)  # drawn, as in rollouts
+
+
+def test_a_rule_for_ends_is_asked_in_the_environments_units(runs, monkeypatch):
+    folder = runs("mopo", "--seed", "3")
+    from trained_run import load_run  # the module's name is that of the other tests
+
+    run = load_run(folder)
+    module = importlib.import_module("mopo")
+    monkeypatch.setattr("benchmarks.model_report.load_script", lambda *_: module)
+    monkeypatch.setitem(module.TERMINATION_RULES, "Pendulum", lambda s: s[:, 2] > 4)
+    run.args.termination = "rule"  # though the data contradict it
+    model, states = load_model(run, folder, None), torch.randn(1000, 3)
+    mean, std = run.buffer.normalization
+    assert model.ending == "Pendulum"
+    assert torch.equal(model.ends(states, torch.zeros(1000)), mean[2] + std[2] * states[:, 2] > 4)
 
 
 def test_a_users_own_script(tmp_path, pendulum, monkeypatch):

@@ -111,12 +111,16 @@ def data_of(protocol, **specs):
     ("specs", "limit"),
     [
         ({"env_spec": {"kwargs": {}, "max_episode_steps": 50}}, 50),
+        ({"env_spec": {"kwargs": {"g": 5.0, "render_mode": "human"}, "max_episode_steps": 50}}, 50),
         ({"env_spec": {"max_episode_steps": 50}, "eval_env_spec": {"max_episode_steps": 70}}, 70),
         ({"eval_env_spec": {}}, 200),  # as import_logs writes it
     ],
 )
 def test_it_plays_where_ours_is_evaluated(protocol, specs, limit):
-    assert data_of(protocol, **specs).environments(2)[1].spec.max_episode_steps == limit
+    environment = data_of(protocol, **specs).environments(2)[1]
+    assert environment.spec.max_episode_steps == limit
+    kwargs = specs.get("eval_env_spec", specs.get("env_spec")).get("kwargs", {})
+    assert environment.unwrapped.g == kwargs.get("g", 10)
 
 
 @pytest.mark.parametrize("specs", [{}, {"env_spec": {"id": "Nowhere-v0"}}])
@@ -152,6 +156,9 @@ def test_actions_are_scaled_and_scaled_back(protocol):
     np.testing.assert_allclose(scaled["actions"], cell.data.actions / 2, atol=1e-6)
     np.testing.assert_allclose(cell.from_unit(np.array([[-3.0], [0.25]])), [[-2.0], [0.5]])
     assert scaled["terminals"].dtype == bool and scaled["rewards"] is not cell.data.rewards
+    cell.space = gym.spaces.Box(-1, 3, (1,))  # whose middle is 1
+    np.testing.assert_allclose(cell.data.d4rl(cell.space)["actions"], (cell.data.actions - 1) / 2, atol=1e-6)
+    np.testing.assert_allclose(cell.from_unit(np.array([[-3.0], [0.25]])), [[-1.0], [1.5]])
 
 
 def test_its_evaluation_is_ours(protocol, pendulum):
@@ -170,15 +177,32 @@ def test_a_cell_is_trained_and_evaluated_as_asked(protocol, pendulum):
     script = load("d3rlpy_scores")
     learner = mock.MagicMock(predict=at_rest)
     script.CONFIGS["iql"] = mock.MagicMock(return_value=mock.Mock(create=mock.Mock(return_value=learner)))
-    args = script.Args(num_updates=5, eval_every=2, eval_episodes=2)
+    args = script.Args(num_updates=5, eval_every=2, eval_episodes=3)  # of which 50 is no multiple
     result, rows = script.train("iql", protocol.Cell("d3rlpy iql", BUILT_IN_ID, 0, args))
     assert learner.update.call_count == 5 and [row["num_updates"] for row in rows] == [2, 4, 5]
-    environments = make_environments(pendulum.dataset, 2)
+    environments = make_environments(pendulum.dataset, 3)
     curve, final = (evaluate(at_rest, environments, *more)[0] for more in ((), (50, FINAL_SEED)))
     np.testing.assert_allclose([row["return_mean"] for row in rows], curve.mean())
     np.testing.assert_allclose(result["final_returns"], final)
     np.testing.assert_allclose(result["final_score"], pendulum.dataset.score(final.mean()))
     assert result["algorithm"] == "d3rlpy iql" and rows[0]["seed"] == 0
+
+
+def test_evaluations_are_no_time_of_updates(protocol, monkeypatch):
+    now = [0.0]
+
+    def take(seconds):
+        now[0] += seconds
+        return np.zeros(1)
+
+    cell = protocol.Cell("x", BUILT_IN_ID, 0, protocol.Args(num_updates=100, eval_episodes=1))
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(protocol, "evaluate", lambda *_: take(1000.0))
+    cell.start()
+    for step, seconds in ((50, 3.0), (100, 7.0)):
+        take(seconds)
+        cell.evaluate(step, at_rest)
+    assert cell.finish(at_rest, "")[0]["updates_per_second"] == 10
 
 
 # --- Checkouts ------------------------------------------------------------------------------------------------------

@@ -100,6 +100,9 @@ def test_noise_is_on_the_policys_actions(runs):
     assert ran.returncode == 0, ran.stderr
     assert "policy of AnchoRL's td3_bc.py, noise 0.5" in ran.stdout
     policy, generator = load_policy(folder), torch.Generator().manual_seed(3)
+    with make_environment("Pendulum-v1") as environment:
+        start = Player(environment, None, 3).observation  # the episodes are of the seed, too
+    np.testing.assert_array_equal(episodes_of("noise")[0].observations[0], start)
     for episode in episodes_of("noise"):
         noise = torch.cat([torch.randn(1, 1, generator=generator) for _ in range(200)]).numpy()
         drawn = policy(episode.observations[:-1]) + 2 * 0.5 * noise  # Pendulum's torque is from -2 to 2

@@ -120,7 +120,18 @@ def test_a_profile_weighs_datasets_the_same(tmp_path):
     }  # fmt: skip
     (band,) = axes.collections
     assert band.get_paths()[0].get_extents().intervaly.tolist() == pytest.approx([0, 1])
-    assert "95 % bands" in axes.get_title()
+    assert "95 % bands" in axes.get_title() and line.get_drawstyle() == "steps-post"  # above x, up to the next
+    mean_or_iqm = report.summary(runs, "").axes[0].lines[0].get_xdata()
+    assert mean_or_iqm == pytest.approx([(20 + 30 + 30 + 40 + 40 + 40) / 6] * 2)  # 10 10 20 | ... | 60 60 60
+
+
+def test_the_picture_says_how_often_the_row_beats_the_column(tmp_path):
+    _, runs = read(tmp_path, final("x", "a", [10, 20, 30]) | final("y", "a", [1, 2, 15]))
+    axes = report.summary(runs, "").axes[2]
+    found = {text.get_position(): text.get_text().split("\n")[0] for text in axes.texts}
+    assert found == {(1, 0): "89", (0, 1): "11"}  # x, the first row, beats y in eight pairs of nine
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
+    np.testing.assert_allclose(axes.images[0].get_array().filled(np.nan), [[np.nan, 800 / 9], [100 / 9, np.nan]])
 
 
 def test_a_curve_is_the_mean_of_the_seeds_and_their_range_at_each_evaluation(tmp_path):
@@ -367,6 +378,9 @@ def test_the_error_of_final_scores_needs_no_evaluations_that_differ(tmp_path):
     folder = grid(tmp_path, runs, [f'x,{seed},1,,"[0.0, 0.0, 0.0, 80.0]",2,20' for seed in (0, 1)])
     table = report.read((folder,))
     assert report.per_dataset(table, report.measures(table))["+- episodes"].tolist() == ["2.0"]
+    rows = ['x,0,1,,"[0.0, 0.0, 0.0, 80.0]",2,20', 'x,1,1,,"[0.0, 0.0, 0.0, 0.0]",0,0']
+    table = report.read((grid(tmp_path, runs, rows),))  # of errors 2 and 0 the root of the mean square
+    assert report.per_dataset(table, report.measures(table))["+- episodes"].tolist() == ["1.4"]
 
 
 # --- What it compares ---

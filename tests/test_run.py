@@ -170,6 +170,13 @@ def test_a_failing_cell_is_tried_again_where_that_may_help(body, tries, problem,
     assert len((cell.folder.parent / "starts").read_text()) == cell.log.read_text().count("$ ") == tries
 
 
+def test_a_cell_has_the_threads_and_the_place_that_it_was_given(fake, tmp_path):
+    fake(fake="import os; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES']); end_well()")
+    cell = cell_of(tmp_path)
+    assert run.run_cell(cell, run.Args(threads=3), {"CUDA_VISIBLE_DEVICES": "1"}) is None
+    assert cell.log.read_text().splitlines()[-1] == "3 1"
+
+
 def test_a_cell_whose_folder_cannot_be_made_stops_no_other(fake, tmp_path, capsys):
     fake(bad="end_well()", good="time.sleep(0.5); end_well()")
     (tmp_path / "grid").mkdir()
@@ -406,10 +413,17 @@ def test_cells_without_a_share_leave_the_gpus_alone(tmp_path, monkeypatch, capsy
 def test_without_affinities_all_processors_are_used(tmp_path, monkeypatch):
     monkeypatch.delattr(run.os, "sched_getaffinity", raising=False)  # as on macOS
     monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
-    together = threading.Barrier(3, timeout=10)
-    monkeypatch.setattr(run, "run_cell", lambda *_: together.wait() and None)
-    cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(3)]
-    assert len([ended for ended in run.run_locally(cells, run.Args(threads=2)) if ended]) == 3
+    together, workers = threading.Barrier(3, timeout=10), set()
+
+    def run_cell(*_):
+        workers.add(threading.get_ident())
+        time.sleep(0.1)
+        together.wait()
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    cells = [run.Cell("bc", "some/data-v0", seed, tmp_path / str(seed)) for seed in range(6)]
+    assert len([ended for ended in run.run_locally(cells, run.Args(threads=2)) if ended]) == 6
+    assert len(workers) == 3  # of two processors each
 
 
 def test_folders_are_named_as_ever_but_for_minus_signs():
@@ -438,7 +452,10 @@ def test_folders_are_named_as_ever_but_for_minus_signs():
     ],
 )
 def test_the_number_of_updates_is_read_as_the_scripts_read_it(script, algorithm, number):
-    assert run.Cell(algorithm, "some/data-v0", 0, Path("x")).num_updates(script) == number
+    cell = run.Cell(algorithm, "some/data-v0", 0, Path("x"))
+    assert cell.num_updates(script) == number
+    command = cell.command(run.Args(script=script))
+    assert command[command.index("--seed") + 2 :] == [*script, *algorithm.split()[1:]]  # the last one counts
 
 
 def test_a_cell_that_was_killed_goes_on(tmp_path, pendulum):

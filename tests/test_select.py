@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SHORT, assert_one_line, run_script
+from conftest import ROOT, SHORT, assert_one_line, run_script, write_policy
 
 from benchmarks import selection
-from common.command_line import BadInput
+from common.command_line import BUILT_IN_ID, BadInput
 
 
 def estimate(value, std=0.1, seeds=(0.0, 0.0)):
@@ -56,6 +57,7 @@ def test_what_cannot_be_told_from_the_best():
     assert selection.as_good(table, "fqe") == ["b"]
     table = selection.table_of(result(three(fqe=estimate(1.2))), "fqe")
     assert selection.as_good(table, "fqe") == ["b", "a"]  # 0.2 apart, of errors 0.1 and 0.1: 0.23 is too little
+    assert selection.as_good(selection.table_of(result(three(fqe=estimate(1.25))), "fqe"), "fqe") == ["b"]
     assert "cannot be ranked among each other by fqe: b, a" in selection.remarks(table, "fqe", result(three()))
 
 
@@ -74,6 +76,13 @@ def test_the_lesser_of_fqe_and_model():
     assert any("for most policies: one of the two is not up" in line for line in selection.doubts(table, "lesser"))
 
 
+def test_fqe_and_model_are_apart_from_half_a_deviation_of_the_returns_on():
+    """Which is the standard error of their mean times the root of the number of episodes: 0.1 sqrt(100)."""
+    differ = {name: {"fqe": estimate(1.0), "model": estimate(1.0 - gap)} for name, gap in (("a", 0.4), ("b", -0.6))}
+    table = selection.table_of(result(differ, episodes=100), "fqe").set_index("policy")
+    assert table["apart"].to_dict() == {"a": False, "b": True}
+
+
 def test_the_picture_is_not_as_wide_as_an_estimate_that_is_wrong():
     policies = three() | {"d": {"fqe": estimate(1e6, 1e5), "model": estimate(-50.0, 20.0)}}
     told = result(policies, episodes=100)
@@ -89,6 +98,7 @@ def test_nothing_speaks_against_a_clear_choice():
     ("policies", "data", "line"),
     [
         (three(), 2.95, "the odds that the best beats the data are 0.64 by fqe"),
+        (three(), 2.853, "the odds that the best beats the data are 0.85 by fqe"),
         (three(wis=estimate(-1.0)), 0.0, "wis puts the best below the data's own actions"),
         (three(model=estimate(-1.5)), 0.0, "model puts the best below the data's own actions"),
         (
@@ -100,6 +110,15 @@ def test_nothing_speaks_against_a_clear_choice():
 )
 def test_what_speaks_against_the_best(policies, data, line):
     assert line in selection.doubts(selection.table_of(result(policies, data), "fqe"), "fqe")
+
+
+def test_ranks_that_hardly_agree_are_not_against_each_other():
+    """4, 1, 3 and 2 of the model beside fqe's 1, 2, 3 and 4: a correlation of -0.4."""
+    ranks = zip("abcd", (1, 2, 3, 4), (4, 1, 3, 2), strict=True)
+    policies = {name: {"fqe": estimate(float(one)), "model": estimate(float(other))} for name, one, other in ranks}
+    table = selection.table_of(result(policies), "fqe")
+    assert selection.agreement(table, "fqe", "model") == pytest.approx(-0.4)
+    assert not [line for line in selection.doubts(table, "fqe") if "against each other" in line]
 
 
 def test_remarks():
@@ -144,16 +163,20 @@ def test_an_estimator_that_some_lack_cannot_rank():
 
 
 def fake_ope(monkeypatch, told):
+    asked = []
+
     class Ope:
         class Args:
             def __init__(self, **given):
                 self.__dict__.update(given)
 
         def main(args):
+            asked.append(vars(args))
             names = dict(zip(map(str, args.policies), told["policies"].values(), strict=True))
             args.out.write_text(json.dumps(told | {"policies": names}))
 
     monkeypatch.setattr(selection, "load_script", lambda name: Ope)
+    return asked
 
 
 def test_the_page_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
@@ -164,6 +187,29 @@ def test_the_page_the_table_and_the_picture(tmp_path, monkeypatch, capsys):
     html = (tmp_path / "out" / "select.html").read_text()
     assert "data:image/png;base64" in html and "Which policy" in html and str(tmp_path / "b") in html
     assert (tmp_path / "out" / "select.png").stat().st_size > 10_000
+
+
+def test_what_is_asked_of_the_choice_is_asked_of_the_estimates(tmp_path, monkeypatch):
+    asked = fake_ope(monkeypatch, result(three()))
+    more = {"gamma": 0.8, "num_updates": 7, "hidden_dims": (8,), "tau": 0.1, "seed": 3, "held_out": True}
+    policies = tuple(tmp_path / name for name in "abc")
+    selection.main(selection.Args(policies, tmp_path / "out", **more))
+    assert asked == [more | {"policies": policies, "out": tmp_path / "out" / "ope.json", "script": None}]
+
+
+def test_the_truth_is_the_discounted_return_beyond_the_time_limit(tmp_path, pendulum):
+    """Of 0.97^t the thousandth is at step 227; a pendulum's episode ends at 200."""
+    path = tmp_path / "policy"
+    write_policy(path, action=0.5)
+    args = selection.Args((path,), eval_episodes=3)
+    found = selection.true_returns(args, (path,), {"gamma": 0.97, "dataset_id": BUILT_IN_ID})
+    returns = []
+    for episode in range(3):
+        environment = gym.make("Pendulum-v1", max_episode_steps=227)
+        environment.reset(seed=50_000 + episode)
+        rewards = [environment.step(np.float32([1.0]))[1] for _ in range(227)]
+        returns.append(sum(0.97**t * reward for t, reward in enumerate(rewards)))
+    assert found == {str(path): pytest.approx(np.mean(returns), rel=1e-6)}
 
 
 def test_the_choice_is_refused_in_words(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,19 @@ from conftest import ALGORITHMS, DISCRETE, ROOT, SHORT, SHORTER, checkpoint, ran
 from matplotlib.image import imread
 
 from benchmarks import shift_report
-from benchmarks.shift_report import Row, covered, headlines, judge_actions, judge_values, set_scene, table, taken_near
+from benchmarks.shift_report import (
+    Row,
+    best_apart,
+    covered,
+    distance_to_near,
+    headlines,
+    judge_actions,
+    judge_values,
+    judge_visits,
+    set_scene,
+    table,
+    taken_near,
+)
 
 sys.path.append(str(ROOT / "benchmarks"))
 import shift_measures as measures
@@ -308,7 +320,7 @@ class Short(gym.Env):
     """Ends after 5 steps of reward 1 by termination or, in every second episode, by truncation of its own."""
 
     observation_space = gym.spaces.Box(-9, 9, (3,), np.float32)
-    action_space = gym.spaces.Box(-2, 2, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 3, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
         self.left, self.cut = 5, seed % 2 == 1
@@ -323,7 +335,8 @@ class Short(gym.Env):
 def test_returns_that_were_cut_are_not_known(make_dataset, tmp_path):
     gym.register("Short-v0", "test_shift_report:Short")
     try:
-        dataset_id = make_dataset(episodes=[random_episode(seed) for seed in range(4)], env="Short-v0")
+        episodes = [random_episode(seed) for seed in range(4)]
+        dataset_id = make_dataset(episodes=episodes, env="Short-v0", action_space=Short.action_space)
         words = [*SHORT, "--num-updates", "1", "--gamma", "0.5", "--dataset-id", dataset_id]
         assert run_script("td3_bc", *words, "--run-dir", str(tmp_path / "run")).returncode == 0
         run = load_run(tmp_path / "run")
@@ -333,6 +346,7 @@ def test_returns_that_were_cut_are_not_known(make_dataset, tmp_path):
     known = [2 - 0.5**k for k in (4, 3, 2, 1, 0)]
     assert visits.returns[:5].tolist() == known
     assert visits.returns[5:].isnan().all() and len(visits.returns) == 10
+    np.testing.assert_allclose(visits.actions, run.act(visits.observations), atol=1e-5)  # 1 is the middle of -1 and 3
     assert undiscounted.returns[:5].tolist() == [5, 4, 3, 2, 1]
     assert undiscounted.returns[5:].isnan().all() and len(undiscounted.returns) == 10
 
@@ -372,7 +386,7 @@ def test_values_of_a_known_critic(runs):
     )
     np.testing.assert_allclose(measures.discounted_returns(data.rewards[:200], 0.99), returns, rtol=1e-4)
     for level, impossible in ((100.0, True), (-300.0, False)):
-        fixed = run._replace(critic=lambda _, actions, level=level: torch.stack([actions[:, 0] + level] * 2))
+        fixed = run._replace(critic=lambda _, a, level=level: torch.stack([a[:, 0] + level - 1, a[:, 0] + level + 1]))
         scene = set_scene(fixed, visit(fixed, 2), 100)
         found = judge_values(scene)[0]
         assert [row.name.split()[0] for row in found] == ["Q", "Q", "G", "(Q", "critics"]
@@ -381,12 +395,66 @@ def test_values_of_a_known_critic(runs):
         assert rows["too high"].values["policy"] == float(impossible)
         assert rows["too high"].alarming == {"policy": impossible, "visits": impossible}
         assert rows["G"].values["visits"] == pytest.approx(float(scene.visits.returns.mean()), rel=1e-4)
-        assert rows["critics"].values == {"data": 0, "policy": 0, "random": 0, "visits": 0}
+        assert rows["critics"].values == pytest.approx(
+            dict.fromkeys(("data", "policy", "random", "visits"), 2), rel=1e-4
+        )
         bias = (level + scene.visits.actions[:, 0] - scene.visits.returns).mean()
         spread = np.std(
             [float(g) for rewards in data.rewards.view(150, 200) for g in measures.discounted_returns(rewards, 0.99)]
         )
         assert rows["bias"].values["visits"] == pytest.approx(float(bias / spread), rel=1e-3)
+    for shift in (-5, 10):  # the highest reward is below 0, then above
+        data.rewards.add_(shift)
+        _, row, *_ = judge_values(set_scene(run, None, 100))[0]
+        highest = float(data.rewards.max())
+        most = highest if shift < 0 else 100 * highest
+        spread = torch.cat([measures.discounted_returns(r, 0.99) for r in data.rewards.view(150, 200)]).std()
+        assert row.name == f"Q above {most + float(spread) / 10:.4g}"
+
+
+def test_a_fifth_of_the_episodes_is_left_out_of_what_is_searched(runs):
+    run = load_run(runs("td3_bc", "--gamma", "0.9"))
+    scene = set_scene(run, None, 10**6)
+    left_out = scene.left_out.view(150, 200)
+    assert (left_out == left_out[:, :1]).all() and left_out[:, 0].sum() == 30
+    assert torch.equal(scene.rows.sort().values, scene.left_out.nonzero()[:, 0])
+    assert torch.equal(scene.others.sort().values, (~scene.left_out).nonzero()[:, 0])
+
+
+def test_the_distance_is_that_to_the_nearest_of_the_actions():
+    near = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [0.3, 0.4]]]).repeat(3, 1, 1)
+    zero, far = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [0.3, 0.4], [4.0, 5.0]])
+    rows, distances = distance_to_near({"data": zero, "policy": far}, near)
+    np.testing.assert_allclose(distances["policy"], [0.65**0.5, 0, 5], rtol=1e-6)
+    assert rows[0].values == pytest.approx({"data": 0, "policy": 0.65**0.5})
+
+
+def test_the_ratio_is_of_the_data_and_the_best_tenth_has_the_highest_returns(runs, monkeypatch):
+    """With a classifier that is known: the first number of a state is its logit."""
+    fitted = []
+
+    def fit_classifier(zeros, ones, num_updates):
+        fitted.append((zeros, ones))
+        return lambda points: points[:, 0]
+
+    monkeypatch.setattr(measures, "fit_classifier", fit_classifier)
+    run = load_run(runs("td3_bc", "--gamma", "0.9"))
+    scene = set_scene(run, visit(run, 6), 100)
+    rows = {row.name: row.values for row in judge_visits(scene, 1)[0]}
+    w = scene.points[scene.left_out, 0].double().exp()
+    speaking = 30_000 * float(w.sum() ** 2 / (len(w) * w.square().sum()) * w.mean().clamp(max=1))
+    assert rows["speaking"]["visits"] == pytest.approx(speaking, rel=1e-4)
+    (known, visited), _ = fitted
+    assert torch.equal(known, scene.points[~scene.left_out])
+    assert torch.equal(visited, scene.visited.view(6, 200, -1)[[1, 2, 4, 5]].flatten(0, 1))  # a third is kept to test
+    best_apart(scene, 1)
+    others, best = fitted[-1]
+    order = run.buffer.transitions.rewards.view(150, 200).sum(dim=1).argsort(descending=True)[:15]
+    among = torch.zeros(150, dtype=torch.bool)
+    among[order] = True
+    points, left_out = scene.points.view(150, 200, -1), scene.left_out.view(150, 200)[:, 0]
+    assert torch.equal(best, points[order[1::2].sort().values].flatten(0, 1))
+    assert torch.equal(others, points[~among & ~left_out].flatten(0, 1))
 
 
 # --- Discrete actions ---

@@ -57,12 +57,14 @@ class Recorder:
 
     def __init__(self):
         self.settings, self.rows, self.summary, self.finished, self.resumed = {}, [], {}, 0, True
+        self.axes = {}
 
     def init(self, **settings):
         self.settings = settings
         return self
 
-    def define_metric(self, *_, **__): ...
+    def define_metric(self, names, step_metric=None):
+        self.axes[names] = step_metric
 
     def log(self, row):
         self.rows.append(row)
@@ -91,6 +93,7 @@ def test_a_finished_run_is_shown_whole(run_dir, recorder, monkeypatch):
     assert run_script("track", "run").returncode == 0
     assert [row["step"] for row in recorder.rows] == [10, 20, 30] and recorder.finished == 1
     assert recorder.summary["num_updates"] == 30 and "final_returns" not in recorder.summary
+    assert recorder.axes == {"*": "step", "dynamics/*": "seconds"}  # all epochs of a model are of step 0
     assert recorder.settings["config"]["algorithm"] == "bc" and recorder.settings["project"] == "mine"
     assert recorder.settings["dir"] == run_dir and recorder.settings["name"] == "bc-run"  # from wherever W&B writes
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHORT, SHORTER, run_script, short_environments
@@ -66,6 +67,17 @@ def test_a_target_actor_is_where_the_actor_was(algorithm, rows, tmp_path):
     initial = train(algorithm, begun, "--num-updates", "1", "--actor-learning-rate", "1e-12")
     assert rows(tmp_path / "run") == pytest.approx({"actor": own, "target actor": initial}, rel=1e-4)
     assert abs(own - initial) > 1e-2
+
+
+def test_a_row_has_score_and_standard_error(tmp_path, pendulum, monkeypatch):
+    returns = np.array([-100.0, -200.0, -600.0])
+    monkeypatch.setattr(acting, "evaluate", lambda *_: (returns, None))
+    train("td3_bc", tmp_path / "run", "--num-updates", "3")
+    for row in acting.play(tmp_path / "run", acting.Args((tmp_path / "run",), episodes=3)):
+        found = dict(zip(acting.COLUMNS, row, strict=True))
+        scores = pendulum.dataset.score(returns)
+        assert (found["return_mean"], found["score"]) == pytest.approx((-300, scores.mean()))
+        assert found["standard_error"] == pytest.approx(scores.std(ddof=1) / 3**0.5)
 
 
 def test_what_was_played_is_kept_where_the_next_folder_fails(tmp_path, pendulum, monkeypatch):
