@@ -182,8 +182,8 @@ def compute_returns(
 ) -> Tensor:
     """R of every transition, [N]. Tensors [N, ...] hold the episodes of `episode_lengths` [E] one after the other.
 
-    V' sees a few thousand rows at a time, so that memory stays small, and as many each time: the bits of a last piece
-    of two or three rows would depend on the number of threads.
+    V' sees a few thousand rows at a time, so that memory stays small, and nearly as many each time: the bits of a last
+    piece of two or three rows would depend on the number of threads.
     """
     pieces = next_observations.tensor_split(1 + len(next_observations) // 4096)
     next_values = torch.cat([target_value(rows) for rows in pieces])

@@ -51,7 +51,7 @@ import sac
 from import_logs import find_spec
 from scratch import scratch_root
 
-from common.command_line import check, check_argument, explain, launch, warn
+from common.command_line import check, check_argument, explain, launch
 from common.data import Batch, ReplayBuffer, action_bounds, observation_names
 from common.evaluation import FINAL_SEED, Player, Policy, evaluate, load_file, load_policy, make_environment
 
@@ -191,8 +191,8 @@ def roll_outs(name: str, act: Act, player: Player, steps: int) -> list[EpisodeBu
 def train(args: Args, run_dir: Path) -> None:
     """Trains the agent, or goes on with it, in a process of its own. Its exit code, other than 0, becomes ours."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is made anew
-        if json.loads((run_dir / "result.json").read_text())["num_updates"] >= args.num_updates:
-            return warn(f"{run_dir} has its agent: what follows -- is not used") if args.script else None
+        if json.loads((run_dir / "result.json").read_text())["num_updates"] >= args.num_updates and not args.script:
+            return  # with arguments sac.py compares them with its run's, and has no more to do
     command = [sys.executable, sac.__file__, "--run-dir", str(run_dir), "--env-id", args.env_id]
     command += ["--num-updates", str(args.num_updates), "--seed", str(args.seed), "--keep-policies", *args.script]
     command += ["--resume"] if (run_dir / "checkpoint.pt").exists() else []
@@ -292,8 +292,8 @@ def main(args: Args) -> None:
     steps["medium"] = choose_medium(agent.returns, *references, args.medium)
     seen = {"medium-replay": steps["medium"], "full-replay": max(agent.returns)}
     medium = f"medium {agent.returns[steps['medium']]:.1f} (update {steps['medium']})"
-    ends = f"random {low:.1f}, expert {high:.1f} (update {steps['expert']})"
-    print(f"{args.env_id}: {ends}, {medium}; see {run_dir}/learning_curve.png", flush=True)
+    expert = f"expert {high:.1f} (update {steps['expert']})"
+    print(f"{args.env_id}: random {low:.1f}, {expert}, {medium}; see {run_dir}/learning_curve.png", flush=True)
 
     @cache  # medium-expert takes the episodes of both
     def episodes(quality: str) -> list[EpisodeBuffer]:
@@ -307,12 +307,12 @@ def main(args: Args) -> None:
         player = Player(environment, None, args.seed, 2, ["random", "medium", "expert"].index(quality))
         return roll_outs(quality, act, player, args.steps)
 
-    sources = {"random": "uniformly random actions", "medium-expert": "medium and expert"}
+    sources = {"random": "uniformly random actions", "medium-expert": f"{medium} and {expert}"}
     sources |= {quality: f"all that SAC saw until update {step}" for quality, step in seen.items()}
     sources |= {quality: f"SAC, sampling, as it was after update {step}" for quality, step in steps.items()}
     scores = "Score 0 is random, 100 the expert's mean action."
     for quality, dataset_id in ids.items():
-        size = "" if quality in seen else f" (--steps {args.steps})"
+        size = "" if quality in seen else f", --steps {args.steps}"
         source = f"{sources[quality]}{size}; AnchoRL's algorithms/sac.py"
         if dataset_id in there:
             check(is_ours(dataset_id, f"{play.env_id}: {source}. {scores}", references), f"{dataset_id} {TAKEN}")

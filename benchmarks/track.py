@@ -69,7 +69,7 @@ def follow(run_dir: Path, arguments: dict[str, Any], skip: int) -> None:
     run = wandb.init(**names, dir=run_dir, config=arguments, resume="auto")
     skip = skip if run.resumed else 0  # a new run of W&B's has none of the rows
     run.define_metric("*", step_metric="step")  # W&B's own step counts rows: several may be of one update
-    run.define_metric("dynamics/*", step_metric="seconds")  # of a model that is trained first, all epochs are of step 0
+    run.define_metric("dynamics/*", step_metric="seconds")  # its epochs before the first update are all of step 0
     over = False
     while not over:
         over = is_over(run_dir)  # before the rows are read: nothing comes after them

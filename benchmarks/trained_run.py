@@ -143,9 +143,9 @@ class Recorder(gym.Wrapper):
         return observation, info
 
     def step(self, action: Any) -> Any:
+        self.actions.append(torch.tensor(action))  # first: an environment may write into it
         observation, reward, self.terminated, truncated, info = self.env.step(action)
         self.observations.append(self._flat(observation))
-        self.actions.append(torch.tensor(action))
         self.rewards.append(float(reward))
         return observation, reward, self.terminated, truncated, info
 

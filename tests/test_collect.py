@@ -114,7 +114,7 @@ def test_the_replay_is_what_the_agent_saw(folder, play):
 def test_medium_replay_ends_where_medium_was_reached(folder):
     text = dataset("medium-replay").storage.metadata["algorithm_name"]
     step = int(text.split("until update ")[1].split(";")[0])
-    assert f"after update {step} (--steps 300);" in dataset("medium").storage.metadata["algorithm_name"]
+    assert f"after update {step}, --steps 300;" in dataset("medium").storage.metadata["algorithm_name"]
     replay, full = dataset("medium-replay"), dataset("full-replay")
     assert replay.total_steps == 400 + step < full.total_steps
     last = replay[len(replay) - 1]
@@ -207,8 +207,18 @@ def test_a_command_that_was_stopped_goes_on_after_the_datasets_it_has_made(folde
 
 def test_what_an_earlier_command_made_of_other_arguments_is_told(folder, datasets_path):
     arguments = [*COLLECT, "--prefix", PREFIX, "--quality", "random", "--run-dir", str(folder)]
-    run = run_script("collect", *arguments, "--", "--gamma", "0.5")
-    assert run.returncode == 0 and f"{folder} has its agent: what follows -- is not used" in run.stderr
+    before = (folder / "checkpoint.pt").read_bytes()
+    run = run_script("collect", *arguments, "--", *FAST)
+    assert run.returncode == 0 and "it is there already" in run.stdout, run.stderr
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "collect.py", *arguments, "--", *FAST, "--gamma", "0.5"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and "gamma is 0.9 in it, not 0.5" in run.stderr and run.stdout == ""
+    assert before == (folder / "checkpoint.pt").read_bytes()
+    both = [*COLLECT, "--prefix", PREFIX, "--quality", "medium-expert", "--medium", "0.05", "--run-dir", str(folder)]
+    assert run_script("collect", *both).returncode == 2  # its medium is another
     run = run_script("collect", *arguments, "--steps", "600")
     assert run.returncode == 2 and f"{PREFIX}/random-v0 exists: delete it, or give another --prefix" in run.stderr
     run = run_script("collect", *arguments, "--steps", "600", "--quality", "medium-replay")  # has no size of its own

@@ -162,7 +162,7 @@ def test_evaluations_are_not_the_time_of_updates(tmp_path, monkeypatch):
     words = ["--num-updates", "6", "--eval-every", "2", *SHORT, "--run-dir", str(tmp_path / "run")]
     assert run_script("bc", *words).returncode == 0
     seconds, of_updates = checkpoint(tmp_path / "run")["seconds"]
-    assert of_updates < 1.5 < seconds
+    assert of_updates < 0.45 and seconds > 1
 
 
 ENV_ID = "Pendulum-v1", "CartPole-v1"

@@ -70,4 +70,5 @@ def test_the_metric_is_one_that_a_run_has(tmp_path, pendulum):
     columns = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     for algorithm in SCRIPTS:
         metric = sweep(algorithm).get("metric")
-        assert metric is None or (metric["name"] in columns and metric["goal"] == "maximize")
+        assert metric == {"name": "eval/return_mean", "goal": "maximize"} or (algorithm == "fqe" and metric is None)
+    assert "eval/return_mean" in columns
