@@ -37,6 +37,7 @@ FOLDERS: tuple[str, ...] = (
     "two-ways-five",
     "hopper-medium-expert",
     "hopper-more",
+    "hopper-edac",
     "walker2d-medium-expert",
     "halfcheetah-medium-expert",
     "medium",
