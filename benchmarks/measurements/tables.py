@@ -37,7 +37,7 @@ FOLDERS: tuple[str, ...] = (
     "two-ways-five",
     "hopper-medium-expert",
     "hopper-more",
-    "hopper-edac",
+    "hopper-short",
     "walker2d-medium-expert",
     "halfcheetah-medium-expert",
     "medium",
