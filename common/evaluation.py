@@ -169,7 +169,7 @@ def evaluate(
 
 
 def answer(env: gym.Env, step: int, given: Any) -> list[Any]:
-    """Flattened observation, and numbers, that a copy of an action or, at step 0, a seed gives. May raise."""
+    """What a copy of an action, or at step 0 a seed, gives: flat observation, numbers. Raises BadInput, Diverged."""
     if not np.isfinite(given).all():
         raise Diverged(f"the action at step {step} of an episode is not finite; the last checkpoint is kept")
     with explain(f"the environment failed at step {step} of an episode"):
