@@ -24,10 +24,10 @@ before the step. The gap's actions serve y (at s') and L_pi (one of them, at s),
 log standard deviation of the action before tanh is at least -5, as in CQL's code; theirs -20. The gap lacks their log(3
 num_samples), which is constant. The temperature's loss is SAC's (theirs: of its logarithm). Their R goes on after a cut
 only in kitchen, and in AntMaze and Adroit where an episode failed; after other cuts it ends, as it would in tasks with
-dense rewards, and is then too high where rewards are negative. Entropy in y, off in their scripts, and a
-gap without the actions' densities are not here. Their loader leaves out the last transition of an episode that a time
-limit cut. Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start
-orthogonal, and the standard deviation of u smaller by exp(-1).
+dense rewards, and is then too high where rewards are negative. Entropy in y, off in their scripts, and a gap without
+the actions' densities are not here. Their loader leaves out the last transition of an episode that a time limit cut.
+Observations are normalised. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); theirs start orthogonal,
+the last ones near 0, and the standard deviation of u smaller by exp(-1).
 
 Run: python algorithms/cal_ql.py --dataset-id anchorl/pendulum/mixed-v0       (README.md has faster ones, cql.py's)
 """

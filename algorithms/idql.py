@@ -18,15 +18,15 @@ Diffusion Policies", 2023, arXiv 2304.10573. With a flow: "IFQL" in Park, Li, Le
 Differences: the paper's clone is a diffusion model of 5 steps. A flow is simpler, without schedule or noise on the way,
 and its 10 steps keep modes apart: of two narrow kinds of actions, about -0.5 and 0.5, the authors' sampler with a
 perfect network puts a quarter of its samples nearer to 0 than to either, the flow one in a hundred. The clone is a
-plain network, which sees t beside s and x; the authors' has residual blocks, layer norm, Mish, dropout, weight decay
-and Fourier features of t, and a slow copy of it acts. The z_i are drawn once, at the start, and the first of them is 0,
-so that the policy is a function of s; the authors draw anew at each step. The paper's policy that draws one of the
-samples, by the weights above, and its other losses of V are left out. One optimiser step trains the three networks,
-each loss seeing the others as they were before it (the authors train the clone, V, and then Q with the new V). V has no
-layer norm, the batch is half the authors', and L_Q sums over the twins (theirs: mean). Observations are normalised,
-which the authors do not do. Rewards are rescaled by the range of returns everywhere, unless --reward-scale says
-otherwise; the authors do so in locomotion. Layers start as PyTorch's do (uniform within 1 / sqrt(inputs)); the authors'
-by Xavier's rule.
+plain network, which sees t beside s and x; the authors' is twelve times as large, with residual blocks, layer norm,
+dropout, weight decay and Fourier features of t, and a slow copy of it acts. The z_i are drawn once, at the start, and
+the first of them is 0, so that the policy is a function of s; the authors draw anew at each step. The paper's policy
+that draws one of the samples, by the weights above, and its other losses of V are left out. One optimiser step trains
+the three networks, each loss seeing the others as they were before it (the authors train the clone, V, and then Q with
+the new V). V has no layer norm, the batch is half the authors', and L_Q sums over the twins (theirs: mean).
+Observations are normalised, which the authors do not do. Rewards are rescaled by the range of returns everywhere,
+unless --reward-scale says otherwise; the authors do so in locomotion. Layers start as PyTorch's do (uniform within 1 /
+sqrt(inputs)); the authors' by Xavier's rule.
 
 Run: python algorithms/idql.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -56,7 +56,7 @@ class HyperParameters:
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     value_learning_rate: float = 3e-4  # of Adam (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of critic and value (authors' code)
-    flow_hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of the flow (authors' code, without blocks)
+    flow_hidden_dims: tuple[int, ...] = (256, 256, 256)  # hidden layers of the flow (authors': 3 blocks, 256 to 1,024)
 
 
 class Batch(NamedTuple):
