@@ -13,10 +13,10 @@ these values lie apart, the lower is Q's target there. With x = (s, a), z = (s' 
 
 Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning", ICML
 2023; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: u is as the authors' code has it: of Q' without gamma, r and ends, over num_elites - 1. So is y, without
-entropy (theirs in NeoRL alone). They keep y >= 0 (here --min-target 0) and the temperature <= 1 (not here); its loss
-has the log, and some tasks keep 0.2. Observations and z are normalised. Members draw every batch anew (theirs: one
-bootstrap each), stop one by one, and start as PyTorch's layers do (truncated normal). One step trains all three.
+Differences: as in the authors' code, u is of Q' without gamma, r and ends, over num_elites - 1, and y has no entropy
+(in NeoRL it has; in Adroit a maximum over a'). Theirs also keeps y >= 0 (--min-target 0) and the temperature <= 1,
+whose loss has the log, or at 0.2, and ends walkers and cheetahs beyond +-100. Observations and z are normalised.
+Members draw batches anew (theirs: one bootstrap each), stop one by one, start as PyTorch's layers do (truncated normal).
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -46,7 +46,7 @@ class HyperParameters:
     rollout_batch_size: int = 50_000  # rollouts at a time, each from a state of the data (authors' code)
     rollout_every: int = 1_000  # updates between rollouts with the newest policy (authors' code)
     rollouts_kept: int = 5  # calls of rollouts that the model's buffer holds, more if some end early (authors' code)
-    real_ratio: float = 0.05  # share of a batch that is data (authors' code; once 0.5)
+    real_ratio: float = 0.05  # share of a batch that is data (authors' code; 0.5 or 0.8 in some tasks)
     num_models: int = 7  # members of the ensemble (authors' code)
     num_elites: int = 5  # members that are used, the best on held-out data (authors' code)
     dynamics_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of each member (authors' code)
@@ -57,7 +57,7 @@ class HyperParameters:
     target_entropy: float | None = None  # temperature holds pi's entropy to it; default: -action_dim (SAC)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 1e-4  # of Adam, for the actor and the temperature (authors' code)
-    cosine_decay: bool = False  # the rates of actor and temperature fall to 0 over the run (authors' code: the actor's)
+    cosine_decay: bool = False  # the rates of actor and temperature fall to 0 (authors' code: on, the actor's)
     critic_learning_rate: float = 3e-4  # of Adam (authors' code)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of actor and critics (authors' code)
 

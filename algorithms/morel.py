@@ -15,11 +15,11 @@ pays -kappa a step: the return is to be a lower bound. With x = (s, a), z = (s' 
 
 Paper: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020,
 arXiv 2005.05951; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812.05905.
-Differences: the authors plan by natural policy gradients, on rollouts of whole episodes from first states, each in one
-member, from a cloned policy; SAC has short ones here, bootstraps where they end, and starts at random. kappa is R_max
-in theory. V(HALT) has no entropy, so it does not bound SAC's values. Where unknown, their code pays r + truncate_reward
-(0 in its settings) and cuts the rollout; advantages bootstrap there. It has four networks of 2 x 512, no variances,
-known rewards, and disc in the environment's units; here disc is of the elites, in units of the scaled s'.
+Differences: the authors plan by natural policy gradients, on rollouts of 500 or 700 steps from first states, each in
+one member, from a cloned policy; SAC has short ones here, bootstraps where they end, and starts at random. kappa is
+R_max in theory. V(HALT) has no entropy, so it does not bound SAC's values. Where unknown, their code pays r +
+truncate_reward (0 in its settings) and cuts the rollout; advantages bootstrap there. Four networks of 2 x 512, no
+variances, known rewards; disc has velocities times 0.02, here elites alone and units of the scaled s'.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """
