@@ -18,8 +18,8 @@ Paper: Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy 
 Differences: members draw each batch anew, stop on their own and have their own bounds of variance (theirs: one
 bootstrap each, the rest shared); up to 1,000 rows are held out (5,000). z is normalised. Ends are learned too (theirs:
 rules), and used where no rule holds. Lengths change with each model (every 1,000 steps); its buffer then begins anew.
-L_temperature has the temperature itself (theirs: log). log std of pi >= -5 (-20); no factor 1/2; one step trains pi,
-Q and temperature. Layers start as PyTorch's (Glorot; the model's truncated normal). All is kept (the newest million).
+L_temperature has the temperature itself (theirs: log). log std of pi >= -5 (-20); no factor 1/2. Layers start as
+PyTorch's (Glorot; the model's truncated normal). All is kept (the newest million).
 
 Run: python algorithms/mbpo.py --env-id Pendulum-v1
 """

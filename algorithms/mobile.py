@@ -16,7 +16,7 @@ Paper: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-base
 Differences: as in the authors' code, u is of Q' without gamma, r and ends, over num_elites - 1, and y has no entropy
 (in NeoRL it has; in Adroit a maximum over a'). Theirs also keeps y >= 0 (--min-target 0) and the temperature <= 1,
 whose loss has the log, or at 0.2, and ends walkers and cheetahs beyond +-100. Observations and z are normalised.
-Members draw batches anew (theirs: one bootstrap each), stop one by one, start as PyTorch's layers do (truncated normal).
+Members draw batches anew (theirs: one bootstrap each), stop one by one, start as PyTorch's layers (truncated normal).
 
 Run: python algorithms/mobile.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -20,7 +20,7 @@ arXiv 2005.13239; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812
 Differences: u is over the elites, with s in deviations of the data; the authors' is over all members and in the
 environment's units. Observations and z are normalised. Each member draws every batch anew, stops on its own and has its
 own bounds of variance; theirs keep one bootstrap each and share the rest; their L_temperature has its logarithm. log
-std of pi >= -5 (-20); no factor 1/2; one step for all. Layers start as PyTorch's do; the authors' as Glorot's in SAC.
+std of pi >= -5 (-20); no factor 1/2. Layers start as PyTorch's do; the authors' as Glorot's in SAC.
 
 Run: python algorithms/mopo.py --dataset-id anchorl/pendulum/mixed-v0
 """

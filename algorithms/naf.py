@@ -24,12 +24,12 @@ were seen. Once the policy acts, the model is trained further before each round 
 Paper: Gu, Lillicrap, Sutskever, Levine, "Continuous Deep Q-Learning with Model-based Acceleration", 2016,
 arXiv 1603.00748; the model is that of MBPO, arXiv 1906.08253.
 Differences: it begins with data, where the paper's agent begins with none. mu is sent through tanh, so that it is an
-action. No code of the authors is known to us: rates are usual ones. Observations are normalised. A step has one update,
-the paper's five. The paper's model is linear, another one at each step of an episode, and fitted to the last five
-episodes alone; one network in its place took the gain away there. Rollouts start at any state that was seen, the
-paper's at the newest, and iLQG, an option there, plans nothing here. With rollouts of l steps, l of its l + 1 batches
-are imagined, a ratio of 0.83 or more. On one task it stops imagining after 20,000 steps, as the gain is early and a
-model's error stays: --imagined-until does that, and no more, since the paper has no rule for when.
+action. We know no code of the authors. V, L and mu share layers (paper: 200 x 200 each). Observations are normalised. A
+step has one update, the paper's five. The paper's model is linear, another one at each step of an episode, and fitted
+to the last five episodes alone; one network in its place took the gain away there. Rollouts start at any state that was
+seen, the paper's at the newest, and iLQG, an option there, plans nothing here. With rollouts of l steps, l of its l + 1
+batches are imagined, a ratio of 0.83 or more. On one task it stops imagining after 20,000 steps, as the gain is early
+and a model's error stays: --imagined-until does that, and no more, as the paper has no rule for when.
 
 Run: python algorithms/naf.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -66,7 +66,7 @@ class HyperParameters:
     dynamics_patience: int = 5  # epochs without 1% less held-out error until a member is done (MBPO: 6, all at once)
     max_dynamics_epochs: int = 200  # of a model, at most (ours)
     tau: float = 0.005  # rate at which the target critic follows the critic (usual)
-    critic_learning_rate: float = 3e-4  # of Adam (usual)
+    critic_learning_rate: float = 3e-4  # of Adam (paper: 1e-4, 1e-3 or 1e-2, by the task)
     hidden_dims: tuple[int, ...] = (256, 256)  # hidden layers of the network (usual)
 
 

@@ -247,7 +247,7 @@ from common.optim import Adam, compiled
 class Args(HyperParameters, ExperimentArgs):
     dataset_id: tyro.conf.Suppress[str] = ""  # the environment's id stands for it
     env_id: str = "Pendulum-v1"  # environment to play in
-    random_steps: int = 1_000  # uniformly random steps to begin with, to the end of an episode (authors' code)
+    random_steps: int = 1_000  # uniformly random steps to begin with, to the end of an episode (in haarnoja/sac)
 
     def validate(self) -> None:
         super().validate()
