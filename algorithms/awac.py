@@ -18,8 +18,9 @@ hidden layers (MuJoCo), a weight decay of 1e-4 and a standard deviation between 
 the actor is iql.py's, whose starts at 1. Their batches have 128 rows offline and 1,024 online. Actions drawn from pi
 are clipped to the environment's range. Observations are normalised. Layers start as PyTorch's do, and target critics as
 copies; the authors' start with biases of 0, with last layers near 0 (uniform within 1e-3 in the actor, 3e-3 in the
-critics), and target critics with weights of their own. With --online-steps pi takes a step before each update; the
-authors take 1,000 steps, and then as many updates. Theirs, too, draw from data and new steps alike.
+critics), first ones within 1 / sqrt(outputs), and target critics with weights of their own. With --online-steps pi
+takes a step before each update; the authors take 1,000 steps, and then as many updates. Theirs, too, draw from data and
+new steps alike.
 
 Run: python algorithms/awac.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -40,7 +41,7 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     beta: float = 2.0
-    """temperature of the policy's weights, in units of Q: larger is nearer to cloning (authors' code: 2; hands 0.5)"""
+    """temperature of pi's weights, in units of Q: larger is nearer to cloning (authors' code: 2; hands 0.5, A cut at 0.5)"""
     num_value_samples: int = 1  # actions of pi over which V averages Q (authors' code)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)

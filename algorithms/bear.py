@@ -24,9 +24,10 @@ arXiv 1906.00949.
 Differences from the authors' later code (d4rl_evaluations, tuned for D4RL): the noise of the policy's candidates a_i is
 drawn once, at the start, so that it is a function of s, and the first of them is tanh(mean); they draw all anew at each
 step. One optimiser step trains everything, each loss seeing the others as they were before it. Layers start as
-PyTorch's do, the VAE is smaller, the warm start shorter, observations are normalised. Their first code differs from the
-later one: a target actor in y, Q averaged over all samples in L_pi, noise of the actor's samples clipped to 0.5 there
-(--noise-clip), 10 candidates, rates of 1e-3, larger networks.
+PyTorch's do, and target critics as copies; theirs as rlkit's, targets with weights of their own. The VAE is smaller,
+the warm start shorter, observations are normalised. Their first code differs from the later one: a target actor in y, Q
+averaged over all samples in L_pi, noise of the actor's samples clipped to 0.5 there (--noise-clip), 10 candidates,
+rates of 1e-3, larger networks.
 
 Run: python algorithms/bear.py --dataset-id anchorl/pendulum/mixed-v0
 """
@@ -47,8 +48,8 @@ Metrics = dict[str, Tensor]
 @dataclass
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
-    kernel: Literal["laplacian", "gaussian"] = "laplacian"  # of the MMD (authors' code; gaussian for halfcheetah)
-    bandwidth: float = 20.0  # sigma of the kernel (authors' code)
+    kernel: Literal["laplacian", "gaussian"] = "laplacian"  # of the MMD (authors' readme; gaussian for halfcheetah)
+    bandwidth: float = 20.0  # sigma of the kernel (authors' readme)
     num_samples: int = 4  # actions drawn per state of each policy: few compare supports, many densities (authors' code)
     threshold: float = 0.05  # largest mean MMD (paper)
     log_alpha_max: float = 10.0  # largest logarithm of alpha: 4.6 makes 100 the highest price (authors' code)

@@ -31,8 +31,9 @@ Differences: the squared error has no factor 1/2, as in the authors' code. What 
 - Its losses step in turn; here one optimiser step trains everything, each loss seeing the others as they were before.
 - Its T divides the actions' log-densities, too; ours leaves these whole, so that any T has its own integral.
 - Observations are as they come; ours are normalised.
-- Last layers start within 0.003 (critics) and 0.001 (actor), as in rlkit, hidden biases at 0.1; ours as PyTorch's do,
-  uniform within 1 / sqrt(inputs). Its target critics start with weights of their own, ours as copies.
+- Last layers start within 0.003 (critics) and 0.001 (actor), first ones within 1 / sqrt(outputs), as in rlkit, hidden
+  biases at 0.1; ours as PyTorch's do, uniform within 1 / sqrt(inputs). Its target critics start with weights of their
+  own, ours as copies.
 - The loss of the temperature has its logarithm; ours has the temperature.
 - Cloning clips the data's actions at 1e-6 from the bounds; ours at 1e-3.
 - It never acts. With --online-steps pi takes a step before each update, and L_Q stays as it is. Cal-QL's code

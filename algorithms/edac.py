@@ -17,8 +17,8 @@ Paper: An, Moon, Kim, Song, "Uncertainty-Based Offline Reinforcement Learning wi
 arXiv 2110.01548; SAC is arXiv 1812.05905.
 Differences: the temperature's loss is SAC's (the authors': of its logarithm). Observations are normalised. Layers start
 as PyTorch's do (uniform within 1 / sqrt(inputs)), and target critics as copies; the authors' biases start at 0.1, their
-last layers within 0.003 (critics) and 0.001 (actor), and target critics with weights of their own. As in the authors'
-code each loss sees the others as they were before the step.
+last layers within 0.003 (critics) and 0.001 (actor), the actor's first within 1 / sqrt(outputs), and target critics
+with weights of their own. As in the authors' code each loss sees the others as they were before the step.
 
 Run: python algorithms/edac.py --dataset-id anchorl/pendulum/mixed-v0
 """

@@ -19,12 +19,12 @@ seeds).
 
 Paper: SAC is Haarnoja and others, 2018, arXiv 1812.05905; its sum with imitation follows Fujimoto, Gu, "A Minimalist
 Approach to Offline Reinforcement Learning", 2021, arXiv 2106.06860.
-Differences from SAC are those of sac.py: no factor 1/2, PyTorch's initial weights, and one optimiser step that trains
-everything, each loss seeing the others as they were before it. The target lacks SAC's -temperature log pi(a'|s'), as it
-does in CQL's code. With it, a run on halfcheetah saw a temperature of 186,000: imitation held the entropy below its
-target, so the temperature rose; Q rose with it, and lambda = 1 / E|Q| took back what the actor paid, without end.
-Observations are normalised, as in TD3+BC. The log density of a tanh policy is not finite at the bounds of the actions:
-actions of the data there are moved 1e-3 inside them.
+Differences from SAC are those of sac.py: no factor 1/2, PyTorch's initial weights, a log standard deviation of at least
+-5, and one optimiser step that trains everything, each loss seeing the others as they were before it. The target lacks
+SAC's -temperature log pi(a'|s'), as it does in CQL's code. With it, a run on halfcheetah saw a temperature of 186,000:
+imitation held the entropy below its target, so the temperature rose; Q fell with it, to -6,700,000, and lambda = 1 /
+E|Q| took back what the actor paid, without end. Observations are normalised, as in TD3+BC. The log density of a tanh
+policy is not finite at the bounds of the actions: actions of the data there are moved 1e-3 inside them.
 
 Run: python algorithms/sac_bc.py --dataset-id anchorl/pendulum/mixed-v0
 """
