@@ -41,7 +41,7 @@ Metrics = dict[str, Tensor]
 class HyperParameters:
     gamma: float = 0.99  # discount (authors' code)
     beta: float = 2.0
-    """temperature of pi's weights, in units of Q: larger is nearer to cloning (authors' code: 2; hands 0.5, A cut at 0.5)"""
+    """temperature of pi's weights, in units of Q: larger clones more (authors' code: 2; hands 0.5, A cut at 0.5)"""
     num_value_samples: int = 1  # actions of pi over which V averages Q (authors' code)
     tau: float = 0.005  # rate at which the target critic follows the critic (authors' code)
     actor_learning_rate: float = 3e-4  # of Adam (authors' code)
