@@ -143,14 +143,17 @@ class Exported(nn.Module):
         kept: list[Tensor] = []
 
         def act(inputs: Tensor) -> Tensor:
-            kept.append(self.policy.actor(inputs))
+            kept.extend((self.policy.actor(inputs), inputs))
             return kept[0]
 
         actions = self.policy.forward(observations, act)
-        finite = observations.isfinite().all(dim=1)  # [N]
+        known = kept[1].isfinite().all(dim=1)  # [N], as load_policy refuses the others
+        if self.policy.num_legal:
+            masks = observations[:, : self.policy.num_legal]
+            known = known & ((masks == 0) | (masks == 1)).all(dim=1) & (masks == 1).any(dim=1)
         if self.policy.discrete:
-            return torch.where(finite, actions, NOT_AN_ACTION), torch.where(finite[:, None], kept[0], torch.nan)
-        return (torch.where(finite[:, None], actions, torch.nan).float(),)
+            return torch.where(known, actions, NOT_AN_ACTION), torch.where(known[:, None], kept[0], torch.nan)
+        return (torch.where(known[:, None], actions, torch.nan).float(),)
 
 
 def convert(policy: Policy, told: dict[str, Any]) -> bytes:
@@ -189,14 +192,19 @@ def quiet() -> Iterator[None]:
 
 
 def rows(policy: Policy) -> np.ndarray:
-    """Observations to compare on: 48 as the data's, 8 ten and 8 a thousand deviations away, the mean, and zeros."""
+    """Observations to compare on: 48 as the data's, 8 ten and 8 a thousand deviations away, the mean, and zeros; masks
+    as they may be."""
     rng = np.random.default_rng(0)
     mean, std = policy.normalization.double().numpy()
     deviations = rng.normal(size=(64, len(mean)))
     deviations[48:56] *= 10
     deviations[56:] = 1000 * rng.choice([-1, 1], (8, len(mean)))
     deviations[56:58] = [[-1000], [1000]]
-    return np.concatenate([mean + std * deviations, mean[None], 0 * mean[None]])
+    found = np.concatenate([mean + std * deviations, mean[None], 0 * mean[None]])
+    if policy.num_legal:
+        found[:, : policy.num_legal] = rng.integers(0, 2, (len(found), policy.num_legal))
+        found[np.arange(len(found)), rng.integers(0, policy.num_legal, len(found))] = 1
+    return found
 
 
 def compare(content: bytes, policy: Policy) -> tuple[float, int]:

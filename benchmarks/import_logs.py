@@ -109,7 +109,8 @@ def read_log(args: Args) -> Log:
     suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     known = suffix in (".csv", ".tsv") or (path.suffix.lower() == suffix and suffix in (".parquet", ".hdf5", ".h5"))
     check(known, f"{path}: unknown suffix {path.suffix!r}: give .csv, .tsv, .csv.gz, .parquet, .hdf5 or .h5")
-    check(path.is_file(), f"no file {path}: give the path of a .csv, .parquet, .hdf5 or .h5 file")
+    found = "no regular file" if path.exists() else "no file"
+    check(path.is_file(), f"{found} {path}: give the path of a .csv, .parquet, .hdf5 or .h5 file")
     if suffix in (".hdf5", ".h5"):
         check_no_options(args.table, f"for tables, which {path} is not")
         return read_hdf5_log(path, args.hdf5)
@@ -229,7 +230,7 @@ def action_space(args: Args, log: Log, environment: Environment | None, actions:
         problem = f"{name}: the bounds {lowest:g} and {highest:g} do not make a finite interval"
         check(bool(0 < extent < np.inf), f"{problem}: give --action-low and --action-high")
     warn_of_whole_numbers(names, actions)
-    print("actions:", ", ".join(f"{name} from {a:g} to {b:g}" for name, a, b in zip(names, low, high, strict=True)))
+    print("actions:", ", ".join(f"{name} from {a:.9g} to {b:.9g}" for name, a, b in zip(names, low, high, strict=True)))
     beyond = int(((actions < low) | (actions > high)).any(axis=1).sum())
     if beyond:
         print(f"{beyond} rows have actions beyond the bounds: the dataset keeps them, training clips them")
@@ -313,6 +314,15 @@ def write_dataset(
             dataset.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
 
 
+def warn_of_lost_rewards(rewards: np.ndarray, kept: np.ndarray) -> None:
+    """Warns where the rows that were dropped hold much of all reward, as where it comes at the end alone."""
+    every, rest = np.nansum(np.abs(rewards)), np.abs(kept).sum()
+    lost, dropped = every - rest, len(rewards) - len(kept)
+    if lost > 0.1 * every and lost / dropped > 3 * rest / len(kept):
+        todo = "mark the episodes that ended as terminated, or give next_obs_... or one more row of observations"
+        warn(f"the dropped rows hold {lost / every:.0%} of all reward (amounts, whatever the sign): {todo}")
+
+
 def main(args: Args) -> None:
     check_id(args.dataset_id)
     log = read_log(args)
@@ -337,6 +347,7 @@ def main(args: Args) -> None:
     dropped = len(steps.rewards) - num_steps
     if dropped:
         print(f"dropped {dropped} rows: the last ones of episodes that did not terminate, with no next observation")
+        warn_of_lost_rewards(steps.rewards, np.concatenate([buffer.rewards for buffer in buffers]))
     if len(buffers) < len(steps.ends):
         print(f"dropped {len(steps.ends) - len(buffers)} episodes with them: they had no other row")
     if space is None:

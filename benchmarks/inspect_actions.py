@@ -64,7 +64,7 @@ def draw_vectors(axes: Any, figure: Any, actions: np.ndarray) -> None:
     low, high = actions.min(axis=0), actions.max(axis=0)
     if len(low) <= 4:
         for index in range(len(low)):
-            axes.hist(actions[:, index], bins=50, histtype="step", density=True, label=f"action {index}")
+            axes.hist(actions[:, index].astype(float), bins=50, histtype="step", density=True, label=f"action {index}")
         axes.set(title="actions", xlabel="value", ylabel="density")
         axes.legend()
         return

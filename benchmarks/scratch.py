@@ -65,7 +65,7 @@ def scratch_root(dataset_id: str, episodes: list[EpisodeBuffer]) -> Iterator[Non
     exist meanwhile.
     """
     try:
-        root = get_dataset_path()
+        root = get_dataset_path().resolve()
         with scratch_folder(root) as scratch:
             check_room(scratch, dataset_id, episodes)
             os.environ["MINARI_DATASETS_PATH"] = str(scratch)  # Minari's only way to say where

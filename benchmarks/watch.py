@@ -183,6 +183,7 @@ def picture(environment: gym.Env) -> Image.Image:
     except Exception as error:  # GL backends fail in ways of their own
         name = environment.spec and environment.spec.id
         todo = "pip install -e '.[watch]', or for MuJoCo set MUJOCO_GL to a backend that is installed: egl or osmesa"
+        todo = "it has no pictures (render_mode rgb_array)" if isinstance(error, NotImplementedError) else todo
         raise BadInput(f"{name} cannot be drawn here ({one_line(error)}): {todo}") from None
 
 

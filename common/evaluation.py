@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.command_line import BadInput, Diverged, check, explain, warn
-from common.data import Batch, Dataset, action_bounds, flatten_observations, observation_names
+from common.data import MASK, Batch, Dataset, action_bounds, flatten_observations, observation_names
 
 EVALUATION_SEED = 10_000  # episode i is reset with this + i in every evaluation, so that curves compare like with like
 FINAL_SEED = 20_000  # and with this + i when the final score is taken: from states that nothing was chosen by
@@ -30,27 +30,27 @@ class Policy(nn.Module):
     def __init__(self, actor: nn.Module, normalization: Tensor, action_range: Any, discrete: bool, origin: Any) -> None:
         super().__init__()
         self.actor, self.discrete, self.origin = actor, discrete, origin
+        self.num_legal = sum(x.startswith(f"{MASK}/") for x in origin.get("observation_names") or () if discrete)
         self.normalization = nn.Buffer(normalization)
         self.action_range = nn.Buffer(torch.from_numpy(np.stack(action_range)).to(normalization.device))
 
     def __call__(self, observations: Any, act: Callable[[Tensor], Tensor] | None = None) -> Any:
         if isinstance(observations, Tensor):
             return super().__call__(observations)
-        inputs = torch.from_numpy(np.asarray(observations, dtype=np.float64)).to(self.normalization.device)
+        inputs = torch.from_numpy(np.ascontiguousarray(observations, np.float64)).to(self.normalization.device)
         return super().__call__(inputs, act or self.act).detach().cpu().numpy()
 
     def forward(self, observations: Tensor, act: Callable | None = None) -> Tensor:
-        mean, std = self.normalization
+        (mean, std), dtype = self.normalization, next((x.dtype for x in self.actor.parameters()), torch.float32)
         if observations.ndim != 2 or observations.shape[1] != len(mean):
             raise BadInput(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
-        finite = torch.compiler.is_compiling() or bool(observations.isfinite().all())
-        check(finite, "an observation holds what is not a finite number: there is no action for that")
-        dtype = next((weight.dtype for weight in self.actor.parameters()), torch.float32)
-        outputs = (act or self.actor)(((observations.to(mean) - mean) / std).to(dtype))  # rounded when it is near 0
-        low, high = self.action_range
-        if self.discrete:
-            return low[0] + outputs.argmax(dim=1)
-        return ((high + low) / 2 + (high - low) / 2 * outputs).clamp(low, high)
+        inputs = ((observations.to(mean) - mean) / std).to(dtype)  # rounded when it is near 0
+        masks, known = observations[:, : self.num_legal], inputs.isfinite().all()
+        known = known & ((masks == 0) | (masks == 1)).all() & (masks.sum(dim=1) >= min(1, self.num_legal)).all()
+        told = "an observation holds what is not a finite number, or no mask of 0 and 1: there is no action then"
+        check(torch.compiler.is_compiling() or bool(known), told)
+        raw, (low, high) = (act or self.actor)(inputs), self.action_range
+        return low[0] + raw.argmax(1) if self.discrete else ((high + low) / 2 + (high - low) / 2 * raw).clamp(low, high)
 
     @torch.inference_mode()
     def act(self, observations: Tensor) -> Tensor:  # the actor's, of normalised ones; layers such as dropout are off
@@ -76,7 +76,7 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
     with explain(f"cannot read {path} (policies are a run's policy.pt and policy-1000.pt)"):
         origin: dict[str, Any] = {key: state.get(key) for key in kept}  # older versions saved no names
         weights, normalization, discrete = state["actor"], state["normalization"], state["discrete"]
-        (low, high), (inputs, outputs) = state["action_range"].numpy(), state["examples"]
+        (low, high), (mean, std), (inputs, outputs) = state["action_range"].numpy(), normalization, state["examples"]
     module = load_script(str(origin["script"]), script)
     with explain(f"{path} does not fit {module.__file__}: name the script that trained it (--script)"):
         known = module.HyperParameters.__dataclass_fields__.keys() & origin["hyper_parameters"].keys()
@@ -86,7 +86,7 @@ def load_policy(run: str | Path, script: str | Path | None = None) -> Policy:
         actor.load_state_dict(weights)  # says which weights are missing or of another shape
         same = torch.isclose(policy.act(inputs), outputs, rtol=1e-3, atol=1e-3).flatten(1).all(dim=1)
         check(float(same.float().mean()) > 0.5, "its Actor makes something else of the same weights")
-        check(bool(np.isfinite(policy(inputs.numpy())).all()), "its actions are no numbers")
+        check(bool(np.isfinite([*low, *high, *mean, *std]).all()), "its units are no numbers")
     return policy.eval()
 
 
@@ -103,7 +103,7 @@ def load_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def load_script(name: str, path: str | Path | None = None) -> Any:
     """The script of that name as a module, or the one at `path`, which no file may name, as it is run."""
     place = Path(path or Path(__file__).resolve().parents[1] / "algorithms" / f"{name}.py")
-    check(place.is_file() and (path is not None or name.isidentifier()), f"no script {place}: give its path (--script)")
+    check(place.is_file() and (path is not None or name == place.stem), f"no script {place}: give its path (--script)")
     with explain(f"cannot load {place}"):
         spec: Any = importlib.util.spec_from_file_location(f"script_{name}", place)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -246,6 +246,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.dir / ".lock", timeout=0).acquire().lock
         check(resume or not begun, f"{where}: holds a run already; add --resume to go on with it, or name another one")
+        check(begun or not (self.dir / "result.json").exists(), f"{where}: holds a run that ended; name another one")
 
     def _restore(self, checkpoint: dict[str, Any]) -> str:  # learner and random state; gives the rows of metrics
         self.step, (seconds, self.update_seconds) = int(checkpoint["step"]), map(float, checkpoint["seconds"])

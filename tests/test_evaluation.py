@@ -156,10 +156,18 @@ def save(policy, folder):
     return folder
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e400])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, -np.finfo(float).max])
 def test_a_policy_refuses_an_observation_that_is_no_number(policy, value):
+    """Nor one beyond float32, as a code of a missing value may be."""
     with pytest.raises(BadInput, match="not a finite number"):
         policy(np.array([[0.0, 0.0, 0.0], [0.0, value, 0.0]]))
+
+
+def test_a_policy_takes_views_of_any_order(policy):
+    observations = np.random.default_rng(0).normal(size=(5, 6))
+    expected = policy(observations[::-1, ::-2].copy())
+    for same in (observations[::-1, ::-2], np.asfortranarray(observations[::-1, ::-2])):
+        np.testing.assert_array_equal(policy(same), expected)
 
 
 def test_load_policy_equals_the_saved_one(any_policy, tmp_path):
@@ -266,11 +274,11 @@ def test_load_policy_without_policy(tmp_path):
     ("change", "message"),
     [
         ({"actor": None}, "does not fit"),
-        ({"normalization": torch.ones(1, 3)}, "does not fit"),
-        ({"normalization": torch.full((2, 3), torch.nan)}, "its actions are no numbers"),
-        ({"normalization": "x"}, "does not fit"),
+        ({"normalization": torch.ones(1, 3)}, "cannot read"),
+        ({"normalization": torch.full((2, 3), torch.nan)}, "its units are no numbers"),
+        ({"normalization": "x"}, "cannot read"),
         ({"action_range": torch.tensor([True, False])}, "cannot read|does not fit"),
-        ({"action_range": torch.full((2, 1), torch.nan)}, "its actions are no numbers"),
+        ({"action_range": torch.full((2, 1), torch.nan)}, "its units are no numbers"),
         ({"hyper_parameters": []}, "does not fit"),
         ({"hyper_parameters": {"hidden_dims": "x"}}, "does not fit"),
         ({"examples": None}, "cannot read"),

@@ -201,8 +201,13 @@ def test_default_run_folder_and_a_taken_one(tmp_path, monkeypatch):
     assert run_script("bc", *arguments).returncode == 0
     (folder,) = tmp_path.glob("runs/bc/anchorl-pendulum-mixed-v0/0-*")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_one_line(run_script("bc", *arguments, "--run-dir", str(folder)), "holds a run already")
+    assert_one_line(run_script("bc", *arguments, "--run-dir", str(folder)), "holds a run already; add --resume")
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "checkpoint.pt").unlink()  # the largest file, which a run that ended needs no more
+    assert_one_line(run_script("bc", *arguments, "--run-dir", str(folder)), "holds a run that ended; name another one")
+    assert_one_line(run_script("bc", *arguments, "--run-dir", str(folder), "--resume"), "no checkpoint at")
+    left = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert left == {name: content for name, content in before.items() if name != "checkpoint.pt"}
 
 
 @pytest.mark.parametrize("algorithm", ["iql", "fqi"])

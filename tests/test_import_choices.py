@@ -5,11 +5,13 @@ import inspect
 import gymnasium as gym
 import minari
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
 from conftest import run_script
 
+from common.command_line import BadInput
 from common.data import ReplayBuffer, load_dataset
 from common.evaluation import load_policy, load_script
 
@@ -400,3 +402,13 @@ def test_no_policy_takes_what_is_not_legal(folder, tmp_path):
         assert (legal[np.arange(300), policy(observations)] == 1).all()
         none_but_b = np.tile([0.0, 1, 0, 0], (5, 1))
         np.testing.assert_array_equal(policy(none_but_b), [1] * 5)
+        wrong = np.array([[0.0, 0, 0, 0], [0.5, 0.5, 0.5, 0], [1, 2, 0, 0], [1, 1, np.nan, 0], [1, 0, 1, 1e300]])
+        for row in wrong:
+            with pytest.raises(BadInput, match="no mask of 0 and 1"):
+                policy(np.stack([none_but_b[0], row]))
+        out = str(tmp_path / f"{script}.onnx")
+        assert run_script("export", str(tmp_path / script), "--out", out).returncode == 0
+        session = onnxruntime.InferenceSession(out)
+        actions, preferences = session.run(None, {"observations": np.concatenate([none_but_b, wrong])})
+        assert (actions[:5] == 1).all() and (actions[5:] == np.iinfo(np.int64).min).all()
+        assert np.isfinite(preferences[:5, 1]).all() and np.isnan(preferences[5:]).all()

@@ -179,6 +179,30 @@ def test_a_cut_episode_of_one_row_is_no_transition(tmp_path):
     assert "dropped 2 rows" in said and "dropped 1 episodes with them" in said
 
 
+@pytest.mark.parametrize(("rewards", "share"), [([0, 0, 0.1, 0, 0, -9.9], "99%"), ([1, 2, 3, 4, 5, 6], None)])
+def test_rewards_that_are_lost_with_the_dropped_rows_are_warned_of(rewards, share, tmp_path):
+    """As where the reward comes at the end alone, and no column says that the episode ended there."""
+    outcome = import_logs(write(table(reward=rewards), tmp_path / "log.csv"))
+    assert outcome.returncode == 0
+    assert (f"the dropped rows hold {share} of all reward" in outcome.stderr) == (share is not None)
+    whole = import_logs(write(table(reward=rewards, terminated=[0, 0, 1] * 2), tmp_path / "log.csv"), dataset_id="a-v1")
+    assert whole.returncode == 0 and "reward" not in whole.stderr
+
+
+def test_a_relative_datasets_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "some data")
+    outcome = import_logs(write(table(), tmp_path / "log.csv"))
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "some data" / ID / "data" / "main_data.hdf5").is_file() and len(load().episode_lengths) == 2
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "log.parquet").mkdir()
+    outcome = import_logs(tmp_path / "log.parquet")
+    assert outcome.returncode == 2 and "no regular file" in outcome.stderr
+
+
 def test_action_bounds_that_are_given(tmp_path):
     values = table(action_1=[0.0] * 4 + [7.0, 0.0])  # in the row in which action_0 is beyond, too
     buffer, said = imported(values, tmp_path, "--action-low", "-3", "-1", "--action-high", "1")

@@ -634,6 +634,15 @@ def test_picture(make_dataset, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.PNG", "1.PNG"]
 
 
+def test_picture_of_actions_far_from_0(make_dataset, tmp_path):
+    """As of a pressure in pascal that is set to 101325, a hair more or less."""
+    actions = 101_325 + np.random.default_rng(0).uniform(-0.1, 0.1, (20, 2)).astype(np.float32)
+    space = spaces.Box(np.float32(101_324), np.float32(101_326), (2,))
+    dataset_id = make_dataset(episodes=[random_episode(0, 20, actions=actions)], action_space=space)
+    inspect(dataset_id, "--out", tmp_path / "page.png")
+    picture(tmp_path / "page.png")
+
+
 def test_the_pictures_states_are_normalised_and_have_their_own_returns(make_dataset, tmp_path, monkeypatch):
     episodes = [random_episode(seed) for seed in range(4)]
     for episode in episodes:

@@ -172,14 +172,20 @@ def test_without_an_order_a_column_of_time_that_goes_back_is_warned_of(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["t", "Time", "time_s", "sim_time", "step", "timestep", "time step", "Timestamp", "date"]
+    "name",
+    [
+        *["t", "Time", "time_s", "sim_time", "step", "timestep", "time step", "Timestamp", "date", "created_at"],
+        *["logged at", "epoch", "seq", "Zeitstempel", "Datum", "period", "t_sec", "Time (s)", "time[ms]", "time_(h)"],
+    ],
 )
 def test_columns_that_are_named_like_time(name, tmp_path):
     outcome = outcome_of(scrambled(nights(terminated=0)).rename(columns={"hour": name}), tmp_path)
     assert f"--order {name}\n" in outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["sometimes", "note", "temperature", "stepper", "target"])
+@pytest.mark.parametrize(
+    "name", ["sometimes", "note", "temperature", "stepper", "target", "at", "tid", "heat", "state"]
+)
 def test_columns_that_are_not_named_like_time(name, tmp_path):
     assert outcome_of(scrambled(nights(terminated=0)).rename(columns={"hour": name}), tmp_path).stderr == ""
 

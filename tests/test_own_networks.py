@@ -106,7 +106,11 @@ def test_a_script_beside_the_repositorys_own_is_found_by_its_name(train, monkeyp
     path, folder = train("iql", "GELU")
     monkeypatch.setattr("common.evaluation.__file__", str(tmp_path / "common" / "evaluation.py"))
     (tmp_path / "algorithms").mkdir()
-    path.rename(tmp_path / "algorithms" / path.name)
+    path = path.rename(tmp_path / "algorithms" / path.name)
+    assert np.isfinite(load_policy(folder)(np.zeros((2, 3)))).all()
+    path.rename(path.with_name("my-iql.py"))
+    state = torch.load(folder / "policy.pt", weights_only=True)
+    torch.save(state | {"script": "my-iql"}, folder / "policy.pt")
     assert np.isfinite(load_policy(folder)(np.zeros((2, 3)))).all()
 
 

@@ -8,11 +8,17 @@ import pytest
 from conftest import SHORT, SHORTER, assert_one_line, random_episode, run_script, write_policy
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from PIL import Image
-from watch import median_episode, set_pose
+from watch import median_episode, picture, set_pose
 
+from common.command_line import BadInput
 from common.data import load_dataset
 
 FEW = ["--num-updates", "3", *SHORT]
+
+
+def test_an_environment_without_pictures_is_told_as_such():
+    with pytest.raises(BadInput, match=r"cannot be drawn here .*: it has no pictures"):
+        picture(gym.Wrapper(gym.Env()))
 
 
 @pytest.mark.parametrize(
