@@ -44,7 +44,7 @@ FOLDERS: tuple[str, ...] = (
     "medium-expert-50k",
     "model-medium",
 )
-DRAWN = ("hopper-medium-expert", "walker2d-medium-expert")  # what the pictures show
+DRAWN = ("hopper-medium-expert", "walker2d-medium-expert", "halfcheetah-medium-expert")  # what the pictures show
 COLUMNS = {  # of README.md's table
     "anchorl/pendulum/mixed-v0": "pendulum",
     "anchorl/two-ways/mixed-v0": "two-ways",
