@@ -14,9 +14,10 @@ MOST_LISTED = 100  # choices, in text and picture
 Problems = Iterator[tuple[str, str]]  # what is the matter, what to do
 
 
-def names(what: str, mask: np.ndarray) -> str:
-    """The dimensions in a mask: "observation 3, 7"."""
-    return f"{what} {listed(np.flatnonzero(mask).tolist())}"
+def names(what: str, mask: np.ndarray, known: list[str]) -> str:
+    """The dimensions in a mask, with their names where the data say them: "observation 3 (speed), 7"."""
+    told = {number: f"{number} ({name})" for number, name in enumerate(known) if name != str(number)}
+    return f"{what} {listed([told.get(number, number) for number in np.flatnonzero(mask).tolist()])}"
 
 
 def listed(found: list[Any]) -> str:
@@ -47,16 +48,17 @@ def vector_problems(actions: np.ndarray, dataset: Dataset) -> Problems:
     beyond = share_beyond(actions, dataset)
     if beyond.any():
         todo = "training clips them, as environments do; if the bounds are wrong, correct the action_space"
-        yield f"{names('action', beyond > 0)}: up to {beyond.max():.2%} of the values are out of bounds", todo
+        which = names("action", beyond > 0, dataset.action_names)
+        yield f"{which}: up to {beyond.max():.2%} of the values are out of bounds", todo
     if (low == high).any():
         todo = "an actuator that never moves teaches nothing: leave it out, and hold it there when acting"
-        yield f"{names('action', low == high)}: always the same value", todo
+        yield f"{names('action', low == high, dataset.action_names)}: always the same value", todo
     with np.errstate(over="ignore", invalid="ignore"):
         extent = dataset.action_high - dataset.action_low
         narrow = (high - low < 0.1 * extent) & (low < high) & np.isfinite(extent)
     if narrow.any():
         todo = "check units and bounds: training scales actions by the bounds, and sees hardly any motion"
-        yield f"{names('action', narrow)}: less than a tenth of the range is used", todo
+        yield f"{names('action', narrow, dataset.action_names)}: less than a tenth of the range is used", todo
 
 
 def draw_vectors(axes: Any, figure: Any, actions: np.ndarray) -> None:

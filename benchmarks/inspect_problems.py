@@ -78,7 +78,7 @@ def _refusals(data: Data, dataset: Dataset) -> Problems:
     if not dataset.discrete and not bounded.all():
         low, high = ([float(f"{bound:.4g}") for bound in find(data.actions, axis=0)] for find in (np.min, np.max))
         todo = f"write it again with an action_space of what the actuators can do; the data fill Box({low}, {high})"
-        yield f"{refuses}: {names('action', ~bounded)} without finite bounds", todo
+        yield f"{refuses}: {names('action', ~bounded, dataset.action_names)} without finite bounds", todo
 
 
 def _endings(data: Data) -> Problems:
@@ -139,16 +139,16 @@ def _values(data: Data, dataset: Dataset) -> Problems:
     small = measured & ~constant & (data.observations.std(axis=0, dtype=np.float64) < SMALLEST_STD)
     if constant.any():
         todo = "training sees 0 there: leave it out, or keep in mind that other values were never learned"
-        yield f"{names('observation', constant)}: always the same value", todo
+        yield f"{names('observation', constant, dataset.observation_names)}: always the same value", todo
     if small.any():
         todo = f"normalisation divides by the standard deviation + {SMALLEST_STD}: give it in a smaller unit"
-        yield f"{names('observation', small)}: standard deviation below {SMALLEST_STD}", todo
+        yield f"{names('observation', small, dataset.observation_names)}: standard deviation below {SMALLEST_STD}", todo
     if (far := measured & outliers(data.observations, codes=True)).any():
         todo = "look for codes of missing values (-9999) and broken sensors: they spoil the normalisation"
-        yield f"{names('observation', far)}: values far beyond all others", todo
+        yield f"{names('observation', far, dataset.observation_names)}: values far beyond all others", todo
     if not dataset.discrete and dataset.env_id is None and (far := outliers(data.actions, codes=True)).any():
         todo = "look for codes of missing values: where no environment gives bounds, they set the scale of all actions"
-        yield f"{names('action', far)}: values far beyond all others", todo
+        yield f"{names('action', far, dataset.action_names)}: values far beyond all others", todo
     if outliers(data.rewards[:, None]).any():
         yield "rewards: values far beyond all others", "check that they are meant: they decide what Q learns"
     span = np.ptp(data.returns)

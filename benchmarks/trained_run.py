@@ -92,7 +92,8 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     check(not getattr(policy.actor, "needs_history", False), history)
     dataset = hold_out(load_dataset(args.dataset_id, args.env_id, discrete=policy.discrete), args)
     buffer = ReplayBuffer(dataset, cpu, args.normalize_observations)
-    check(buffer.fingerprint == fingerprint, f"{folder} was trained on other data than {args.dataset_id} holds")
+    other = f"{folder} was trained on other data than {args.dataset_id} holds: bring these back, or train it again"
+    check(buffer.fingerprint == fingerprint, other)
     actor = policy.actor.requires_grad_(False).eval()
     critic = getattr(actor, "critic", None)  # BCQ's is a part of its actor, as is that of most for discrete actions
     if "critic" in learned:

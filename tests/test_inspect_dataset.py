@@ -445,6 +445,19 @@ def test_discrete_actions_are_counted(make_dataset):
     assert "beyond" not in text and "propensities" not in text and "legal" not in text
 
 
+def test_columns_of_vectors_have_their_names(make_dataset, datasets_path):
+    episodes = [random_episode(seed, actions=constant(BASE["actions"], 0)) for seed in range(4)]
+    for episode in episodes:
+        episode["observations"][:, 1] = 7
+    dataset_id = make_dataset(episodes=episodes)
+    path = datasets_path / dataset_id / "data" / "metadata.json"
+    known = {"observation_names": ["obs_inside", "obs_age", "2"], "action_names": ["dose", "heat"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | known))
+    text = inspect(dataset_id)
+    assert "observation 1 (obs_age): always the same value" in text
+    assert "action 0 (dose): always the same value" in text
+
+
 def test_discrete_actions_have_their_names(make_dataset, datasets_path, tmp_path):
     names = ["wait", "a long name, of $\\what$ is done", "2"]
     dataset_id = make_dataset(episodes=[discrete(0, 0, 2, 2)], action_space=spaces.Discrete(3))
