@@ -319,8 +319,15 @@ def warn_of_lost_rewards(rewards: np.ndarray, kept: np.ndarray) -> None:
     every, rest = np.nansum(np.abs(rewards)), np.abs(kept).sum()
     lost, dropped = every - rest, len(rewards) - len(kept)
     if lost > 0.1 * every and lost / dropped > 3 * rest / len(kept):
-        todo = "mark the episodes that ended as terminated, or give next_obs_... or one more row of observations"
-        warn(f"the dropped rows hold {lost / every:.0%} of all reward (amounts, whatever the sign): {todo}")
+        todo = "mark the episodes that ended as terminated, or give the next observations or a row more, without reward"
+        warn(f"the dropped rows hold {lost / every:.0%} of all reward, signs aside; if it is one: {todo}")
+
+
+def warn_of_merged_rewards(rewards: np.ndarray) -> None:
+    """Warns where float32 tells them apart by hundredths of their spread at best, as balances in place of gains."""
+    spread, largest = np.std(rewards), np.abs(rewards).max()
+    if 1e-9 * largest < spread < 1e-5 * largest:
+        warn(f"rewards near {largest:.3g} differ by {spread:.3g}, which float32 hardly holds: subtract something")
 
 
 def main(args: Args) -> None:
@@ -358,6 +365,7 @@ def main(args: Args) -> None:
         print(f"scores: 0 for a return of {returns[0]:g}, 100 for {returns[1]:g}")
     elif environment is not None:
         print(f"no scores: D4RL has no reference returns for {args.env_id} (--reference-returns gives some)")
+    warn_of_merged_rewards(np.concatenate([buffer.rewards for buffer in buffers]))
     write_dataset(args, log, buffers, space, environment, returns)
     if ":" in (args.env_id or ""):
         print(f"scripts need --env-id {args.env_id}, too: what a dataset names is not imported")

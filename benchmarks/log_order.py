@@ -11,9 +11,9 @@ from common.command_line import BadInput, check, warn
 
 UNIT = "(ns|us|ms|s|sec|h|utc|index|id|no|nr)"
 LIKE_TIME = re.compile(
-    r"(\w+[_ .-])?(t|time|timestep|time[_ ]step|timestamp|datetime|date|epoch|step|tick|frame|seq|sequence|period|day"
-    r"|hour|minute|second|sec|msec|zeit|zeitstempel|datum)s?"
-    rf"([_ .-]{UNIT}|[_ ]?\({UNIT}\)|[_ ]?\[{UNIT}\])?|\w+[_ ]at"
+    r"(\w+[_ .-])?(t|time|timestep|time[_ ]step|timestamp|datetime|date|step|tick|frame|day|hour|minute|second)s?"
+    rf"([_ .-]{UNIT}|[_ ]?\({UNIT}\)|[_ ]?\[{UNIT}\])?"
+    r"|epoch|seq|sequence|period|sec|msec|datum|zeit|zeitstempel|\w*(ed|seen|sent|taken)[_ ]at"
 )
 ZONE = r":\d\d.*(?:[zZ]|[-+]\d\d:?\d\d)$"
 CLOCK = "%H:%M:%S.%f", "%H:%M:%S", "%H:%M"

@@ -70,9 +70,11 @@ def load_run(folder: Path, script: Path | None = None, env_id: str | None = None
     """
     check(folder.is_dir(), f"no folder {folder}: give the folder of a run")
     check((folder / "args.json").is_file(), f"{folder} is not the folder of a run: it lacks args.json")
-    for name in ("checkpoint.pt", "result.json"):
-        todo = f"go on with the same command and --resume --run-dir {folder}"
-        check((folder / name).is_file(), f"the run in {folder} has not finished: it lacks {name}; {todo}")
+    kept, ended = ((folder / name).is_file() for name in ("checkpoint.pt", "result.json"))
+    check(kept or not ended, f"the run in {folder} lacks its checkpoint.pt: bring it back, or train in another folder")
+    todo = f"go on with the same command and --resume --run-dir {folder}"
+    lacks = "result.json" if kept else "checkpoint.pt"
+    check(kept and ended, f"the run in {folder} has not finished: it lacks {lacks}; {todo}")
     with explain(f"cannot read the run in {folder}"):
         saved = json.loads((folder / "args.json").read_text())
         algorithm = str(saved["algorithm"])

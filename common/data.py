@@ -166,7 +166,8 @@ class ReplayBuffer:
         self.dataset, self.num_clipped = dataset, 0
         self.observation_dim, self.action_dim = len(dataset.observation_names), len(dataset.action_low)
         self.num_actions = int(dataset.action_high[0] - dataset.action_low[0]) + 1 if dataset.discrete else 0
-        self.num_legal = self.num_actions and sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
+        masks = sum(name.startswith(f"{MASK}/") for name in dataset.observation_names)
+        self.num_legal = masks if masks == self.num_actions else 0
         no_room = f"{dataset.dataset_id}: {device} has no room for {dataset.num_steps + room} steps: give it fewer"
         with explain(no_room):
             storage = torch.empty(dataset.num_steps + room, 2 * self.observation_dim + self.action_dim + 2)
@@ -234,7 +235,7 @@ class ReplayBuffer:
         return Batch(parts[0], actions, parts[2].squeeze(1), parts[3], parts[4].squeeze(1))
 
     def _fill(self, storage: Tensor, relative: bool) -> tuple[Tensor, Tensor]:  # the episodes' lengths, returns
-        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim + 1)
+        dataset, lengths, returns, end, merged = self.dataset, [], [], 0, np.zeros(self.observation_dim)
         digest = hashlib.blake2b(digest_size=16)
         kept = filter(lambda pair: dataset.kept is None or pair[0] in dataset.kept, enumerate(dataset.read_episodes()))
         for index, episode in kept:
@@ -248,15 +249,14 @@ class ReplayBuffer:
                         self.origin[self.num_legal :] = values[0, self.num_legal :]
                     column.copy_(torch.from_numpy(self._checked(name, values)))
                     digest.update(np.ascontiguousarray(values, np.float64).data)
-                    if place := {"observations": slice(-1), "rewards": slice(-1, None)}.get(name):  # neighbours, apart
-                        merged[place] += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
+                    if name == "observations":  # neighbours that are apart, but not in float32
+                        merged += ((np.diff(values, axis=0) != 0) & (np.diff(column, axis=0) == 0)).sum(axis=0)
                 lengths += [end - start] if end > start else []
                 returns += [float(np.sum(episode.rewards, dtype=np.float64))] if end > start else []
         check(end > 0, f"{dataset.dataset_id}: the dataset is empty")
         self.fingerprint = digest.hexdigest()
-        names = [*(f"observation {name}" for name in dataset.observation_names), "rewards"]
-        if names := [name for name, count in zip(names, merged, strict=True) if count > 0.01 * end]:
-            warn(f"float32 merges different values of {', '.join(names)}: subtract something or split them")
+        if names := [name for name, count in zip(dataset.observation_names, merged, strict=True) if count > 0.01 * end]:
+            warn(f"float32 merges different values of observation {', '.join(names)}: subtract something or split them")
         if self.num_clipped > 0.01 * end:
             warn(f"{self.num_clipped} of {end} actions lie beyond their bounds: they are taken as on them")
         return torch.tensor(lengths, dtype=torch.long), torch.tensor(returns, dtype=torch.float64)

@@ -45,10 +45,10 @@ class Policy(nn.Module):
         if observations.ndim != 2 or observations.shape[1] != len(mean):
             raise BadInput(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
         inputs = ((observations.to(mean) - mean) / std).to(dtype)  # rounded when it is near 0
-        masks, known = observations[:, : self.num_legal], inputs.isfinite().all()
-        known = known & ((masks == 0) | (masks == 1)).all() & (masks.sum(dim=1) >= min(1, self.num_legal)).all()
-        told = "an observation holds what is not a finite number, or no mask of 0 and 1: there is no action then"
-        check(torch.compiler.is_compiling() or bool(known), told)
+        known, masks = inputs.isfinite().all(), observations[:, : self.num_legal]
+        if self.num_legal:
+            known = known & ((masks == 0) | (masks == 1)).all() & (masks == 1).any(dim=1).all()
+        check(torch.compiler.is_compiling() or bool(known), "not a finite number, or no mask of 0 and 1, was observed")
         raw, (low, high) = (act or self.actor)(inputs), self.action_range
         return low[0] + raw.argmax(1) if self.discrete else ((high + low) / 2 + (high - low) / 2 * raw).clamp(low, high)
 

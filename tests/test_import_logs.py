@@ -189,6 +189,21 @@ def test_rewards_that_are_lost_with_the_dropped_rows_are_warned_of(rewards, shar
     assert whole.returncode == 0 and "reward" not in whole.stderr
 
 
+@pytest.mark.parametrize(
+    ("rewards", "warned"),
+    [
+        (1e9 + np.arange(6), True),  # a balance, in place of what a step earned
+        (1e3 + np.arange(6), False),
+        (-np.diff(np.cumsum(np.full(7, 0.7)) + 1000), False),  # always the same, but for rounding
+        (np.exp(-(np.arange(6.0) ** 2)), False),
+        (np.zeros(6), False),
+    ],
+)
+def test_rewards_that_float32_hardly_tells_apart_are_warned_of(rewards, warned, tmp_path):
+    outcome = import_logs(write(table(reward=rewards, terminated=[0, 0, 1] * 2), tmp_path / "log.csv"))
+    assert outcome.returncode == 0 and ("which float32 hardly holds" in outcome.stderr) == warned
+
+
 def test_a_relative_datasets_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", "some data")

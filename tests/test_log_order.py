@@ -184,7 +184,20 @@ def test_columns_that_are_named_like_time(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["sometimes", "note", "temperature", "stepper", "target", "at", "tid", "heat", "state"]
+    "name",
+    [
+        "sometimes",
+        "note",
+        "temperature",
+        "stepper",
+        "target",
+        "at",
+        "tid",
+        "heat",
+        "set_at",
+        "tariff_period",
+        "remaining_sec",
+    ],
 )
 def test_columns_that_are_not_named_like_time(name, tmp_path):
     assert outcome_of(scrambled(nights(terminated=0)).rename(columns={"hour": name}), tmp_path).stderr == ""

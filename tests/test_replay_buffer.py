@@ -326,14 +326,6 @@ def test_values_that_float32_merges_are_named(make_dataset, capsys):
     assert "merges different values of observation 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("base", "named"), [(1e9, True), (1e3, False)])
-def test_rewards_that_float32_merges_are_named(base, named, make_dataset, capsys):
-    """A balance of an account in place of what a step earned."""
-    rewards = base + np.random.default_rng(0).uniform(0, 10, 30)
-    load(make_dataset(episodes=[random_episode(0, 30, rewards=rewards)]))
-    assert ("float32 merges different values of rewards: subtract" in capsys.readouterr().err) == named
-
-
 def test_what_is_not_normalised_is_stored_as_it_is(make_dataset):
     columns = [5.0 + np.arange(9), -3.0 * np.arange(9)]
     buffer = large(make_dataset, columns, normalize_observations=False)
