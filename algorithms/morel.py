@@ -18,8 +18,8 @@ arXiv 2005.05951; the model is that of MBPO, arXiv 1906.08253; SAC is arXiv 1812
 Differences: the authors plan by natural policy gradients, on rollouts of 500 or 700 steps from first states, each in
 one member, from a cloned policy; SAC has short ones here, bootstraps where they end, and starts at random. kappa is
 R_max in theory. V(HALT) has no entropy, so it does not bound SAC's values. Where unknown, their code pays r +
-truncate_reward (0 in its settings) and cuts the rollout; advantages bootstrap there. Four networks of 2 x 512, no
-variances, known rewards; disc has velocities times 0.02, here elites alone and units of the scaled s'.
+truncate_reward (0 in its settings) and cuts the rollout; advantages bootstrap there. It has four networks of 2 x 512,
+no variances, known rewards, and in disc velocities times 0.02; here disc is of the elites, of the scaled s'.
 
 Run: python algorithms/morel.py --dataset-id anchorl/pendulum/mixed-v0
 """

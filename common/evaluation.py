@@ -45,10 +45,10 @@ class Policy(nn.Module):
         if observations.ndim != 2 or observations.shape[1] != len(mean):
             raise BadInput(f"observations must have shape [N, {len(mean)}], not {list(observations.shape)}")
         inputs = ((observations.to(mean) - mean) / std).to(dtype)  # rounded when it is near 0
-        known, masks = inputs.isfinite().all(), observations[:, : self.num_legal]
-        if self.num_legal:
-            known = known & ((masks == 0) | (masks == 1)).all() & (masks == 1).any(dim=1).all()
-        check(torch.compiler.is_compiling() or bool(known), "not a finite number, or no mask of 0 and 1, was observed")
+        check(torch.compiler.is_compiling() or bool(inputs.isfinite().all()), "what is observed is not a finite number")
+        if self.num_legal and not torch.compiler.is_compiling():
+            ones = (masks := observations[:, : self.num_legal]) == 1
+            check(bool(((masks == 0) | ones).all() and ones.any(dim=1).all()), f"{MASK} must hold 0 and 1, and some 1")
         raw, (low, high) = (act or self.actor)(inputs), self.action_range
         return low[0] + raw.argmax(1) if self.discrete else ((high + low) / 2 + (high - low) / 2 * raw).clamp(low, high)
 

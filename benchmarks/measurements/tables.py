@@ -142,10 +142,8 @@ def final_scores() -> str:
     ours = runs[~runs["algorithm"].str.startswith(PEERS)]
     parts = [f"{dataset_id}:\n\n{table(own)}" for dataset_id, own in ours.groupby("dataset_id", sort=False)]
     told = "Peers with their own configurations (EDAC with 10 critics, as ours; d3rlpy's BCQ acts by the best of 10\n"
-    told += (
-        "candidates, ours of 100; `--tau 0.02`: both with model-medium.sh's) on the same data, in the same protocol,\n"
-    )
-    told += "and Welch's 95 % interval:\n"
+    told += "candidates, ours of 100; `--tau 0.02`: both with model-medium.sh's) on the same data, in the same\n"
+    told += "protocol, and Welch's 95 % interval:\n"
     peers = beside_peers(runs)
     return "\n" + "\n".join([*parts, told + peers] if peers else parts) + "\n"
 
